@@ -1,0 +1,1 @@
+//! Configuration: defaults, then a file, then `PLANISH_*` variables, then flags.

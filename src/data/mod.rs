@@ -1,0 +1,5 @@
+//! Data sets: kinds, readers, packing into windows, chat templates, tokenizers.
+
+pub mod chat;
+pub mod text;
+pub mod tokenizer;

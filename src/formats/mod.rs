@@ -1,0 +1,5 @@
+//! File formats, read as hostile and written for other programs: safetensors, GGUF, tokenizers.
+
+pub mod gguf;
+pub mod safetensors;
+pub mod tokenizer;

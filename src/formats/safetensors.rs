@@ -1,0 +1,1 @@
+//! safetensors files: single and sharded, memory-mapped in, streamed out.

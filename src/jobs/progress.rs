@@ -1,0 +1,59 @@
+//! Progress and cancellation of long work, shared between the thread at work and those who watch.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::error::{Error, Result};
+
+/// Where progress goes; called often, so it must be cheap.
+pub type Sink = dyn Fn(f64, &str) + Send + Sync;
+
+/// Progress of a piece of work, 0 to 1, mapped into its place in the whole.
+#[derive(Clone)]
+pub struct Progress {
+    sink: Arc<Sink>,
+    cancelled: Arc<AtomicBool>,
+    from: f64,
+    to: f64,
+}
+
+impl Progress {
+    /// Progress of a whole job.
+    pub fn new(sink: Arc<Sink>, cancelled: Arc<AtomicBool>) -> Self {
+        Self { sink, cancelled, from: 0.0, to: 1.0 }
+    }
+
+    /// Progress that nobody watches and nobody cancels.
+    pub fn silent() -> Self {
+        Self::new(Arc::new(|_, _| {}), Arc::new(AtomicBool::new(false)))
+    }
+
+    /// The part of this progress between `from` and `to`.
+    #[must_use]
+    pub fn part(&self, from: f64, to: f64) -> Self {
+        let span = self.to - self.from;
+        Self {
+            sink: self.sink.clone(),
+            cancelled: self.cancelled.clone(),
+            from: self.from + span * from,
+            to: self.from + span * to,
+        }
+    }
+
+    /// Reports `done` (0 to 1) and what goes on; an error when the work was cancelled.
+    pub fn report(&self, done: f64, message: &str) -> Result<()> {
+        self.check()?;
+        (self.sink)(self.from + (self.to - self.from) * done.clamp(0.0, 1.0), message);
+        Ok(())
+    }
+
+    /// An error when the work was cancelled.
+    pub fn check(&self) -> Result<()> {
+        if self.cancelled.load(Ordering::Relaxed) { Err(Error::cancelled()) } else { Ok(()) }
+    }
+
+    /// Whether the work was cancelled.
+    pub fn cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+}

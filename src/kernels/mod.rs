@@ -1,0 +1,1 @@
+//! CPU kernels with runtime dispatch. The only room with `unsafe`.

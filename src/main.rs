@@ -1,0 +1,5 @@
+//! The `planish` command.
+
+fn main() -> std::process::ExitCode {
+    planish::cli::main()
+}

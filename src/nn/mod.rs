@@ -1,0 +1,4 @@
+//! Layers shared by the model families, and the layouts their weights come in.
+
+pub mod dtype;
+pub mod weight;

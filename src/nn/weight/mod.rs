@@ -1,0 +1,175 @@
+//! Weight layouts: how a tensor is stored, and how to multiply by it without changing that.
+//!
+//! Every layout knows its shape and its bytes, gives back dense rows, multiplies, and takes itself
+//! apart into plain tensors ([`Part`]s) for saving. A weight is written and read back as it is;
+//! nothing is densified on the way. One file per layout.
+
+mod dense;
+mod ggml;
+mod graph;
+mod grouped;
+mod sparse;
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Reason, Result};
+use crate::nn::dtype::Dtype;
+
+pub use dense::Dense;
+pub use ggml::{Ggml, GgmlType};
+pub use graph::product;
+pub use grouped::{Grouped, GroupedSpec};
+pub use sparse::{Sparse, SparsePattern, ValueFormat};
+
+/// A named tensor of a model in one of the layouts. Matrices are `[out, in]`: `y = W x`.
+#[derive(Debug, Clone)]
+pub enum Weight {
+    /// f32, f16 or bf16 elements in row order; the only layout of tensors that are not matrices.
+    Dense(Dense),
+    /// 2, 3, 4 or 8 bit codes with a scale (and a zero point) for each group of inputs of a row.
+    Grouped(Grouped),
+    /// The block types of GGUF files, byte for byte as they came.
+    Ggml(Ggml),
+    /// Non-zero elements and where they stand.
+    Sparse(Sparse),
+}
+
+/// One plain tensor of a stored weight. The tensor's name in the file is the weight's name, followed
+/// by `.suffix` where the suffix is not empty.
+#[derive(Debug, Clone)]
+pub struct Part {
+    pub suffix: &'static str,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    /// Little-endian elements in row order.
+    pub data: Bytes,
+}
+
+/// What `planish.json` says of a weight: all that its parts do not say themselves.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "layout", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Record {
+    Dense {
+        shape: Vec<usize>,
+    },
+    Grouped {
+        shape: [usize; 2],
+        #[serde(flatten)]
+        spec: GroupedSpec,
+    },
+    Ggml {
+        shape: [usize; 2],
+        r#type: GgmlType,
+    },
+    Sparse {
+        shape: [usize; 2],
+        pattern: SparsePattern,
+        values: ValueFormat,
+    },
+}
+
+macro_rules! each {
+    ($self:ident, $w:ident => $e:expr) => {
+        match $self {
+            Weight::Dense($w) => $e,
+            Weight::Grouped($w) => $e,
+            Weight::Ggml($w) => $e,
+            Weight::Sparse($w) => $e,
+        }
+    };
+}
+
+impl Weight {
+    /// Logical shape; `[out, in]` for matrices.
+    pub fn shape(&self) -> &[usize] {
+        each!(self, w => w.shape())
+    }
+
+    /// Outputs of a matrix; 1 for a vector.
+    pub fn rows(&self) -> usize {
+        let shape = self.shape();
+        shape[..shape.len().saturating_sub(1)].iter().product()
+    }
+
+    /// Inputs of a matrix; the length of a vector.
+    pub fn cols(&self) -> usize {
+        self.shape().last().copied().unwrap_or(1)
+    }
+
+    /// Bytes of the stored parts, on disk and in memory.
+    pub fn bytes(&self) -> u64 {
+        each!(self, w => w.bytes())
+    }
+
+    /// Number of elements that are exactly zero.
+    pub fn zeros(&self) -> u64 {
+        let mut row = vec![0.0; self.cols()];
+        (0..self.rows())
+            .map(|r| {
+                self.read_rows(r, &mut row);
+                row.iter().filter(|v| **v == 0.0).count() as u64
+            })
+            .sum()
+    }
+
+    /// Writes the dense rows from `first` on into `out` (`out.len()` is a multiple of `cols`).
+    pub fn read_rows(&self, first: usize, out: &mut [f32]) {
+        debug_assert!(out.len().is_multiple_of(self.cols()));
+        each!(self, w => w.read_rows(first, out));
+    }
+
+    /// All elements as f32 in row order.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.rows() * self.cols()];
+        self.read_rows(0, &mut out);
+        out
+    }
+
+    /// `y[t, o] = sum_i x[t, i] w[o, i]`: `x` is `[tokens, in]`, `y` is `[tokens, out]`, overwritten.
+    pub fn multiply(&self, x: &[f32], y: &mut [f32]) {
+        debug_assert_eq!(x.len() / self.cols(), y.len() / self.rows());
+        each!(self, w => w.multiply(x, y));
+    }
+
+    /// `dx[t, i] = sum_o g[t, o] w[o, i]`: the gradient of [`Weight::multiply`]'s input, overwritten.
+    pub fn multiply_transposed(&self, g: &[f32], dx: &mut [f32]) {
+        debug_assert_eq!(g.len() / self.rows(), dx.len() / self.cols());
+        each!(self, w => w.multiply_transposed(g, dx));
+    }
+
+    /// The plain tensors the weight is stored as.
+    pub fn parts(&self) -> Vec<Part> {
+        each!(self, w => w.parts())
+    }
+
+    /// What is stored beside the parts.
+    pub fn record(&self) -> Record {
+        each!(self, w => w.record())
+    }
+
+    /// Puts a weight together from its record and parts (keyed by suffix), checking every size.
+    pub fn from_parts(record: &Record, mut parts: BTreeMap<String, Part>) -> Result<Self> {
+        let weight = match record {
+            Record::Dense { shape } => Self::Dense(Dense::from_parts(shape, &mut parts)?),
+            Record::Grouped { shape, spec } => {
+                Self::Grouped(Grouped::from_parts(*shape, *spec, &mut parts)?)
+            }
+            Record::Ggml { shape, r#type } => {
+                Self::Ggml(Ggml::from_parts(*shape, *r#type, &mut parts)?)
+            }
+            Record::Sparse { shape, pattern, values } => {
+                Self::Sparse(Sparse::from_parts(*shape, *pattern, *values, &mut parts)?)
+            }
+        };
+        match parts.keys().next() {
+            None => Ok(weight),
+            Some(extra) => Err(Error::new(
+                Reason::MalformedFile,
+                format!("unexpected part '{extra}'; the layout record and the tensors disagree"),
+            )),
+        }
+    }
+}

@@ -1,0 +1,4 @@
+//! Online work on loaded models.
+
+pub mod engine;
+pub mod sample;
