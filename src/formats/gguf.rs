@@ -1,1 +1,0 @@
-//! GGUF files, versions 2 and 3.
