@@ -1,7 +1,5 @@
 //! The settings that tell the decoder architectures apart.
 
-use crate::error::Result;
-
 /// Nonlinearity of the gated feed-forward network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
@@ -29,6 +27,8 @@ pub enum RopeScaling {
         high: f32,
         original: usize,
     },
+    /// NTK scaling. Position `p >= original` is rotated with the frequencies of a sequence of `p + 1`
+    /// positions, so that keys never depend on how a sequence was cut into steps.
     Dynamic {
         factor: f32,
         original: usize,
@@ -87,19 +87,88 @@ pub struct Config {
 }
 
 impl Config {
-    /// From `config.json`; every value is checked, unknown architectures are refused.
-    pub fn from_hugging_face(_config: &serde_json::Value) -> Result<Self> {
-        todo!()
+    /// Channels of the queries.
+    pub fn query_channels(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Channels of the keys, and of the values.
+    pub fn key_channels(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// Positions that layer `layer` sees, itself included; `None` means all before it.
+    pub fn layer_window(&self, layer: usize) -> Option<usize> {
+        match self.layers[layer] {
+            LayerKind::Global => None,
+            LayerKind::Local => self.window,
+        }
+    }
+
+    /// Name of the tensor that multiplies the final hidden states.
+    pub fn head_name(&self) -> &'static str {
+        if self.tied { EMBEDDING } else { "lm_head.weight" }
     }
 
     /// Names of the linear weights of block `layer`, grouped by the input they share, in the order in
     /// which they run: q k v; o; gate up; down.
-    pub fn linears(&self, _layer: usize) -> Vec<Vec<String>> {
-        todo!()
+    pub fn linears(&self, layer: usize) -> Vec<Vec<String>> {
+        [
+            &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"][..],
+            &["self_attn.o_proj"],
+            &["mlp.gate_proj", "mlp.up_proj"],
+            &["mlp.down_proj"],
+        ]
+        .iter()
+        .map(|group| group.iter().map(|n| format!("model.layers.{layer}.{n}.weight")).collect())
+        .collect()
     }
 
     /// Every tensor the model must have, with its shape.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        todo!()
+        let (hidden, wide) = (self.hidden, self.intermediate);
+        let (q, kv) = (self.query_channels(), self.key_channels());
+        let mut all = vec![(EMBEDDING.to_owned(), vec![self.vocab, hidden])];
+        for layer in 0..self.layers.len() {
+            let mut add = |name: &str, shape: &[usize]| {
+                all.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
+            };
+            let linears = [
+                ("self_attn.q_proj", q, hidden, self.qkv_bias),
+                ("self_attn.k_proj", kv, hidden, self.qkv_bias),
+                ("self_attn.v_proj", kv, hidden, self.qkv_bias),
+                ("self_attn.o_proj", hidden, q, self.output_bias),
+                ("mlp.gate_proj", wide, hidden, self.mlp_bias),
+                ("mlp.up_proj", wide, hidden, self.mlp_bias),
+                ("mlp.down_proj", hidden, wide, self.mlp_bias),
+            ];
+            for (name, rows, cols, bias) in linears {
+                add(&format!("{name}.weight"), &[rows, cols]);
+                if bias {
+                    add(&format!("{name}.bias"), &[rows]);
+                }
+            }
+            add("input_layernorm.weight", &[hidden]);
+            add("post_attention_layernorm.weight", &[hidden]);
+            if self.post_norms {
+                add("pre_feedforward_layernorm.weight", &[hidden]);
+                add("post_feedforward_layernorm.weight", &[hidden]);
+            }
+            if self.qk_norm {
+                add("self_attn.q_norm.weight", &[self.head_dim]);
+                add("self_attn.k_norm.weight", &[self.head_dim]);
+            }
+        }
+        all.push((FINAL_NORM.to_owned(), vec![hidden]));
+        if !self.tied {
+            all.push((self.head_name().to_owned(), vec![self.vocab, hidden]));
+        }
+        all
     }
 }
+
+/// Name of the embedding matrix.
+pub const EMBEDDING: &str = "model.embed_tokens.weight";
+
+/// Name of the norm before the head.
+pub const FINAL_NORM: &str = "model.norm.weight";

@@ -2,6 +2,8 @@
 
 mod config;
 pub mod graph;
+mod hugging_face;
 pub mod plan;
+pub mod random;
 
 pub use config::{Activation, Config, LayerKind, Rope, RopeScaling};
