@@ -1,1 +1,11 @@
 //! CPU kernels with runtime dispatch. The only room with `unsafe`.
+//!
+//! A layout's kernel is one function, [`dot::Rows::decode`], written once over the vectors of
+//! [`simd::Simd`]; reading rows, products with few tokens and products with many are made from it.
+
+pub mod cast;
+pub mod dot;
+pub mod gemm;
+pub mod product;
+pub mod simd;
+pub mod threads;

@@ -173,3 +173,49 @@ impl Weight {
         }
     }
 }
+
+fn malformed(message: impl Into<String>) -> Error {
+    Error::new(Reason::MalformedFile, message)
+}
+
+/// Takes the part called `suffix`.
+fn take(parts: &mut BTreeMap<String, Part>, suffix: &str) -> Result<Part> {
+    parts.remove(suffix).ok_or_else(|| {
+        let name = if suffix.is_empty() { "the tensor itself" } else { suffix };
+        malformed(format!("part '{name}' is missing; the layout record and the tensors disagree"))
+    })
+}
+
+/// Takes the data of part `suffix`, whose type and shape must be these.
+fn take_exact(
+    parts: &mut BTreeMap<String, Part>,
+    suffix: &str,
+    dtype: Dtype,
+    shape: &[usize],
+) -> Result<Bytes> {
+    let part = take(parts, suffix)?;
+    if part.dtype != dtype || part.shape != shape {
+        return Err(malformed(format!(
+            "part '{suffix}' is {} {:?} but the layout record asks for {dtype} {shape:?}",
+            part.dtype, part.shape
+        )));
+    }
+    let wanted = byte_size(shape, dtype.size())?;
+    if part.data.len() != wanted {
+        return Err(malformed(format!(
+            "part '{suffix}' has {} bytes but its shape {shape:?} takes {wanted}",
+            part.data.len()
+        )));
+    }
+    Ok(part.data)
+}
+
+/// Bytes of a tensor without empty dimensions, checked against overflow.
+fn byte_size(shape: &[usize], element: usize) -> Result<usize> {
+    let size = shape.iter().try_fold(element, |n, &dim| n.checked_mul(dim));
+    match size {
+        Some(0) => Err(malformed(format!("shape {shape:?} has an empty dimension"))),
+        Some(size) if size <= isize::MAX as usize && !shape.contains(&0) => Ok(size),
+        _ => Err(malformed(format!("shape {shape:?} is absurd"))),
+    }
+}
