@@ -1,0 +1,236 @@
+//! A model's tokenizer: text to ids and back, special tokens, and the chat template's source.
+
+mod files;
+mod guard;
+mod pieces;
+mod stream;
+
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::str::FromStr;
+
+use serde_json::{Map, Value};
+use tokenizers::tokenizer::pre_tokenizer::OffsetType;
+use tokenizers::{
+    AddedVocabulary, Model, ModelWrapper, OffsetReferential, PreTokenizer, Tokenizer as Inner,
+};
+
+use crate::error::{Error, Reason, Result};
+
+pub use files::Files;
+use pieces::Pieces;
+pub use stream::TextStream;
+
+/// Tokenizer with what a model's configuration says about its special tokens.
+///
+/// Texts become ids by the `tokenizers` crate; ids become bytes by a table built once, so that text
+/// can be streamed in constant time per token.
+pub struct Tokenizer {
+    /// `tokenizer.json`, kept as it came so that exports lose nothing.
+    pub json: String,
+    /// Source of the chat template (Jinja), when the model has one.
+    pub chat_template: Option<String>,
+    /// Start token.
+    pub bos: Option<u32>,
+    /// Tokens that end generation.
+    pub eos: Vec<u32>,
+    /// Padding token.
+    pub pad: Option<u32>,
+    /// Whether text gets the start token in front.
+    pub add_bos: bool,
+    /// `tokenizer_config.json` as it came.
+    config: Map<String, Value>,
+    /// `generation_config.json` as it came.
+    generation: Map<String, Value>,
+    inner: Inner,
+    /// The added tokens without the special ones: what text of strangers is matched against.
+    plain: AddedVocabulary,
+    pieces: Pieces,
+    unknown: Option<u32>,
+}
+
+impl Tokenizer {
+    /// Parses `tokenizer_json`; size and nesting are limited. Nothing is known of special tokens
+    /// beyond what the file itself says: see [`Tokenizer::from_files`].
+    pub fn new(tokenizer_json: String) -> Result<Self> {
+        let header = guard::Header::read(&tokenizer_json)?;
+        let mut inner = contained(|| Inner::from_str(&tokenizer_json))?;
+        // Cutting and padding are the callers' business: a file must not shorten their texts.
+        inner.with_truncation(None).map_err(malformed)?.with_padding(None);
+        // The same text must always give the same ids.
+        let dropout = matches!(inner.get_model(), ModelWrapper::BPE(b) if b.dropout.is_some());
+        if dropout {
+            let mut model = inner.get_model().clone();
+            if let ModelWrapper::BPE(bpe) = &mut model {
+                bpe.dropout = None;
+            }
+            inner.with_model(model);
+        }
+        let unknown = unknown_token(&inner).or(header.unknown());
+        let pieces = Pieces::new(&inner)?;
+        let mut plain = inner.get_added_vocabulary().clone();
+        plain.set_encode_special_tokens(true);
+        Ok(Self {
+            json: tokenizer_json,
+            chat_template: None,
+            bos: None,
+            eos: Vec::new(),
+            pad: None,
+            add_bos: false,
+            config: Map::new(),
+            generation: Map::new(),
+            inner,
+            plain,
+            pieces,
+            unknown,
+        })
+    }
+
+    /// Ids of `text`. Special tokens written in the text are recognised only when `parse_special`;
+    /// the start token goes in front only when `add_bos`, and the model asks for one, and the text
+    /// does not begin with it already.
+    pub fn encode(&self, text: &str, add_bos: bool, parse_special: bool) -> Result<Vec<u32>> {
+        let mut ids = contained(|| self.tokenize(text, parse_special))?;
+        if !parse_special && ids.iter().any(|&id| self.is_forged(id)) {
+            ids = self.spell_out(&ids)?;
+        }
+        match self.bos {
+            Some(bos) if add_bos && self.add_bos && ids.first() != Some(&bos) => {
+                ids.insert(0, bos);
+            }
+            _ => {}
+        }
+        Ok(ids)
+    }
+
+    /// Text of `ids`; `skip_special` leaves special tokens out. Ids without a token give nothing,
+    /// bytes that are no character give U+FFFD.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        let mut stream = TextStream::new(self);
+        if !skip_special {
+            stream = stream.with_special();
+        }
+        let mut text = String::new();
+        for &id in ids {
+            stream.push_into(id, &mut text);
+        }
+        stream.finish_into(&mut text);
+        Ok(text)
+    }
+
+    /// The token's own text, lossy where its bytes are no character; empty for ids without a token.
+    pub fn token_text(&self, id: u32) -> String {
+        String::from_utf8_lossy(self.pieces.bytes(id)).into_owned()
+    }
+
+    /// The token as the vocabulary spells it (`Ġthe`, `▁the`, `<|im_end|>`).
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// The id of a token in the vocabulary's spelling.
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// Number of ids: one more than the largest.
+    pub fn vocab_size(&self) -> usize {
+        self.pieces.len()
+    }
+
+    /// Whether `id` stands for a special token (start, end, turn marks and the like).
+    pub fn is_special(&self, id: u32) -> bool {
+        self.pieces.is_special(id)
+    }
+
+    /// Texts of the special tokens.
+    pub fn special_texts(&self) -> impl Iterator<Item = &str> {
+        self.inner
+            .get_added_vocabulary()
+            .get_added_tokens_decoder()
+            .values()
+            .filter(|t| t.special)
+            .map(|t| t.content.as_str())
+    }
+
+    /// The crate's own steps without its post-processor: templates add what only callers may decide.
+    fn tokenize(&self, text: &str, parse_special: bool) -> tokenizers::Result<Vec<u32>> {
+        let added = if parse_special { self.inner.get_added_vocabulary() } else { &self.plain };
+        let mut parts = added.extract_and_normalize(self.inner.get_normalizer(), text);
+        if let Some(pre) = self.inner.get_pre_tokenizer() {
+            pre.pre_tokenize(&mut parts)?;
+        }
+        let model = self.inner.get_model();
+        parts.tokenize(|part| model.tokenize(part.get()))?;
+        Ok(parts
+            .get_splits(OffsetReferential::Normalized, OffsetType::None)
+            .into_iter()
+            .filter_map(|(_, _, tokens)| tokens.as_deref())
+            .flatten()
+            .map(|t| t.id)
+            .collect())
+    }
+
+    /// Special although nobody asked for special tokens: some vocabularies spell them as words.
+    fn is_forged(&self, id: u32) -> bool {
+        self.pieces.is_special(id) && self.unknown != Some(id)
+    }
+
+    /// Replaces special tokens by the tokens of their characters.
+    fn spell_out(&self, ids: &[u32]) -> Result<Vec<u32>> {
+        let model = self.inner.get_model();
+        let mut out = Vec::with_capacity(ids.len() + 16);
+        for &id in ids {
+            if !self.is_forged(id) {
+                out.push(id);
+                continue;
+            }
+            for c in self.token(id).unwrap_or_default().chars() {
+                let tokens = contained(|| model.tokenize(c.encode_utf8(&mut [0; 4])))?;
+                out.extend(tokens.iter().map(|t| t.id).filter(|&id| !self.is_forged(id)));
+            }
+        }
+        Ok(out)
+    }
+}
+
+impl fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tokenizer")
+            .field("vocab_size", &self.vocab_size())
+            .field("bos", &self.bos)
+            .field("eos", &self.eos)
+            .field("pad", &self.pad)
+            .field("add_bos", &self.add_bos)
+            .field("chat_template", &self.chat_template.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Id of the token that stands for what the vocabulary cannot spell.
+fn unknown_token(inner: &Inner) -> Option<u32> {
+    let name = match inner.get_model() {
+        ModelWrapper::BPE(model) => model.unk_token.as_deref()?,
+        ModelWrapper::WordPiece(model) => &model.unk_token,
+        ModelWrapper::WordLevel(model) => &model.unk_token,
+        // Keeps an id, not a name, and keeps it to itself: the header has it.
+        ModelWrapper::Unigram(_) => return None,
+    };
+    inner.token_to_id(name)
+}
+
+/// Runs code of the `tokenizers` crate on data of strangers. It indexes and unwraps where a file
+/// breaks its expectations; such a panic is the file's fault and must not take the thread down.
+fn contained<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(result) => result.map_err(malformed),
+        Err(_) => Err(malformed("its parts contradict each other")),
+    }
+}
+
+fn malformed(error: impl fmt::Display) -> Error {
+    Error::new(
+        Reason::MalformedFile,
+        format!("tokenizer.json cannot be used: {error}; export the tokenizer again"),
+    )
+}
