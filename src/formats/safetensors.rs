@@ -1,1 +1,0 @@
-//! safetensors files: single and sharded, memory-mapped in, streamed out.
