@@ -1,1 +1,11 @@
 //! Running text through a model block by block and collecting statistics of every linear's input.
+//!
+//! [`windows`] chooses the text, [`walk`] runs it, [`inputs`] holds what was seen of the inputs.
+
+pub mod gram;
+pub mod inputs;
+mod sample;
+pub mod walk;
+mod windows;
+
+pub use windows::{Options, Windows, encode_prefix, windows};

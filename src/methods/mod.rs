@@ -1,6 +1,7 @@
 //! Methods: the published systems that change a model.
 
 pub mod compress;
+pub mod docs;
 pub mod registry;
 pub mod scope;
 
@@ -38,7 +39,7 @@ pub struct Estimate {
     /// Largest resident memory.
     pub memory_bytes: u64,
     pub seconds: f64,
-    /// What the tensors will be afterwards, for checking the steps that follow.
+    /// Tokens that run through the model.
     pub calibration_tokens: u64,
 }
 
@@ -68,6 +69,10 @@ pub struct Outcome {
 pub trait Method: Send + Sync {
     /// Facts about the method.
     fn card(&self) -> &'static Card;
+    /// Writes every default out, so that the options say all that was done.
+    fn resolve(&mut self);
+    /// Resource names of the data sets that the step reads.
+    fn datasets(&self) -> Vec<&str>;
     /// Refuses bad options early and says what the step costs. Also returns what the model will look
     /// like, so that the next step can be checked against it.
     fn check(&self, model: &ModelInfo) -> Result<(Estimate, ModelInfo)>;

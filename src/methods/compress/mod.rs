@@ -1,1 +1,152 @@
-//! Pruning and quantisation.
+//! Pruning and quantisation: smaller weights in the same places.
+//!
+//! The methods differ in how they choose ([`mask`]) and correct ([`hessian`]) weights; the ways through
+//! the model ([`alone`], [`calibrated`]), the layouts that come out ([`store`]) and the accounts
+//! ([`report`]) are shared.
+
+mod cost;
+pub mod gptq;
+pub mod grid;
+pub mod hessian;
+pub mod magnitude;
+pub mod mask;
+mod options;
+mod report;
+pub mod round_to_nearest;
+pub mod sparsegpt;
+pub mod sparsity;
+mod store;
+pub mod wanda;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use self::grid::Codes;
+use self::mask::Mask;
+use self::report::Report;
+use self::sparsity::Sparsity;
+use super::{Outcome, StepContext};
+use crate::calibrate::{self, walk};
+use crate::error::{Error, Reason, Result};
+use crate::models::Model;
+use crate::nn::weight::{GroupedSpec, Weight};
+
+/// Changes one weight after the other, without text. `change` gets a name, the values `[rows, cols]`
+/// and the columns.
+fn alone(
+    cx: &StepContext<'_>,
+    mut model: Model,
+    names: &BTreeSet<String>,
+    change: &dyn Fn(&str, &[f32], usize) -> Result<Weight>,
+) -> Result<Outcome> {
+    let mut report = Report::default();
+    for (i, name) in names.iter().enumerate() {
+        cx.progress.report(i as f64 / names.len() as f64, name)?;
+        let stored = model.weight(name)?;
+        let values = stored.to_f32();
+        check_finite(name, &values)?;
+        let new = change(name, &values, stored.cols())?;
+        report.add(name, &values, &new, None);
+        model.weights.insert(name.clone(), Arc::new(new));
+    }
+    cx.progress.report(1.0, "all weights done")?;
+    Ok(report.outcome(model, 0))
+}
+
+/// What a calibrated method does with the weights that share an input.
+type Change<'a> = dyn FnMut(&walk::Site<'_>, &mut Report) -> Result<Vec<Weight>> + 'a;
+
+/// Walks calibration text through the model and changes the weights of each block on the way.
+fn calibrated(
+    cx: &StepContext<'_>,
+    mut model: Model,
+    names: &BTreeSet<String>,
+    options: &calibrate::Options,
+    gram: bool,
+    change: &mut Change<'_>,
+) -> Result<Outcome> {
+    let windows = calibrate::windows(cx, &model, options)?;
+    let mut report = Report::default();
+    windows.warnings.iter().for_each(|w| report.warn(w.clone()));
+    let plan = walk::Plan { windows: &windows, names, gram, progress: cx.progress };
+    walk::walk_model(&mut model, &plan, &mut |site| {
+        for (name, values) in site.names.iter().zip(&site.dense) {
+            check_finite(name, values)?;
+        }
+        let changed = change(&site, &mut report)?;
+        for ((name, before), after) in site.names.iter().zip(&site.dense).zip(&changed) {
+            report.add(name, before, after, site.inputs.gram());
+        }
+        Ok(changed)
+    })?;
+    Ok(report.outcome(model, options.tokens()))
+}
+
+/// The stored form of `[rows, cols]` values without their pruned elements.
+fn prune_each(
+    name: &str,
+    values: &[f32],
+    cols: usize,
+    mask: &Mask,
+    sparsity: &Sparsity,
+) -> Result<Weight> {
+    let mut kept = values.to_vec();
+    mask.apply(&mut kept);
+    let shape = [values.len() / cols, cols];
+    store::pruned(name, shape, &kept, sparsity.values, sparsity.amount.hint())
+}
+
+/// The stored form of codes.
+fn quantise_each(
+    before: &Weight,
+    cols: usize,
+    spec: GroupedSpec,
+    codes: &Codes,
+    pruned: &Mask,
+) -> Result<Weight> {
+    store::quantised(before, [codes.codes.len() / cols, cols], spec, codes, pruned)
+}
+
+fn check_finite(name: &str, values: &[f32]) -> Result<()> {
+    if values.iter().all(|v| v.is_finite()) {
+        return Ok(());
+    }
+    Err(Error::new(
+        Reason::NonFinite,
+        format!("'{name}' holds numbers that are not finite; the model is broken, import it again"),
+    ))
+}
+
+#[cfg(test)]
+mod testing {
+    //! Matrices for the methods' tests.
+
+    use rand::Rng;
+
+    use crate::calibrate::gram::Gram;
+    use crate::recipe::seed::Stream;
+
+    /// Weights `[rows, cols]` that are roughly normal.
+    pub fn weights(rows: usize, cols: usize, seed: u64) -> Vec<f32> {
+        let mut rng = Stream::root(seed).rng();
+        let mut normal = || (0..12).map(|_| rng.random::<f32>()).sum::<f32>() - 6.0;
+        (0..rows * cols).map(|_| normal()).collect()
+    }
+
+    /// Gram matrix of correlated inputs whose scales differ by a factor of 10 and more.
+    pub fn correlated(cols: usize, seed: u64) -> Gram {
+        let tokens = 4 * cols;
+        let base = weights(tokens, cols, seed ^ 0xabcd);
+        let mut rows = vec![0.0; tokens * cols];
+        for (row, base) in rows.chunks_mut(cols).zip(base.chunks(cols)) {
+            let mut before = 0.0;
+            for (j, (x, b)) in row.iter_mut().zip(base).enumerate() {
+                before = 0.8 * before + 0.6 * b;
+                *x = before * 10f32.powf((j * 7 % cols) as f32 / cols as f32 * 1.5);
+            }
+        }
+        let mut gram = Gram::new(cols);
+        gram.add(&rows);
+        gram
+    }
+}

@@ -1,0 +1,84 @@
+//! Speed from inside: tokens a second of prefill and decode, one sequence.
+
+use std::time::Instant;
+
+use crate::error::Result;
+use crate::jobs::progress::Progress;
+use crate::models::Model;
+use crate::models::decoder::plan::{Cache, Chunk, Decoder};
+use crate::proto::v1;
+
+const PREFILL: usize = 512;
+const PROMPT: usize = 32;
+const DECODE: usize = 128;
+const REPETITIONS: usize = 5;
+
+/// `prefill_tokens_per_second` and `decode_tokens_per_second`: medians of repetitions after one that
+/// warms up. Lengths shrink with the model's positions; the protocol says what was run.
+pub fn measure(model: &Model, progress: &Progress) -> Result<Vec<v1::Measurement>> {
+    let config = model.decoder()?;
+    let room = config.max_positions;
+    let prefill = PREFILL.min(room);
+    let prompt = PROMPT.min(room.div_ceil(2));
+    let decode = DECODE.min(room - prompt).max(1);
+    let mut decoder = Decoder::new(model)?;
+    let mut cache = Cache::new(config, prefill.max(prompt + decode));
+    // Speed does not depend on which tokens run; these spread over the vocabulary.
+    let tokens: Vec<u32> = (0..prefill.max(prompt + decode))
+        .map(|i| ((i * 7919 + 17) % config.vocab) as u32)
+        .collect();
+    let (mut prefills, mut decodes) = (Vec::new(), Vec::new());
+    for repetition in 0..=REPETITIONS {
+        let done = repetition as f64 / (REPETITIONS + 1) as f64;
+        progress.report(done, "measuring speed")?;
+        cache.truncate(0);
+        let start = Instant::now();
+        forward(&mut decoder, &mut cache, &tokens[..prefill], prefill - 1)?;
+        let prefilled = start.elapsed();
+        cache.truncate(0);
+        forward(&mut decoder, &mut cache, &tokens[..prompt], prompt - 1)?;
+        let start = Instant::now();
+        for token in tokens[prompt..].chunks(1).take(decode) {
+            progress.check()?;
+            forward(&mut decoder, &mut cache, token, 0)?;
+        }
+        if repetition > 0 {
+            prefills.push(prefill as f64 / prefilled.as_secs_f64().max(1e-9));
+            decodes.push(decode as f64 / start.elapsed().as_secs_f64().max(1e-9));
+        }
+    }
+    let threads = rayon::current_num_threads();
+    let of = format!("one sequence, median of {REPETITIONS}, {threads} threads");
+    Ok(vec![
+        rate(
+            "prefill_tokens_per_second",
+            median(prefills),
+            format!("{prefill} tokens at once, logits of the last, {of}"),
+        ),
+        rate(
+            "decode_tokens_per_second",
+            median(decodes),
+            format!("{decode} tokens one by one after {prompt}, {of}"),
+        ),
+    ])
+}
+
+fn forward(decoder: &mut Decoder, cache: &mut Cache, tokens: &[u32], wanted: usize) -> Result<()> {
+    decoder.forward(&mut [Chunk { tokens, cache, logits: wanted..wanted + 1 }])?;
+    Ok(())
+}
+
+fn rate(metric: &str, value: f64, protocol: String) -> v1::Measurement {
+    v1::Measurement {
+        metric: metric.into(),
+        value,
+        unit: "tokens/s".into(),
+        higher_is_better: true,
+        protocol,
+    }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or_default()
+}

@@ -1,0 +1,78 @@
+//! Magnitude pruning (Han et al. 2015, "Learning both weights and connections for efficient neural
+//! networks", arXiv 1506.02626).
+//!
+//! Unstructured: one comparison for the whole tensor, the `floor(p * R * C)` smallest absolute weights
+//! go. n:m: within each m consecutive inputs of a row the n smallest go. Needs no text.
+
+use super::mask::Mask;
+use super::sparsity::{Amount, Sparsity};
+use super::{alone, cost, prune_each};
+use crate::error::Result;
+use crate::methods::{Card, Estimate, Method, Outcome, StepContext};
+use crate::models::{Model, ModelInfo};
+use crate::proto::v1;
+
+static CARD: Card = Card {
+    name: "magnitude",
+    title: "Magnitude pruning",
+    verb: "compress",
+    summary: "Sets the smallest absolute weights of each tensor to zero; the yardstick for every \
+              other pruning.",
+    paper: "Learning both Weights and Connections for Efficient Neural Networks, arXiv 1506.02626",
+    needs_calibration: false,
+    families: &["decoder"],
+    followed_by: &["gptq", "magnitude", "round_to_nearest", "sparsegpt", "wanda"],
+};
+
+/// The mask of `[rows, cols]` weights.
+pub fn mask(weights: &[f32], cols: usize, amount: Amount) -> Mask {
+    match amount {
+        Amount::Share(_) => Mask::smallest(weights, cols, amount.of(weights.len()), f32::abs),
+        Amount::NOfM { n, m } => Mask::n_of_m(weights, cols, (n, m), |w, _| w.abs()),
+    }
+}
+
+impl Method for v1::Magnitude {
+    fn card(&self) -> &'static Card {
+        &CARD
+    }
+
+    fn resolve(&mut self) {
+        Sparsity::resolve(&mut self.sparsity);
+    }
+
+    fn datasets(&self) -> Vec<&str> {
+        Vec::new()
+    }
+
+    fn check(&self, model: &ModelInfo) -> Result<(Estimate, ModelInfo)> {
+        let sparsity = Sparsity::read(self.sparsity.as_ref())?;
+        let after = sparsity.check(model, &|rows, cols| sparsity.amount.of(rows * cols))?;
+        Ok((cost::alone(model, &after), after))
+    }
+
+    fn apply(&self, cx: &mut StepContext<'_>, model: Model) -> Result<Outcome> {
+        let sparsity = Sparsity::read(self.sparsity.as_ref())?;
+        let names = sparsity.names(&model.family)?;
+        alone(cx, model, &names, &|name, weights, cols| {
+            let mask = mask(weights, cols, sparsity.amount);
+            prune_each(name, weights, cols, &mask, &sparsity)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_smallest_of_the_tensor_go() {
+        let weights = [0.1, -5.0, 0.2, 0.3, -0.05, 4.0, 0.2, 9.0];
+        let mask_half = mask(&weights, 4, Amount::Share(0.5));
+        // Smallest: 0.05, 0.1, 0.2 (index 2), 0.2 (index 6).
+        assert_eq!(mask_half.pruned(), [true, false, true, false, true, false, true, false]);
+        assert_eq!(mask(&weights, 4, Amount::Share(0.49)).count(), 3);
+        let groups = mask(&weights, 4, Amount::NOfM { n: 1, m: 4 });
+        assert_eq!(groups.pruned(), [true, false, false, false, true, false, false, false]);
+    }
+}

@@ -1,0 +1,52 @@
+//! Running a recipe, step by step; who calls this keeps the versions that come out.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::seed::Stream;
+use crate::error::{Error, Result};
+use crate::jobs::progress::Progress;
+use crate::methods::{Outcome, StepContext, registry};
+use crate::models::Model;
+use crate::proto::v1;
+
+/// What a step may use of the world.
+pub struct Environment<'a> {
+    /// Progress of this step and the cancellation.
+    pub progress: &'a Progress,
+    /// Text data sets by resource name, documents joined.
+    pub texts: &'a dyn Fn(&str) -> Result<Arc<String>>,
+    /// An existing folder for temporary files; the step leaves nothing in it.
+    pub scratch: &'a Path,
+}
+
+/// Runs step `index` (from 0) of a recipe on a model. Gives the step with every default written out,
+/// as the lineage keeps it, and what it made. The result depends on the model, the step, its index, the
+/// recipe's seed and the number of threads only. Errors point at `recipe.steps[i].<method>`.
+pub fn run_step(
+    recipe: &v1::Recipe,
+    index: usize,
+    model: Model,
+    environment: &Environment<'_>,
+) -> Result<(v1::Step, Outcome)> {
+    let place = format!("recipe.steps[{index}]");
+    let step = recipe.steps.get(index).ok_or_else(|| {
+        Error::internal(format!("{place} of a recipe with {} steps", recipe.steps.len()))
+    })?;
+    let step = registry::resolve(step);
+    let method = registry::method(&step).map_err(|e| e.within(&place))?;
+    let place = format!("{place}.{}", method.card().name);
+    let run = || {
+        method.check(&model.info())?;
+        let scratch = tempfile::Builder::new().prefix("step-").tempdir_in(environment.scratch)?;
+        let mut context = StepContext {
+            random: Stream::root(recipe.seed).child(&format!("step {index}")),
+            progress: environment.progress,
+            texts: environment.texts,
+            scratch: scratch.path().to_owned(),
+        };
+        method.apply(&mut context, model)
+    };
+    let outcome = run().map_err(|e| e.within(&place))?;
+    Ok((step, outcome))
+}
