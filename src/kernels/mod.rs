@@ -6,6 +6,9 @@
 pub mod cast;
 pub mod dot;
 pub mod gemm;
+pub mod ggml;
+pub mod grouped;
 pub mod product;
 pub mod simd;
+pub mod sparse;
 pub mod threads;

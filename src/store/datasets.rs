@@ -1,12 +1,21 @@
 //! Rows of data sets.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::Store;
-use super::objects::Object;
-use crate::error::Result;
+use sqlx::Row;
+use sqlx::sqlite::SqliteRow;
 
-#[derive(Debug, Clone)]
+use super::models::{in_use, page};
+use super::objects::{Object, consume_lease};
+use super::{Store, blocking, check_etag, names, new_etag, now_ms};
+use crate::data::text;
+use crate::error::{Error, Reason, Result};
+
+/// Largest unpacked text of a data set: it is held in memory while it is read.
+const MAX_TEXT_BYTES: u64 = 1 << 30;
+
+#[derive(Debug, Clone, PartialEq)]
 pub struct DatasetRow {
     pub id: String,
     pub display_name: String,
@@ -18,29 +27,175 @@ pub struct DatasetRow {
     pub source: String,
 }
 
+impl DatasetRow {
+    fn read(row: &SqliteRow) -> Result<Self> {
+        Ok(Self {
+            id: row.try_get("id")?,
+            display_name: row.try_get("display_name")?,
+            object: Object {
+                digest: row.try_get("digest")?,
+                size: row.try_get::<i64, _>("size")?.unsigned_abs(),
+            },
+            file_name: row.try_get("file_name")?,
+            records: row.try_get("records")?,
+            created_ms: row.try_get("created_ms")?,
+            etag: row.try_get("etag")?,
+            source: row.try_get("source")?,
+        })
+    }
+}
+
 impl Store {
-    /// Checks an uploaded object as a text data set and writes its row. `request_id` as everywhere.
+    /// Checks an uploaded object as a text data set and writes its row. The same `request_id` (where
+    /// not empty) and arguments give the row that exists; with other arguments REQUEST_ID_REUSED.
     pub async fn create_dataset(
         &self,
-        _id: &str,
-        _display_name: &str,
-        _file_name: &str,
-        _object: Object,
-        _request_id: &str,
+        id: &str,
+        display_name: &str,
+        file_name: &str,
+        object: Object,
+        request_id: &str,
     ) -> Result<DatasetRow> {
-        todo!()
+        let created = async {
+            names::check_id(id)?;
+            let path = self.objects.local_path(&object.digest).await?;
+            let records = documents(path, file_name.to_owned()).await?.len();
+            self.insert_dataset(id, display_name, file_name, &object, records, request_id).await
+        };
+        let created = created.await;
+        // The claim of the upload goes to the row that was made; without one, it is given up.
+        if !matches!(&created, Ok((_, true))) {
+            self.objects.release(&object).await?;
+        }
+        created.map(|(row, _)| row)
     }
-    pub async fn dataset(&self, _id: &str) -> Result<DatasetRow> {
-        todo!()
+
+    /// The row, and whether it is new.
+    pub(super) async fn insert_dataset(
+        &self,
+        id: &str,
+        display_name: &str,
+        file_name: &str,
+        object: &Object,
+        records: usize,
+        request_id: &str,
+    ) -> Result<(DatasetRow, bool)> {
+        let mut tx = self.sql.write().await?;
+        if !request_id.is_empty() {
+            let row = sqlx::query("SELECT * FROM dataset_rows WHERE request_id = ?")
+                .bind(request_id)
+                .fetch_optional(&mut *tx)
+                .await?;
+            if let Some(row) = row.as_ref().map(DatasetRow::read).transpose()? {
+                let same = row.id == id
+                    && row.display_name == display_name
+                    && row.file_name == file_name
+                    && row.object == *object;
+                return if same { Ok((row, false)) } else { Err(request_id_reused(request_id)) };
+            }
+        }
+        let inserted = sqlx::query(
+            "INSERT INTO datasets (id, display_name, digest, file_name, records, created_ms, etag, \
+             source, request_id) VALUES (?, ?, ?, ?, ?, ?, ?, 'upload', ?) ON CONFLICT (id) DO NOTHING",
+        )
+        .bind(id)
+        .bind(display_name)
+        .bind(&object.digest)
+        .bind(file_name)
+        .bind(page(records))
+        .bind(now_ms())
+        .bind(new_etag())
+        .bind(request_id)
+        .execute(&mut *tx)
+        .await?;
+        if inserted.rows_affected() == 0 {
+            return Err(Error::new(
+                Reason::ResourceExists,
+                format!("datasets/{id} exists; choose another id or delete it first"),
+            ));
+        }
+        consume_lease(&mut tx, &object.digest).await?;
+        let row = sqlx::query("SELECT * FROM dataset_rows WHERE id = ?")
+            .bind(id)
+            .fetch_one(&mut *tx)
+            .await?;
+        let row = DatasetRow::read(&row)?;
+        tx.commit().await?;
+        Ok((row, true))
     }
-    pub async fn datasets(&self, _after: Option<&str>, _limit: usize) -> Result<Vec<DatasetRow>> {
-        todo!()
+
+    /// A data set by id.
+    pub async fn dataset(&self, id: &str) -> Result<DatasetRow> {
+        let row = sqlx::query("SELECT * FROM dataset_rows WHERE id = ?")
+            .bind(id)
+            .fetch_optional(&self.sql.reader)
+            .await?;
+        DatasetRow::read(&row.ok_or_else(|| no_dataset(id))?)
     }
-    pub async fn delete_dataset(&self, _id: &str, _etag: Option<&str>) -> Result<()> {
-        todo!()
+
+    /// Data sets by id, after `after`, at most `limit`.
+    pub async fn datasets(&self, after: Option<&str>, limit: usize) -> Result<Vec<DatasetRow>> {
+        let rows = sqlx::query("SELECT * FROM dataset_rows WHERE id > ? ORDER BY id LIMIT ?")
+            .bind(after.unwrap_or_default())
+            .bind(page(limit))
+            .fetch_all(&self.sql.reader)
+            .await?;
+        rows.iter().map(DatasetRow::read).collect()
     }
+
+    /// Deletes a data set; refused while an unfinished operation reads it.
+    pub async fn delete_dataset(&self, id: &str, etag: Option<&str>) -> Result<()> {
+        let name = format!("datasets/{id}");
+        let mut tx = self.sql.write().await?;
+        let current: Option<String> = sqlx::query_scalar("SELECT etag FROM datasets WHERE id = ?")
+            .bind(id)
+            .fetch_optional(&mut *tx)
+            .await?;
+        check_etag(&name, etag, &current.ok_or_else(|| no_dataset(id))?)?;
+        let user: Option<String> = sqlx::query_scalar(
+            "SELECT 'operations/' || operation FROM needed WHERE resource = ? LIMIT 1",
+        )
+        .bind(&name)
+        .fetch_optional(&mut *tx)
+        .await?;
+        if let Some(user) = user {
+            return Err(in_use(&name, &user));
+        }
+        sqlx::query("DELETE FROM datasets WHERE id = ?").bind(id).execute(&mut *tx).await?;
+        tx.commit().await?;
+        self.sweep().await;
+        Ok(())
+    }
+
     /// The text of a data set: documents joined by a blank line.
-    pub async fn dataset_text(&self, _id: &str) -> Result<Arc<String>> {
-        todo!()
+    pub async fn dataset_text(&self, id: &str) -> Result<Arc<String>> {
+        let row = self.dataset(id).await?;
+        let path = self.objects.local_path(&row.object.digest).await?;
+        // The ending of the file name decides how the bytes are read.
+        let key = format!("{}/{}", row.object.digest, row.file_name);
+        let load = async {
+            let documents = documents(path, row.file_name).await?;
+            blocking(move || Ok(text::join(&documents))).await
+        };
+        self.shared_text(key, load).await
     }
+}
+
+async fn documents(path: PathBuf, file_name: String) -> Result<Vec<String>> {
+    blocking(move || text::read_documents(&path, &file_name, MAX_TEXT_BYTES)).await
+}
+
+/// A request id that stands for another request.
+pub(super) fn request_id_reused(request_id: &str) -> Error {
+    Error::new(
+        Reason::RequestIdReused,
+        format!(
+            "request id '{}' was used for a different request; take a new one",
+            request_id.escape_debug()
+        ),
+    )
+}
+
+fn no_dataset(id: &str) -> Error {
+    Error::not_found(&format!("datasets/{id}"), "list the data sets")
 }

@@ -4,6 +4,7 @@
 //! apart into plain tensors ([`Part`]s) for saving. A weight is written and read back as it is;
 //! nothing is densified on the way. One file per layout.
 
+mod bits;
 mod dense;
 mod ggml;
 mod graph;

