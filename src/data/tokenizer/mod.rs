@@ -19,6 +19,7 @@ use crate::error::{Error, Reason, Result};
 
 pub use files::Files;
 use pieces::Pieces;
+pub use pieces::byte_token;
 pub use stream::TextStream;
 
 /// Tokenizer with what a model's configuration says about its special tokens.

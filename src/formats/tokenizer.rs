@@ -1,1 +1,0 @@
-//! Turns the tokenizer stored in a GGUF file into the `tokenizer.json` form, and back.
