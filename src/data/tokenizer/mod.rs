@@ -1,19 +1,18 @@
 //! A model's tokenizer: text to ids and back, special tokens, and the chat template's source.
 
 mod files;
-mod guard;
+mod parse;
 mod pieces;
 mod stream;
 
+use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::str::FromStr;
 
 use serde_json::{Map, Value};
 use tokenizers::tokenizer::pre_tokenizer::OffsetType;
-use tokenizers::{
-    AddedVocabulary, Model, ModelWrapper, OffsetReferential, PreTokenizer, Tokenizer as Inner,
-};
+use tokenizers::{AddedVocabulary, Model, OffsetReferential, PreTokenizer, Tokenizer as Inner};
 
 use crate::error::{Error, Reason, Result};
 
@@ -54,20 +53,7 @@ impl Tokenizer {
     /// Parses `tokenizer_json`; size and nesting are limited. Nothing is known of special tokens
     /// beyond what the file itself says: see [`Tokenizer::from_files`].
     pub fn new(tokenizer_json: String) -> Result<Self> {
-        let header = guard::Header::read(&tokenizer_json)?;
-        let mut inner = contained(|| Inner::from_str(&tokenizer_json))?;
-        // Cutting and padding are the callers' business: a file must not shorten their texts.
-        inner.with_truncation(None).map_err(malformed)?.with_padding(None);
-        // The same text must always give the same ids.
-        let dropout = matches!(inner.get_model(), ModelWrapper::BPE(b) if b.dropout.is_some());
-        if dropout {
-            let mut model = inner.get_model().clone();
-            if let ModelWrapper::BPE(bpe) = &mut model {
-                bpe.dropout = None;
-            }
-            inner.with_model(model);
-        }
-        let unknown = unknown_token(&inner).or(header.unknown());
+        let (inner, unknown) = parse::read(&tokenizer_json)?;
         let pieces = Pieces::new(&inner)?;
         let mut plain = inner.get_added_vocabulary().clone();
         plain.set_encode_special_tokens(true);
@@ -162,14 +148,22 @@ impl Tokenizer {
             pre.pre_tokenize(&mut parts)?;
         }
         let model = self.inner.get_model();
-        parts.tokenize(|part| model.tokenize(part.get()))?;
-        Ok(parts
-            .get_splits(OffsetReferential::Normalized, OffsetType::None)
-            .into_iter()
-            .filter_map(|(_, _, tokens)| tokens.as_deref())
-            .flatten()
-            .map(|t| t.id)
-            .collect())
+        let mut ids = Vec::new();
+        // Words come again and again: where in `ids` the first of each went.
+        let mut seen: HashMap<&str, Range<usize>> = HashMap::new();
+        let splits = parts.get_splits(OffsetReferential::Normalized, OffsetType::None);
+        for (part, _, added) in splits {
+            if let Some(added) = added {
+                ids.extend(added.iter().map(|t| t.id));
+            } else if let Some(range) = seen.get(part) {
+                ids.extend_from_within(range.clone());
+            } else {
+                let start = ids.len();
+                ids.extend(model.tokenize(part)?.iter().map(|t| t.id));
+                seen.insert(part, start..ids.len());
+            }
+        }
+        Ok(ids)
     }
 
     /// Special although nobody asked for special tokens: some vocabularies spell them as words.
@@ -206,18 +200,6 @@ impl fmt::Debug for Tokenizer {
             .field("chat_template", &self.chat_template.is_some())
             .finish_non_exhaustive()
     }
-}
-
-/// Id of the token that stands for what the vocabulary cannot spell.
-fn unknown_token(inner: &Inner) -> Option<u32> {
-    let name = match inner.get_model() {
-        ModelWrapper::BPE(model) => model.unk_token.as_deref()?,
-        ModelWrapper::WordPiece(model) => &model.unk_token,
-        ModelWrapper::WordLevel(model) => &model.unk_token,
-        // Keeps an id, not a name, and keeps it to itself: the header has it.
-        ModelWrapper::Unigram(_) => return None,
-    };
-    inner.token_to_id(name)
 }
 
 /// Runs code of the `tokenizers` crate on data of strangers. It indexes and unwraps where a file
