@@ -26,11 +26,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     fs::write(out.join("planish.descriptors.bin"), &descriptors)?;
     let set = prost_types::FileDescriptorSet::decode(descriptors.as_slice())?;
 
+    // Messages know their names, which `Any` needs.
+    let mut config = tonic_prost_build::Config::new();
+    config.enable_type_names().type_name_domain(["."], "type.googleapis.com");
     tonic_prost_build::configure()
         .compile_well_known_types(true)
         .extern_path(".google.protobuf", "::pbjson_types")
         .bytes(".planish.v1")
-        .compile_fds(set)?;
+        .compile_fds_with_config(set, config)?;
     pbjson_build::Builder::new()
         .register_descriptors(&descriptors)?
         .preserve_proto_field_names()

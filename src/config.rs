@@ -324,7 +324,8 @@ impl Config {
         let encrypted = tls.cert.is_some();
         let credentials =
             server.token.is_some() || server.tokens_file.is_some() || tls.client_ca.is_some();
-        if !server.listen.ip().is_loopback() && !server.insecure && !(encrypted && credentials) {
+        let guarded = encrypted && credentials;
+        if !(server.listen.ip().is_loopback() || server.insecure || guarded) {
             return Err(bad(
                 "server.listen",
                 format!(

@@ -1,4 +1,5 @@
 //! Online work on loaded models.
 
 pub mod engine;
+pub mod residency;
 pub mod sample;

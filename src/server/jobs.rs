@@ -1,0 +1,253 @@
+//! Long work: recipes, evaluations, and the watching of both.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use prost::Message as _;
+use serde_json::Value;
+use tonic::{Request, Response, Status};
+
+use super::State;
+use super::download::Messages;
+use super::{check, convert, operations};
+use crate::error::{Error, Result};
+use crate::methods;
+use crate::proto::google::longrunning::Operation;
+use crate::proto::v1;
+use crate::proto::v1::job_service_server::JobService;
+use crate::recipe;
+use crate::store::names;
+use crate::store::operations::{Kind, NewOperation};
+
+/// Longest window of an evaluation; beyond it memory, not the model, is the limit.
+const MAX_CONTEXT: u32 = 1 << 20;
+
+pub struct Jobs(pub Arc<State>);
+
+#[tonic::async_trait]
+impl JobService for Jobs {
+    async fn run_recipe(
+        &self,
+        request: Request<v1::RunRecipeRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let mut request = request.into_inner();
+        let fingerprint = request.encode_to_vec();
+        check::request_id(&request.request_id)?;
+        if let Some(known) =
+            self.0.repeated(Kind::Recipe, &request.request_id, &fingerprint).await?
+        {
+            return Ok(known);
+        }
+        let given = request.recipe.take().ok_or_else(|| Error::field("recipe", "missing"))?;
+        check::display_name("recipe.display_name", &given.display_name)?;
+        let row = self.0.store.version(&request.model).await?;
+        let info = self.0.store.version_info(&row).await?;
+        if let Some(evaluation) = &given.evaluation {
+            check_evaluation("recipe.evaluation", evaluation)?;
+        }
+        let (given, plan) = super::blocking(move || {
+            let plan = recipe::check(&given, &info)?;
+            Ok((given, plan))
+        })
+        .await?;
+        self.check_datasets(&given).await?;
+        if request.validate_only {
+            let plan = v1::RecipePlan {
+                recipe: Some(given),
+                steps: plan.steps.iter().map(estimate).collect(),
+                total: Some(estimate(&plan.total)),
+            };
+            return Ok(Response::new(convert::validated("recipe", row.name(), &plan)));
+        }
+        // The newest version may be another one by the time the job runs.
+        request.model = row.name();
+        request.recipe = Some(given);
+        self.submit(Kind::Recipe, row.name(), &request, &request.request_id, fingerprint).await
+    }
+
+    async fn evaluate(
+        &self,
+        request: Request<v1::EvaluateRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let mut request = request.into_inner();
+        let fingerprint = request.encode_to_vec();
+        check::request_id(&request.request_id)?;
+        if let Some(known) =
+            self.0.repeated(Kind::Evaluate, &request.request_id, &fingerprint).await?
+        {
+            return Ok(known);
+        }
+        let evaluation = request.evaluation.clone().unwrap_or_default();
+        check_evaluation("evaluation", &evaluation)?;
+        self.check_datasets(&evaluation).await.map_err(|e| e.within("evaluation"))?;
+        let row = self.0.store.version(&request.model).await?;
+        if evaluation.compare_with_base {
+            if request.base.is_empty() {
+                return Err(Error::field("base", "missing; compare_with_base needs it").into());
+            }
+            request.base = self.0.store.version(&request.base).await?.name();
+        } else if !request.base.is_empty() {
+            return Err(Error::field("base", "given without evaluation.compare_with_base").into());
+        }
+        request.model = row.name();
+        request.evaluation = Some(evaluation);
+        if request.validate_only {
+            let report = v1::EvaluationReport {
+                version: row.name(),
+                digest: row.digest,
+                ..Default::default()
+            };
+            let target = report.version.clone();
+            return Ok(Response::new(convert::validated("evaluate", target, &report)));
+        }
+        self.submit(Kind::Evaluate, row.name(), &request, &request.request_id, fingerprint).await
+    }
+
+    type WatchOperationStream = Messages<v1::WatchOperationResponse>;
+
+    async fn watch_operation(
+        &self,
+        request: Request<v1::WatchOperationRequest>,
+    ) -> Result<Response<Self::WatchOperationStream>, Status> {
+        Ok(Response::new(operations::watch(self.0.clone(), request.into_inner()).await?))
+    }
+}
+
+impl Jobs {
+    async fn submit(
+        &self,
+        kind: Kind,
+        target: String,
+        request: &impl prost::Message,
+        request_id: &str,
+        fingerprint: Vec<u8>,
+    ) -> Result<Response<Operation>, Status> {
+        let operation = NewOperation {
+            kind,
+            target,
+            request: request.encode_to_vec(),
+            request_id: request_id.to_owned(),
+            fingerprint,
+        };
+        Ok(Response::new(convert::operation(self.0.jobs.submit(operation).await?)))
+    }
+
+    /// Checks that every data set that `message` names is there: a job must not find out at its end.
+    async fn check_datasets(&self, message: &impl serde::Serialize) -> Result<()> {
+        let json = serde_json::to_value(message)
+            .map_err(|e| Error::internal("a request has no json form").with_source(e))?;
+        let mut found = BTreeSet::new();
+        datasets("", &json, &mut found);
+        for (field, name) in found {
+            let at = |e: Error| Error::at(e.reason(), field.clone(), e.message());
+            self.0.store.dataset(names::dataset(&name).map_err(at)?).await.map_err(at)?;
+        }
+        Ok(())
+    }
+}
+
+/// Path and value of every field called `dataset`, whatever message it is in: a new method's options
+/// are covered without a word here.
+fn datasets(path: &str, value: &Value, found: &mut BTreeSet<(String, String)>) {
+    match value {
+        Value::Object(fields) => {
+            for (name, value) in fields {
+                let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+                match value {
+                    Value::String(dataset) if name == "dataset" => {
+                        found.insert((path, dataset.clone()));
+                    }
+                    _ => datasets(&path, value, found),
+                }
+            }
+        }
+        Value::Array(values) => {
+            for (index, value) in values.iter().enumerate() {
+                datasets(&format!("{path}[{index}]"), value, found);
+            }
+        }
+        _ => {}
+    }
+}
+
+fn check_evaluation(field: &str, evaluation: &v1::Evaluation) -> Result<()> {
+    let at = |name: &str, problem: String| Err(Error::field(format!("{field}.{name}"), problem));
+    let context = evaluation.context.unwrap_or(512);
+    if !(2..=MAX_CONTEXT).contains(&context) {
+        return at("context", format!("{context} is outside 2 to {MAX_CONTEXT}"));
+    }
+    let stride = evaluation.stride.unwrap_or(context);
+    if !(1..=context).contains(&stride) {
+        return at("stride", format!("{stride} is outside 1 to the context, {context}"));
+    }
+    if let Some(tokens @ 1..) = evaluation.max_tokens
+        && tokens < context
+    {
+        return at(
+            "max_tokens",
+            format!("{tokens} is less than a window of {context}; 0 takes all"),
+        );
+    }
+    if evaluation.compare_with_base && evaluation.dataset.is_empty() {
+        return at("dataset", "missing; compare_with_base needs a text".to_owned());
+    }
+    Ok(())
+}
+
+fn estimate(estimate: &methods::Estimate) -> v1::Estimate {
+    v1::Estimate {
+        weight_bytes: convert::signed(estimate.weight_bytes),
+        memory_bytes: convert::signed(estimate.memory_bytes),
+        seconds: estimate.seconds,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn datasets_are_found_wherever_they_are() {
+        let recipe = v1::Recipe {
+            steps: vec![
+                v1::Step::default(),
+                v1::Step {
+                    method: Some(v1::step::Method::Wanda(v1::Wanda {
+                        calibration: Some(v1::Calibration {
+                            dataset: "datasets/a".into(),
+                            ..Default::default()
+                        }),
+                        ..Default::default()
+                    })),
+                },
+            ],
+            evaluation: Some(v1::Evaluation { dataset: "datasets/b".into(), ..Default::default() }),
+            ..Default::default()
+        };
+        let mut found = BTreeSet::new();
+        datasets("", &serde_json::to_value(&recipe).unwrap(), &mut found);
+        let found: Vec<_> = found.iter().map(|(f, d)| (f.as_str(), d.as_str())).collect();
+        let expected = [
+            ("evaluation.dataset", "datasets/b"),
+            ("steps[1].wanda.calibration.dataset", "datasets/a"),
+        ];
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn evaluations_are_checked() {
+        let good = v1::Evaluation { context: Some(64), stride: Some(32), ..Default::default() };
+        check_evaluation("e", &good).unwrap();
+        check_evaluation("e", &v1::Evaluation::default()).unwrap();
+        for (field, bad) in [
+            ("e.context", v1::Evaluation { context: Some(1), ..good.clone() }),
+            ("e.stride", v1::Evaluation { stride: Some(65), ..good.clone() }),
+            ("e.stride", v1::Evaluation { stride: Some(0), ..good.clone() }),
+            ("e.max_tokens", v1::Evaluation { max_tokens: Some(63), ..good.clone() }),
+            ("e.dataset", v1::Evaluation { compare_with_base: true, ..good.clone() }),
+        ] {
+            let error = check_evaluation("e", &bad).unwrap_err();
+            assert_eq!(error.violations()[0].field, field);
+        }
+    }
+}

@@ -1,0 +1,404 @@
+//! Models and their versions.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use prost::Message as _;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::State;
+use super::download::{self, Piece, Source as File};
+use super::paging::Page;
+use super::upload::{self, Part};
+use super::{check, convert};
+use crate::error::{Error, Reason, Result};
+use crate::models::export::{self, GgufFormat};
+use crate::models::import::Source;
+use crate::nn::dtype::Dtype;
+use crate::proto::google::longrunning::Operation;
+use crate::proto::v1;
+use crate::proto::v1::model_service_server::ModelService;
+use crate::proto::v1::{export_model_response, import_model_request, upload_file_request};
+use crate::store::models::VersionRow;
+use crate::store::names;
+use crate::store::objects::check_digest;
+use crate::store::operations::{Kind, NewOperation};
+
+/// Files one import may name.
+const MAX_FILES: usize = 1000;
+
+pub struct Models(pub Arc<State>);
+
+fn part(message: v1::UploadFileRequest) -> Option<Part<v1::UploadHeader>> {
+    Some(match message.part? {
+        upload_file_request::Part::Header(header) => Part::Header(header),
+        upload_file_request::Part::Chunk(chunk) => Part::Chunk(chunk),
+    })
+}
+
+#[tonic::async_trait]
+impl ModelService for Models {
+    async fn import_model(
+        &self,
+        request: Request<v1::ImportModelRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let request = request.into_inner();
+        let fingerprint = request.encode_to_vec();
+        check::request_id(&request.request_id)?;
+        if let Some(known) =
+            self.0.repeated(Kind::Import, &request.request_id, &fingerprint).await?
+        {
+            return Ok(known);
+        }
+        let checked = self.check_import(request).await?;
+        let target = format!("models/{}", checked.model_id);
+        if checked.validate_only {
+            let version = v1::ModelVersion::default();
+            return Ok(Response::new(convert::validated("import", target, &version)));
+        }
+        let operation = NewOperation {
+            kind: Kind::Import,
+            target,
+            request: checked.encode_to_vec(),
+            request_id: checked.request_id,
+            fingerprint,
+        };
+        Ok(Response::new(convert::operation(self.0.jobs.submit(operation).await?)))
+    }
+
+    async fn upload_file(
+        &self,
+        request: Request<Streaming<v1::UploadFileRequest>>,
+    ) -> Result<Response<v1::UploadFileResponse>, Status> {
+        let mut stream = request.into_inner();
+        let header = upload::header(&mut stream, part).await?;
+        let max = self.0.config.limits.upload_bytes;
+        let size = check::size("header.size_bytes", header.size_bytes, max)?;
+        let digest = Some(header.digest.as_str()).filter(|d| !d.is_empty());
+        if let Some(digest) = digest {
+            check_digest(digest).map_err(|e| Error::field("header.digest", e.message()))?;
+        }
+        let object = upload::body(&mut stream, part, &self.0.store.objects, size, digest).await?;
+        Ok(Response::new(v1::UploadFileResponse {
+            file: Some(v1::ModelFile {
+                file_name: header.file_name,
+                digest: object.digest,
+                size_bytes: convert::signed(object.size),
+            }),
+        }))
+    }
+
+    async fn get_model(
+        &self,
+        request: Request<v1::GetModelRequest>,
+    ) -> Result<Response<v1::Model>, Status> {
+        let request = request.into_inner();
+        let row = self.0.store.model(names::model(&request.name)?).await?;
+        Ok(Response::new(convert::model(row)))
+    }
+
+    async fn list_models(
+        &self,
+        request: Request<v1::ListModelsRequest>,
+    ) -> Result<Response<v1::ListModelsResponse>, Status> {
+        let request = request.into_inner();
+        let scope = ["models"];
+        let page = Page::parse(request.page_size, &request.page_token, &scope)?;
+        let mut rows = self.0.store.models(page.after.as_deref(), page.size + 1).await?;
+        let next_page_token = page.cut(&mut rows, &scope, |row| row.id.clone());
+        let models = rows.into_iter().map(convert::model).collect();
+        Ok(Response::new(v1::ListModelsResponse { models, next_page_token }))
+    }
+
+    async fn update_model(
+        &self,
+        request: Request<v1::UpdateModelRequest>,
+    ) -> Result<Response<v1::Model>, Status> {
+        let request = request.into_inner();
+        let mask = request.update_mask.unwrap_or_default().paths;
+        let model = request.model.ok_or_else(|| Error::field("model", "missing"))?;
+        let id = names::model(&model.name).map_err(|e| e.within("model"))?;
+        let known = ["display_name", "labels", "*"];
+        if let Some(path) = mask.iter().find(|p| !known.contains(&p.as_str())) {
+            let problem = format!("'{path}' cannot be changed; name display_name or labels");
+            return Err(Error::field("update_mask", problem).into());
+        }
+        let asked = |field: &str| mask.is_empty() || mask.iter().any(|p| p == field || p == "*");
+        let display_name = asked("display_name").then_some(model.display_name.as_str());
+        let labels: Option<BTreeMap<_, _>> =
+            asked("labels").then(|| model.labels.clone().into_iter().collect());
+        check::display_name("model.display_name", display_name.unwrap_or_default())?;
+        if let Some(labels) = &labels {
+            check::labels("model.labels", labels.iter())?;
+        }
+        let etag = Some(model.etag.as_str()).filter(|e| !e.is_empty());
+        let row = self.0.store.update_model(id, display_name, labels.as_ref(), etag).await?;
+        Ok(Response::new(convert::model(row)))
+    }
+
+    async fn delete_model(
+        &self,
+        request: Request<v1::DeleteModelRequest>,
+    ) -> Result<Response<pbjson_types::Empty>, Status> {
+        let request = request.into_inner();
+        let id = names::model(&request.name)?;
+        let etag = Some(request.etag.as_str()).filter(|e| !e.is_empty());
+        let versions = self.0.store.versions(id, None, usize::MAX).await?;
+        self.0.store.delete_model(id, etag).await?;
+        for row in versions {
+            self.0.residency.unload(&row.digest);
+        }
+        Ok(Response::new(pbjson_types::Empty {}))
+    }
+
+    async fn get_model_version(
+        &self,
+        request: Request<v1::GetModelVersionRequest>,
+    ) -> Result<Response<v1::ModelVersion>, Status> {
+        let row = self.0.store.version(&request.into_inner().name).await?;
+        Ok(Response::new(convert::version(row)?))
+    }
+
+    async fn list_model_versions(
+        &self,
+        request: Request<v1::ListModelVersionsRequest>,
+    ) -> Result<Response<v1::ListModelVersionsResponse>, Status> {
+        let request = request.into_inner();
+        let id = names::model(&request.parent)?;
+        let scope = ["versions", id];
+        let page = Page::parse(request.page_size, &request.page_token, &scope)?;
+        // A model without versions has an empty list; a model that is not there is an error.
+        self.0.store.model(id).await?;
+        let before = page.after.as_deref().and_then(|v| v.parse().ok());
+        let mut rows = self.0.store.versions(id, before, page.size + 1).await?;
+        let next_page_token = page.cut(&mut rows, &scope, |row| row.version.to_string());
+        let versions = rows.into_iter().map(convert::version).collect::<Result<_>>()?;
+        Ok(Response::new(v1::ListModelVersionsResponse { versions, next_page_token }))
+    }
+
+    async fn delete_model_version(
+        &self,
+        request: Request<v1::DeleteModelVersionRequest>,
+    ) -> Result<Response<pbjson_types::Empty>, Status> {
+        let request = request.into_inner();
+        names::exact_version(&request.name)?;
+        let row = self.0.store.version(&request.name).await?;
+        self.0.store.delete_version(&request.name).await?;
+        self.0.residency.unload(&row.digest);
+        Ok(Response::new(pbjson_types::Empty {}))
+    }
+
+    type ExportModelStream = download::Messages<v1::ExportModelResponse>;
+
+    async fn export_model(
+        &self,
+        request: Request<v1::ExportModelRequest>,
+    ) -> Result<Response<Self::ExportModelStream>, Status> {
+        let request = request.into_inner();
+        let form = Form::of(&request)?;
+        let row = self.0.store.version(&request.name).await?;
+        let (files, folder) = self.export(&row, form).await?;
+        Ok(Response::new(download::stream(files, folder, |piece| {
+            let part = match piece {
+                Piece::File { name, size } => export_model_response::Part::File(v1::ModelFile {
+                    file_name: name,
+                    digest: String::new(),
+                    size_bytes: convert::signed(size),
+                }),
+                Piece::Chunk(chunk) => export_model_response::Part::Chunk(chunk),
+            };
+            Some(v1::ExportModelResponse { part: Some(part) })
+        })))
+    }
+
+    async fn load_model(
+        &self,
+        request: Request<v1::LoadModelRequest>,
+    ) -> Result<Response<v1::LoadModelResponse>, Status> {
+        let row = self.0.store.version(&request.into_inner().name).await?;
+        let started = Instant::now();
+        let engine = self.0.engine(&row).await?;
+        Ok(Response::new(v1::LoadModelResponse {
+            name: row.name(),
+            resident_bytes: convert::signed(engine.resident_bytes()),
+            seconds: started.elapsed().as_secs_f64(),
+        }))
+    }
+
+    async fn unload_model(
+        &self,
+        request: Request<v1::UnloadModelRequest>,
+    ) -> Result<Response<pbjson_types::Empty>, Status> {
+        let row = self.0.store.version(&request.into_inner().name).await?;
+        self.0.residency.unload(&row.digest);
+        Ok(Response::new(pbjson_types::Empty {}))
+    }
+}
+
+impl Models {
+    /// Checks an import; paths become canonical, so that what was checked is what is read.
+    async fn check_import(
+        &self,
+        mut request: v1::ImportModelRequest,
+    ) -> Result<v1::ImportModelRequest> {
+        names::check_id(&request.model_id)
+            .map_err(|e| Error::at(e.reason(), "model_id", e.message()))?;
+        check::display_name("display_name", &request.display_name)?;
+        match &mut request.source {
+            None => return Err(Error::field("source", "missing; give a uri or uploaded files")),
+            Some(import_model_request::Source::Uri(uri)) => {
+                let source = Source::parse(uri).map_err(|e| Error::field("uri", e.message()))?;
+                if let Source::Path(path) = source {
+                    *uri = self.check_path(&path)?;
+                }
+            }
+            Some(import_model_request::Source::Uploaded(uploaded)) => {
+                self.check_files(&uploaded.files).await?;
+            }
+        }
+        Ok(request)
+    }
+
+    fn check_path(&self, path: &Path) -> Result<String> {
+        let path = check::allowed_path(path, &self.0.config.import.allow_paths)?;
+        path.into_os_string()
+            .into_string()
+            .map_err(|_| Error::field("uri", "the path is not unicode; rename the folder"))
+    }
+
+    async fn check_files(&self, files: &[v1::ModelFile]) -> Result<()> {
+        if files.is_empty() || files.len() > MAX_FILES {
+            return Err(Error::field(
+                "uploaded.files",
+                format!("1 to {MAX_FILES} files are taken"),
+            ));
+        }
+        let mut seen = BTreeSet::new();
+        for (index, file) in files.iter().enumerate() {
+            let at = |name: &str| format!("uploaded.files[{index}].{name}");
+            check::file_name(&at("file_name"), &file.file_name)?;
+            if !seen.insert(&file.file_name) {
+                return Err(Error::field(at("file_name"), "two files have this name"));
+            }
+            check_digest(&file.digest).map_err(|e| Error::field(at("digest"), e.message()))?;
+            let object = self.0.store.objects.find(&file.digest).await?.ok_or_else(|| {
+                Error::at(
+                    Reason::ResourceNotFound,
+                    at("digest"),
+                    "no file with this digest was uploaded; send it with UploadFile",
+                )
+            })?;
+            if file.size_bytes != 0 && file.size_bytes != convert::signed(object.size) {
+                let problem = format!("the uploaded file has {} bytes", object.size);
+                return Err(Error::at(Reason::DigestMismatch, at("size_bytes"), problem));
+            }
+        }
+        Ok(())
+    }
+
+    /// The files of an export and the temporary folder they lie in, if any.
+    async fn export(
+        &self,
+        row: &VersionRow,
+        form: Form,
+    ) -> Result<(Vec<File>, Option<tempfile::TempDir>)> {
+        if let Form::Native = form {
+            let paths = self.0.store.version_paths(row).await?;
+            let files = paths.into_iter().map(|(name, path)| File { name, path }).collect();
+            return Ok((files, None));
+        }
+        // Conversions take all of a disk and a core: few at a time.
+        let _turn = self.0.exports.acquire().await;
+        let model = self.0.store.open_version(row).await?;
+        let folder = tempfile::Builder::new().prefix("export-").tempdir_in(&self.0.scratch)?;
+        let gguf_name = format!("{}.gguf", row.model);
+        super::blocking(move || {
+            let paths = match form {
+                Form::HuggingFace(dtype) => export::hugging_face(&model, folder.path(), dtype)?,
+                Form::Gguf(format) => {
+                    let path = folder.path().join(gguf_name);
+                    export::gguf(&model, &path, format)?;
+                    vec![path]
+                }
+                Form::Native => Vec::new(),
+            };
+            let files = paths
+                .into_iter()
+                .map(|path| {
+                    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                    File { name, path }
+                })
+                .collect();
+            Ok((files, Some(folder)))
+        })
+        .await
+    }
+}
+
+/// What an export is made of.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Form {
+    Native,
+    HuggingFace(Dtype),
+    Gguf(GgufFormat),
+}
+
+impl Form {
+    fn of(request: &v1::ExportModelRequest) -> Result<Self> {
+        use v1::{ExportFormat as F, ExportType as T};
+        let format = F::try_from(request.format)
+            .map_err(|_| Error::field("format", format!("{} is no format", request.format)))?;
+        let r#type = T::try_from(request.r#type)
+            .map_err(|_| Error::field("type", format!("{} is no type", request.r#type)))?;
+        Ok(match (format, r#type) {
+            (F::Native, T::Unspecified) => Self::Native,
+            (F::Native, _) => {
+                return Err(Error::field("type", "native exports keep the layouts; leave it out"));
+            }
+            (F::Unspecified | F::HuggingFace, T::Unspecified | T::Bf16) => {
+                Self::HuggingFace(Dtype::BF16)
+            }
+            (F::Unspecified | F::HuggingFace, T::F16) => Self::HuggingFace(Dtype::F16),
+            (F::Unspecified | F::HuggingFace, T::F32) => Self::HuggingFace(Dtype::F32),
+            (F::Unspecified | F::HuggingFace, _) => {
+                return Err(Error::field("type", "hugging face folders take F32, F16 or BF16"));
+            }
+            (F::Gguf, T::Unspecified | T::F16) => Self::Gguf(GgufFormat::F16),
+            (F::Gguf, T::F32) => Self::Gguf(GgufFormat::F32),
+            (F::Gguf, T::Q80) => Self::Gguf(GgufFormat::Q8_0),
+            (F::Gguf, T::Q40) => Self::Gguf(GgufFormat::Q4_0),
+            (F::Gguf, T::Q41) => Self::Gguf(GgufFormat::Q4_1),
+            (F::Gguf, T::Bf16) => {
+                return Err(Error::field("type", "gguf files take F32, F16, Q8_0, Q4_0 or Q4_1"));
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forms_of_exports() {
+        use v1::{ExportFormat as F, ExportType as T};
+        let form = |format: F, r#type: T| {
+            Form::of(&v1::ExportModelRequest {
+                name: String::new(),
+                format: format.into(),
+                r#type: r#type.into(),
+            })
+        };
+        assert_eq!(form(F::Unspecified, T::Unspecified).unwrap(), Form::HuggingFace(Dtype::BF16));
+        assert_eq!(form(F::Gguf, T::Unspecified).unwrap(), Form::Gguf(GgufFormat::F16));
+        assert_eq!(form(F::Native, T::Unspecified).unwrap(), Form::Native);
+        for (format, r#type) in [(F::Native, T::F16), (F::HuggingFace, T::Q40), (F::Gguf, T::Bf16)]
+        {
+            assert!(form(format, r#type).is_err());
+        }
+        let wild = v1::ExportModelRequest { format: 99, ..Default::default() };
+        assert_eq!(Form::of(&wild).unwrap_err().violations()[0].field, "format");
+    }
+}
