@@ -26,6 +26,11 @@ pub fn place_bits(of: u32) -> u32 {
     u32::BITS - (of - 1).leading_zeros()
 }
 
+/// Bytes of a row of n:m places.
+pub fn list_row_bytes(cols: usize, keep: u32, of: u32) -> usize {
+    (cols / of as usize * keep as usize * place_bits(of) as usize).div_ceil(8)
+}
+
 /// The stored elements, row after row.
 #[derive(Clone, Copy)]
 pub enum Values<'a> {
@@ -45,20 +50,30 @@ pub struct SparseRows<'a> {
 }
 
 impl<'a> SparseRows<'a> {
-    /// `starts` says at which element (at which byte, for codes) of the values each row starts, and where
-    /// the last one ends.
-    ///
-    /// # Safety
-    /// Places have the size their kind asks for; each row has at least as many values between its starts
-    /// as its places name, and the last start lies within the values. Places are below `of`.
-    pub unsafe fn new(
+    /// `starts` says at which element (at which byte, for codes) of the values each row starts. Panics if
+    /// places do not have the size their kind asks for. Nothing else is relied upon: values that places
+    /// promise but that are not there read as 0.
+    pub fn new(
         [rows, cols]: [usize; 2],
         places: Places<'a>,
         values: Values<'a>,
         starts: &'a [usize],
     ) -> Self {
-        assert_eq!(starts.len(), rows + 1);
+        assert!(starts.len() >= rows && cols > 0);
+        match places {
+            Places::Bitmap(bits) => assert_eq!(bits.len(), rows * cols.div_ceil(8)),
+            Places::NOfM { places, keep, of } => {
+                assert!((2..=MAX_OF).contains(&of) && cols.is_multiple_of(of as usize));
+                assert_eq!(places.len(), rows * list_row_bytes(cols, keep, of));
+            }
+        }
         Self { rows, cols, places, values, starts }
+    }
+
+    /// Where the values of `row` start, within the values or at their end.
+    #[inline(always)]
+    fn start(&self, row: usize, len: usize) -> usize {
+        self.starts[row].min(len)
     }
 
     /// Whether each column of `row` is stored.
@@ -90,9 +105,7 @@ impl Cursor {
                 Self::Bitmap { next: bits.as_ptr().add(row * rows.cols.div_ceil(8)) }
             }
             Places::NOfM { places, keep, of } => {
-                let fields = rows.cols / of as usize * keep as usize;
-                let bytes = (fields * place_bits(of) as usize).div_ceil(8);
-                let next = places.as_ptr().add(row * bytes);
+                let next = places.as_ptr().add(row * list_row_bytes(rows.cols, keep, of));
                 Self::NOfM { next, keep, of, stream: 0, have: 0, word: 0, filled: 0 }
             }
         }
@@ -136,6 +149,8 @@ impl Cursor {
 
 /// Reads stored elements in order: 16 from a position on, of which some leading ones are meant.
 trait Source {
+    /// Elements there are.
+    fn len(&self) -> usize;
     unsafe fn sixteen<S: Simd>(&self, at: usize) -> S::F;
     unsafe fn one(&self, at: usize) -> f32;
 }
@@ -157,16 +172,27 @@ unsafe fn readable<const LEN: usize, T>(
     read(copy.as_ptr())
 }
 
+/// Element `at`, or zero bytes if there is none.
+#[inline(always)]
+fn element<const SIZE: usize>(data: &[u8], at: usize) -> [u8; SIZE] {
+    let bytes = data.get(at * SIZE..).and_then(|rest| rest.first_chunk());
+    bytes.copied().unwrap_or([0; SIZE])
+}
+
 struct F32<'a>(&'a [u8]);
 
 impl Source for F32<'_> {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.0.len() / 4
+    }
     #[inline(always)]
     unsafe fn sixteen<S: Simd>(&self, at: usize) -> S::F {
         readable::<64, _>(self.0, 4 * at, |p| S::load(p.cast()))
     }
     #[inline(always)]
     unsafe fn one(&self, at: usize) -> f32 {
-        self.0.as_ptr().cast::<f32>().add(at).read_unaligned()
+        f32::from_le_bytes(element(self.0, at))
     }
 }
 
@@ -174,13 +200,16 @@ struct F16<'a>(&'a [u8]);
 
 impl Source for F16<'_> {
     #[inline(always)]
+    fn len(&self) -> usize {
+        self.0.len() / 2
+    }
+    #[inline(always)]
     unsafe fn sixteen<S: Simd>(&self, at: usize) -> S::F {
         readable::<32, _>(self.0, 2 * at, |p| S::load_f16(p))
     }
     #[inline(always)]
     unsafe fn one(&self, at: usize) -> f32 {
-        let bits = self.0.as_ptr().cast::<u16>().add(at).read_unaligned();
-        f16::from_bits(bits).to_f32_const()
+        f16::from_le_bytes(element(self.0, at)).to_f32_const()
     }
 }
 
@@ -188,13 +217,16 @@ struct BF16<'a>(&'a [u8]);
 
 impl Source for BF16<'_> {
     #[inline(always)]
+    fn len(&self) -> usize {
+        self.0.len() / 2
+    }
+    #[inline(always)]
     unsafe fn sixteen<S: Simd>(&self, at: usize) -> S::F {
         readable::<32, _>(self.0, 2 * at, |p| S::load_bf16(p))
     }
     #[inline(always)]
     unsafe fn one(&self, at: usize) -> f32 {
-        let bits = self.0.as_ptr().cast::<u16>().add(at).read_unaligned();
-        bf16::from_bits(bits).to_f32_const()
+        bf16::from_le_bytes(element(self.0, at)).to_f32_const()
     }
 }
 
@@ -202,6 +234,10 @@ impl Source for BF16<'_> {
 struct Codes<'a, const BITS: usize>(&'a [u8]);
 
 impl<const BITS: usize> Source for Codes<'_, BITS> {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.0.len() * 8 / BITS
+    }
     #[inline(always)]
     unsafe fn sixteen<S: Simd>(&self, at: usize) -> S::F {
         if BITS == 8 {
@@ -216,9 +252,10 @@ impl<const BITS: usize> Source for Codes<'_, BITS> {
     #[inline(always)]
     unsafe fn one(&self, at: usize) -> f32 {
         let (first, shift) = (at * BITS / 8, at * BITS % 8);
-        let mut both = u16::from(*self.0.get_unchecked(first));
+        let byte = |i: usize| self.0.get(i).copied().unwrap_or(0);
+        let mut both = u16::from(byte(first));
         if shift + BITS > 8 {
-            both |= u16::from(*self.0.get_unchecked(first + 1)) << 8;
+            both |= u16::from(byte(first + 1)) << 8;
         }
         f32::from((both >> shift) & ((1 << BITS) - 1))
     }
@@ -233,7 +270,7 @@ impl SparseRows<'_> {
         sink: &mut K,
     ) {
         let mut cursor = Cursor::new(self, row);
-        let mut next = *self.starts.get_unchecked(row);
+        let mut next = self.start(row, source.len());
         let whole = self.cols / 32 * 32;
         for at in (0..whole).step_by(32) {
             let word = cursor.next(32);
@@ -264,7 +301,7 @@ impl SparseRows<'_> {
         sink: &mut K,
     ) {
         let mut cursor = Cursor::new(self, row);
-        let source = Codes::<BITS>(codes.get_unchecked(*self.starts.get_unchecked(row)..));
+        let source = Codes::<BITS>(&codes[self.start(row, codes.len())..]);
         let group = grid.group();
         let whole = self.cols / 32 * 32;
         let mut next = 0;

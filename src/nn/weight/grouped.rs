@@ -24,11 +24,11 @@ impl GroupedSpec {
             return Err(Error::option("bits", message));
         }
         if self.group == 0 || cols == 0 || !cols.is_multiple_of(self.group) {
-            let fitting: Vec<String> = [8, 16, 32, 64, 96, 128, 192, 256, cols]
-                .into_iter()
-                .filter(|g| cols > 0 && cols.is_multiple_of(*g))
-                .map(|g| g.to_string())
-                .collect();
+            let mut fitting = vec![8, 16, 32, 64, 96, 128, 192, 256, cols];
+            fitting.retain(|g| cols > 0 && cols.is_multiple_of(*g));
+            fitting.sort_unstable();
+            fitting.dedup();
+            let fitting: Vec<String> = fitting.iter().map(usize::to_string).collect();
             let message = format!(
                 "groups of {} do not divide rows of {cols}; these do: {}",
                 self.group,
@@ -308,7 +308,7 @@ mod tests {
         let g = spec(4, 4, false);
         assert_eq!([-9.0, -1.0, -0.3, 0.25, 4.0].map(|v| g.code(v, 0.5, 3)), [0, 1, 2, 3, 11]);
         assert_eq!(g.code(f32::INFINITY, 0.5, 3), 15);
-        assert_eq!(g.code(f32::NAN, 0.5, 3).min(15), g.code(f32::NAN, 0.5, 3));
+        assert!(g.code(f32::NAN, 0.5, 3) <= 15);
         assert_eq!(g.code(1.0, 0.0, 3), 3);
     }
 
@@ -323,9 +323,8 @@ mod tests {
                 assert_eq!(s.code(0.0, scale, zero), zero);
             }
         }
-        let s = spec(8, 1, false);
-        let (scale, zero) = s.fit(&[f32::MIN, f32::MAX]);
-        assert_eq!((scale, s.code(f32::MIN, scale, zero)), (65504.0, zero.saturating_sub(255)));
+        // Nothing wider fits into f16.
+        assert_eq!(spec(8, 1, false).fit(&[f32::MIN, f32::MAX]), (65504.0, 255));
     }
 
     #[test]
@@ -344,10 +343,7 @@ mod tests {
         let error = spec(5, 32, true).check(64).unwrap_err();
         assert_eq!(error.violations()[0].field, "bits");
         let error = spec(4, 48, true).check(64).unwrap_err();
-        assert!(
-            error.message().ends_with("8, 16, 32, 64, 64")
-                || error.message().ends_with("8, 16, 32, 64")
-        );
+        assert!(error.message().ends_with("these do: 8, 16, 32, 64"));
         assert!(spec(4, 0, true).check(64).is_err());
         assert!(Grouped::pack([1, 2], spec(2, 2, true), &[0, 4], &[1.0], &[]).is_err());
         assert!(Grouped::pack([1, 2], spec(2, 2, true), &[0, 3], &[1e6], &[]).is_err());

@@ -10,6 +10,8 @@ mod ggml;
 mod graph;
 mod grouped;
 mod sparse;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 
