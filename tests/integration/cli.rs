@@ -1,0 +1,462 @@
+//! The command as users run it: the built program against a real `planish serve` process.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_planish");
+
+/// The program without settings of whoever runs the tests.
+fn planish() -> Command {
+    let mut command = Command::new(PROGRAM);
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("PLANISH_") {
+            command.env_remove(name);
+        }
+    }
+    command.stdin(Stdio::null());
+    command
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Runs and expects the exit code.
+fn expect(code: i32, command: &mut Command) -> Output {
+    let output = command.output().unwrap();
+    assert_eq!(
+        output.status.code(),
+        Some(code),
+        "{command:?}\nstdout: {}\nstderr: {}",
+        text(&output.stdout),
+        text(&output.stderr)
+    );
+    output
+}
+
+/// A `planish serve` process; killed when the test ends.
+struct Service {
+    process: Child,
+    endpoint: String,
+    address_file: PathBuf,
+}
+
+impl Service {
+    fn start(data: &Path, more: &[&str]) -> Self {
+        // A killed service leaves its address behind; each start has its own file.
+        static STARTS: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let start = STARTS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let address_file = data.with_extension(format!("address-{start}"));
+        let mut process = planish()
+            .args(["serve", "--listen", "127.0.0.1:0", "--data"])
+            .arg(data)
+            .arg("--address-file")
+            .arg(&address_file)
+            .args(["--set", "telemetry.filter=warn"])
+            .args(more)
+            .spawn()
+            .unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let endpoint = loop {
+            if let Ok(address) = std::fs::read_to_string(&address_file) {
+                break address;
+            }
+            if let Some(status) = process.try_wait().unwrap() {
+                panic!("the service ended at its start: {status}");
+            }
+            assert!(Instant::now() < deadline, "the service does not start");
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        Self { process, endpoint, address_file }
+    }
+
+    fn client(&self, line: &str) -> Command {
+        let mut command = planish();
+        command.args(["--endpoint", &self.endpoint]).args(line.split_whitespace());
+        command
+    }
+
+    /// Runs a verb that must succeed; gives its standard output.
+    fn run(&self, line: &str) -> String {
+        text(&expect(0, &mut self.client(line)).stdout)
+    }
+
+    /// Runs a verb that must succeed; gives its JSON.
+    fn json(&self, line: &str) -> Value {
+        let output = self.run(&format!("--output json {line}"));
+        serde_json::from_str(&output).unwrap_or_else(|e| panic!("{line}: {e}\n{output}"))
+    }
+
+    /// Runs a verb that must fail with `code`; gives its standard error.
+    fn fail(&self, code: i32, line: &str) -> String {
+        text(&expect(code, &mut self.client(line)).stderr)
+    }
+
+    /// Ends the process as a crash would (SIGKILL).
+    fn kill(mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+
+    /// Asks the process to end, as a service manager does.
+    #[cfg(unix)]
+    fn terminate(mut self) {
+        let id = self.process.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+        assert_eq!(self.process.wait().unwrap().code(), Some(0));
+        assert!(!self.address_file.exists(), "the address outlives the service");
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Sizes of a random Llama-shaped model.
+struct Tiny {
+    hidden: usize,
+    layers: usize,
+}
+
+/// Numbers in [-0.5, 0.5) from a linear congruential generator: the same on every machine.
+fn noise(seed: &mut u64) -> f32 {
+    *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    (*seed >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+}
+
+/// Writes a Hugging Face folder: random weights and a tokenizer of single bytes.
+fn write_model(folder: &Path, size: &Tiny) {
+    std::fs::create_dir_all(folder).unwrap();
+    let (hidden, inner, heads, kv_heads) = (size.hidden, size.hidden * 2, 4, 2);
+    let kv = hidden / heads * kv_heads;
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": size.layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": 256,
+        "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": true, "torch_dtype": "float32",
+    });
+    let mut shapes = vec![
+        ("model.embed_tokens.weight".to_owned(), vec![256, hidden]),
+        ("model.norm.weight".to_owned(), vec![hidden]),
+    ];
+    for layer in 0..size.layers {
+        for (name, shape) in [
+            ("input_layernorm", vec![hidden]),
+            ("post_attention_layernorm", vec![hidden]),
+            ("self_attn.q_proj", vec![hidden, hidden]),
+            ("self_attn.k_proj", vec![kv, hidden]),
+            ("self_attn.v_proj", vec![kv, hidden]),
+            ("self_attn.o_proj", vec![hidden, hidden]),
+            ("mlp.gate_proj", vec![inner, hidden]),
+            ("mlp.up_proj", vec![inner, hidden]),
+            ("mlp.down_proj", vec![hidden, inner]),
+        ] {
+            shapes.push((format!("model.layers.{layer}.{name}.weight"), shape));
+        }
+    }
+    let mut seed = 1;
+    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = shapes
+        .into_iter()
+        .map(|(name, shape)| {
+            let count: usize = shape.iter().product();
+            let norm = shape.len() == 1;
+            let value = |n: f32| if norm { 1.0 + 0.1 * n } else { 0.4 * n };
+            let bytes = (0..count).flat_map(|_| value(noise(&mut seed)).to_le_bytes()).collect();
+            (name, shape, bytes)
+        })
+        .collect();
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        let kind = safetensors::Dtype::F32;
+        (name, safetensors::tensor::TensorView::new(kind, shape.clone(), bytes).unwrap())
+    });
+    let weights = safetensors::serialize(views, None).unwrap();
+    std::fs::write(folder.join("model.safetensors"), weights).unwrap();
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    std::fs::write(folder.join("tokenizer.json"), tokenizer().to_string()).unwrap();
+}
+
+/// A byte-level tokenizer without merges: token id = byte.
+fn tokenizer() -> Value {
+    let plain = |b: u32| matches!(b, 33..=126 | 161..=172 | 174..=255);
+    let mut next = 256;
+    let mut vocab = serde_json::Map::new();
+    for byte in 0..256 {
+        let code = if plain(byte) {
+            byte
+        } else {
+            next += 1;
+            next - 1
+        };
+        vocab.insert(char::from_u32(code).unwrap().to_string(), json!(byte));
+    }
+    let byte_level = json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true,
+    });
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": null, "pre_tokenizer": byte_level, "post_processor": null,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+            "vocab": vocab, "merges": [],
+        },
+    })
+}
+
+const RECIPE: &str = r#"
+seed = 3
+[[steps]]
+[steps.magnitude.sparsity]
+share = 0.5
+[[steps]]
+[steps.gptq.grid]
+bits = 4
+group_size = 32
+[steps.gptq.calibration]
+dataset = "datasets/words"
+sequences = 4
+sequence_length = 32
+[evaluation]
+dataset = "datasets/words"
+context = 64
+max_tokens = 500
+compare_with_base = true
+"#;
+
+/// A text that is long enough to calibrate and to measure on.
+fn words() -> String {
+    let words = ["the", "sea", "and", "a", "small", "green", "boat", "went", "out", "again."];
+    let mut seed = 7;
+    (0..600).map(|_| words[((noise(&mut seed) + 0.5) * 10.0) as usize]).collect::<Vec<_>>().join(" ")
+}
+
+/// A scratch folder with a model, a text and a recipe.
+fn workshop(size: &Tiny) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    write_model(&folder.path().join("tiny"), size);
+    std::fs::write(folder.path().join("words.txt"), words()).unwrap();
+    std::fs::write(folder.path().join("recipe.toml"), RECIPE).unwrap();
+    folder
+}
+
+#[test]
+fn a_model_travels_from_a_folder_to_an_export() {
+    let folder = workshop(&Tiny { hidden: 64, layers: 2 });
+    let at = folder.path().display().to_string();
+    let service = Service::start(&folder.path().join("data"), &[]);
+
+    // Nothing there yet.
+    assert_eq!(service.json("models list"), json!({ "models": [] }));
+    assert!(service.run("models list").contains("no models"));
+    assert!(service.fail(66, "models show tiny").contains("reason RESOURCE_NOT_FOUND"));
+
+    // In.
+    let imported = service.json(&format!("models import {at}/tiny"));
+    assert_eq!(imported["response"]["name"], "models/tiny/versions/1");
+    assert_eq!(
+        imported["response"]["@type"],
+        "type.googleapis.com/planish.v1.ModelVersion",
+        "{imported}"
+    );
+    let models = service.json("models list");
+    assert_eq!(models["models"][0]["latest_version"], "models/tiny/versions/1");
+    service.run(&format!("datasets import {at}/words.txt --id words"));
+    assert_eq!(service.json("datasets show words")["name"], "datasets/words");
+
+    // A recipe: the plan, the run, and the same answer to the same request id.
+    let plan = service.json(&format!("run {at}/recipe.toml --model tiny --validate-only"));
+    assert_eq!(plan["done"], true);
+    assert_eq!(plan["response"]["steps"].as_array().unwrap().len(), 2);
+    let line = format!("run {at}/recipe.toml --model tiny@1 --request-id once");
+    let run = service.json(&line);
+    let report = &run["response"];
+    assert_eq!(report["versions"], json!(["models/tiny/versions/2", "models/tiny/versions/3"]));
+    let metrics = |side: &str| -> Vec<String> {
+        let list = report[side]["measurements"].as_array().unwrap();
+        list.iter().map(|m| m["metric"].as_str().unwrap().to_owned()).collect()
+    };
+    assert!(metrics("before").contains(&"perplexity".to_owned()));
+    assert!(metrics("after").contains(&"kl_divergence".to_owned()), "{:?}", metrics("after"));
+    assert_eq!(service.json(&line)["name"], run["name"]);
+    let table = service.run(&line);
+    assert!(table.contains("perplexity") && table.contains("gptq"), "{table}");
+
+    // The job remains to be looked at.
+    let job = run["name"].as_str().unwrap().trim_start_matches("operations/");
+    assert!(service.run(&format!("jobs show {job}")).contains("succeeded"));
+    let watched = service.run(&format!("--output json jobs watch {job}"));
+    let last: Value = serde_json::from_str(watched.lines().last().unwrap()).unwrap();
+    assert_eq!(last["operation"]["done"], true);
+    assert!(service.run("jobs list").contains(job));
+    let evaluated = service.json("evaluate --model tiny@3 --dataset words --context 64");
+    assert!(evaluated["response"]["measurements"].is_array());
+
+    // Online.
+    service.run("models load tiny@3");
+    let greedy = "generate --model tiny@3 --tokens 10,20,30 --max-tokens 5 --temperature 0";
+    let parts = service.run(&format!("--output json {greedy}"));
+    let parts: Vec<Value> = parts.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(parts.last().unwrap()["usage"]["generated_tokens"], 5, "{parts:?}");
+    assert_eq!(service.run(greedy), service.run(greedy));
+    assert!(service.run("score --model tiny hello").contains("perplexity"));
+    assert_eq!(service.run("tokenize --model tiny --tokens 104,105"), "hi\n");
+    assert_eq!(service.json("tokenize --model tiny hi")["tokens"][1]["id"], 105);
+    service.run("models unload tiny@3");
+
+    // Out.
+    for (format, file) in
+        [("hf", "model.safetensors"), ("gguf", "small.gguf"), ("native", "planish.json")]
+    {
+        let to = match format {
+            "gguf" => format!("{at}/{format}/small.gguf"),
+            _ => format!("{at}/{format}"),
+        };
+        service.run(&format!("models export tiny@3 --format {format} --to {to}"));
+        let written = folder.path().join(format).join(file);
+        assert!(written.metadata().unwrap().len() > 0, "{format}");
+        service.fail(64, &format!("models export tiny@3 --format {format} --to {to}"));
+    }
+    let again = service.json(&format!("models import {at}/hf --id again"));
+    assert_eq!(again["response"]["name"], "models/again/versions/1");
+
+    // Gone. A version that another was made from stays.
+    service.fail(1, "models delete tiny@2");
+    service.run("models delete tiny@3");
+    service.run("models delete tiny");
+    service.fail(66, "models show tiny");
+    service.run(&format!("jobs delete {job}"));
+    service.fail(66, &format!("jobs show {job}"));
+    service.run("datasets delete words");
+
+    #[cfg(unix)]
+    service.terminate();
+}
+
+#[test]
+fn failures_have_their_exit_codes() {
+    let folder = workshop(&Tiny { hidden: 32, layers: 1 });
+    let at = folder.path().display().to_string();
+    let token = "server.token=0123456789abcdef0123456789abcdef";
+    let service = Service::start(&folder.path().join("data"), &["--set", token]);
+
+    service.fail(77, "models list");
+    service.fail(77, "--token wrong-wrong-wrong-wrong models list");
+    std::fs::write(folder.path().join("token"), "0123456789abcdef0123456789abcdef\n").unwrap();
+    let with = |line: &str| format!("--token-file {at}/token {line}");
+    service.run(&with("models list"));
+    service.run(&with(&format!("models import {at}/tiny")));
+
+    // The command line, files, arguments, resources.
+    service.fail(64, &with("models frobnicate"));
+    service.fail(66, &with("models import no/such/folder"));
+    service.fail(66, &with("run no-such-recipe.toml --model tiny"));
+    service.fail(66, &with("generate --model absent hello"));
+    service.fail(65, &with("generate --model tiny hello --temperature -1"));
+    std::fs::write(folder.path().join("unknown.toml"), "[[steps]]\n[steps.wunda]\n").unwrap();
+    service.fail(65, &with(&format!("run {at}/unknown.toml --model tiny")));
+    let bad = "[[steps]]\n[steps.magnitude.sparsity]\nshare = 1.5\n";
+    std::fs::write(folder.path().join("bad.toml"), bad).unwrap();
+    let error = service.fail(65, &with(&format!("run {at}/bad.toml --model tiny")));
+    assert!(error.contains("steps[0]") && error.contains("share"), "{error}");
+    let error =
+        service.fail(65, &with(&format!("--output json run {at}/bad.toml --model tiny")));
+    let error: Value = serde_json::from_str(&error).unwrap();
+    assert_eq!(error["error"]["exit_code"], 65);
+    assert!(error["error"]["violations"][0]["field"].as_str().unwrap().contains("share"));
+
+    let endpoint = service.endpoint.clone();
+    service.kill();
+    let error = expect(69, planish().args(["--endpoint", &endpoint, "models", "list"]));
+    assert!(text(&error.stderr).contains("planish serve"));
+}
+
+#[test]
+fn the_configuration_is_printed_and_checked() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("planish.toml");
+    let print = |more: &[&str]| {
+        let mut command = planish();
+        command.args(["config", "print", "--data", "/data", "--config"]).arg(&file).args(more);
+        command
+    };
+    std::fs::write(&file, "[limits]\ncontext = 512\n").unwrap();
+    let out = expect(0, print(&["--listen", "127.0.0.1:7"]).env("PLANISH_LIMITS__QUEUED_JOBS", "9"));
+    let out = text(&out.stdout);
+    for line in ["context = 512", "queued_jobs = 9", "listen = \"127.0.0.1:7\""] {
+        assert!(out.contains(line), "{line}\n{out}");
+    }
+    assert!(out.contains("from: flag --listen"), "{out}");
+    let out = expect(0, print(&[]).args(["--output", "json"]));
+    let out: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(out["limits"]["context"], 512);
+
+    std::fs::write(&file, "[limits]\ncolour = 1\n").unwrap();
+    let error = text(&expect(64, &mut print(&[])).stderr);
+    assert!(error.contains("colour") && error.contains("planish.toml"), "{error}");
+    std::fs::write(&file, "[limits]\ncontext = 1\n").unwrap();
+    expect(64, &mut print(&[]));
+    expect(64, planish().args(["serve", "--listen", "nowhere"]));
+}
+
+#[test]
+fn a_killed_service_finishes_its_job_with_the_same_bytes() {
+    let folder = workshop(&Tiny { hidden: 128, layers: 4 });
+    let at = folder.path().display().to_string();
+    let mut recipe = String::from("seed = 5\n");
+    for step in ["magnitude.sparsity]\nshare = 0.3", "sparsegpt.sparsity]\nshare = 0.5"] {
+        recipe.push_str(&format!("[[steps]]\n[steps.{step}\n"));
+    }
+    recipe.push_str("[steps.sparsegpt.calibration]\ndataset = \"datasets/words\"\nsequences = 256\n");
+    recipe.push_str("sequence_length = 128\n[[steps]]\n[steps.gptq.grid]\ngroup_size = 32\n");
+    recipe.push_str("[steps.gptq.calibration]\ndataset = \"datasets/words\"\nsequences = 256\n");
+    recipe.push_str("sequence_length = 128\n");
+    std::fs::write(folder.path().join("long.toml"), recipe).unwrap();
+
+    let prepare = |service: &Service| {
+        service.run(&format!("models import {at}/tiny"));
+        service.run(&format!("datasets import {at}/words.txt"));
+    };
+    let digests = |service: &Service| -> Vec<Value> {
+        let versions = service.json("models versions tiny");
+        versions["versions"].as_array().unwrap().iter().map(|v| v["digest"].clone()).collect()
+    };
+
+    let calm = Service::start(&folder.path().join("calm"), &[]);
+    prepare(&calm);
+    calm.run(&format!("run {at}/long.toml --model tiny"));
+    let expected = digests(&calm);
+    assert_eq!(expected.len(), 4);
+    calm.kill();
+
+    let data = folder.path().join("data");
+    let service = Service::start(&data, &[]);
+    prepare(&service);
+    let job = service.json(&format!("run {at}/long.toml --model tiny --detach"));
+    let job = job["name"].as_str().unwrap().to_owned();
+    // The first step is done, a later one is at work.
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let now = service.json(&format!("jobs show {job}"));
+        assert_ne!(now["done"], true, "the job is too short to be interrupted: {now}");
+        if now["metadata"]["versions"].as_array().is_some_and(|v| !v.is_empty()) {
+            break;
+        }
+        assert!(Instant::now() < deadline, "the job does not get on: {now}");
+    }
+    service.kill();
+
+    let service = Service::start(&data, &[]);
+    service.run(&format!("jobs watch {job} --timeout 120s"));
+    let done = service.json(&format!("jobs show {job}"));
+    assert_eq!(done["metadata"]["state"], "OPERATION_STATE_SUCCEEDED");
+    assert_eq!(done["metadata"]["attempt"], 2);
+    assert_eq!(digests(&service), expected);
+}
