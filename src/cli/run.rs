@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::Context;
-use super::error::Result;
+use super::error::{CliError, Result};
 use super::names::{ModelName, resource};
 use super::{output, report, watch};
 use crate::proto::google::longrunning::Operation;
@@ -66,6 +66,8 @@ struct JobArgs {
 impl RunArgs {
     pub(super) async fn run(self, context: &Context) -> Result<()> {
         // Read before connecting: a bad file is known without a server.
+        std::fs::metadata(&self.recipe)
+            .map_err(|e| CliError::file(&format!("reading {}", self.recipe.display()), &e))?;
         let recipe = recipe::file::read(&self.recipe)?;
         let client = context.connect().await?;
         let request = RunRecipeRequest {

@@ -235,7 +235,10 @@ compare_with_base = true
 fn words() -> String {
     let words = ["the", "sea", "and", "a", "small", "green", "boat", "went", "out", "again."];
     let mut seed = 7;
-    (0..600).map(|_| words[((noise(&mut seed) + 0.5) * 10.0) as usize]).collect::<Vec<_>>().join(" ")
+    (0..600)
+        .map(|_| words[((noise(&mut seed) + 0.5) * 10.0) as usize])
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// A scratch folder with a model, a text and a recipe.
@@ -262,8 +265,7 @@ fn a_model_travels_from_a_folder_to_an_export() {
     let imported = service.json(&format!("models import {at}/tiny"));
     assert_eq!(imported["response"]["name"], "models/tiny/versions/1");
     assert_eq!(
-        imported["response"]["@type"],
-        "type.googleapis.com/planish.v1.ModelVersion",
+        imported["response"]["@type"], "type.googleapis.com/planish.v1.ModelVersion",
         "{imported}"
     );
     let models = service.json("models list");
@@ -366,8 +368,7 @@ fn failures_have_their_exit_codes() {
     std::fs::write(folder.path().join("bad.toml"), bad).unwrap();
     let error = service.fail(65, &with(&format!("run {at}/bad.toml --model tiny")));
     assert!(error.contains("steps[0]") && error.contains("share"), "{error}");
-    let error =
-        service.fail(65, &with(&format!("--output json run {at}/bad.toml --model tiny")));
+    let error = service.fail(65, &with(&format!("--output json run {at}/bad.toml --model tiny")));
     let error: Value = serde_json::from_str(&error).unwrap();
     assert_eq!(error["error"]["exit_code"], 65);
     assert!(error["error"]["violations"][0]["field"].as_str().unwrap().contains("share"));
@@ -388,7 +389,8 @@ fn the_configuration_is_printed_and_checked() {
         command
     };
     std::fs::write(&file, "[limits]\ncontext = 512\n").unwrap();
-    let out = expect(0, print(&["--listen", "127.0.0.1:7"]).env("PLANISH_LIMITS__QUEUED_JOBS", "9"));
+    let out =
+        expect(0, print(&["--listen", "127.0.0.1:7"]).env("PLANISH_LIMITS__QUEUED_JOBS", "9"));
     let out = text(&out.stdout);
     for line in ["context = 512", "queued_jobs = 9", "listen = \"127.0.0.1:7\""] {
         assert!(out.contains(line), "{line}\n{out}");
@@ -414,7 +416,8 @@ fn a_killed_service_finishes_its_job_with_the_same_bytes() {
     for step in ["magnitude.sparsity]\nshare = 0.3", "sparsegpt.sparsity]\nshare = 0.5"] {
         recipe.push_str(&format!("[[steps]]\n[steps.{step}\n"));
     }
-    recipe.push_str("[steps.sparsegpt.calibration]\ndataset = \"datasets/words\"\nsequences = 256\n");
+    recipe
+        .push_str("[steps.sparsegpt.calibration]\ndataset = \"datasets/words\"\nsequences = 256\n");
     recipe.push_str("sequence_length = 128\n[[steps]]\n[steps.gptq.grid]\ngroup_size = 32\n");
     recipe.push_str("[steps.gptq.calibration]\ndataset = \"datasets/words\"\nsequences = 256\n");
     recipe.push_str("sequence_length = 128\n");
@@ -459,4 +462,21 @@ fn a_killed_service_finishes_its_job_with_the_same_bytes() {
     assert_eq!(done["metadata"]["state"], "OPERATION_STATE_SUCCEEDED");
     assert_eq!(done["metadata"]["attempt"], 2);
     assert_eq!(digests(&service), expected);
+}
+
+#[test]
+fn the_recipes_of_the_repository_are_valid() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+    let mut count = 0;
+    for folder in [root.clone(), root.join("reference")] {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|e| e == "toml") {
+                let recipe = planish::recipe::file::read(&path);
+                assert!(recipe.is_ok(), "{}: {}", path.display(), recipe.unwrap_err());
+                count += 1;
+            }
+        }
+    }
+    assert!(count >= 10);
 }
