@@ -5,5 +5,8 @@ pub mod graph;
 mod hugging_face;
 pub mod plan;
 pub mod random;
+#[cfg(test)]
+mod reference;
+mod rotary;
 
 pub use config::{Activation, Config, LayerKind, Rope, RopeScaling};

@@ -1,0 +1,353 @@
+//! One transformer block over the rows of a step.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::super::rotary::{Rotary, Table};
+use super::super::{Activation, Config, LayerKind};
+use super::attention::{self, Span, Store};
+use super::cache::Cache;
+use super::{Tap, tensor, vector};
+use crate::error::Result;
+use crate::kernels::{activation, norm, rope};
+use crate::nn::weight::Weight;
+
+/// Rows that walk through a block at once; bounds the memory of long inputs.
+const WALK_ROWS: usize = 1024;
+/// Elements below which a loop over rows stays on its thread.
+const GRAIN: usize = 1 << 14;
+
+/// Rotary angles of global and of local layers.
+#[derive(Debug, Clone)]
+pub(super) struct Rotaries {
+    global: Arc<Rotary>,
+    local: Arc<Rotary>,
+}
+
+impl Rotaries {
+    pub fn new(config: &Config) -> Self {
+        let global = Arc::new(Rotary::new(&config.rope, config.head_dim));
+        let local = match &config.local_rope {
+            Some(rope) => Arc::new(Rotary::new(rope, config.head_dim)),
+            None => Arc::clone(&global),
+        };
+        Self { global, local }
+    }
+
+    fn of(&self, kind: LayerKind) -> &Arc<Rotary> {
+        match kind {
+            LayerKind::Global => &self.global,
+            LayerKind::Local => &self.local,
+        }
+    }
+}
+
+/// A product with its bias.
+struct Linear {
+    weight: Arc<Weight>,
+    bias: Option<Vec<f32>>,
+}
+
+impl Linear {
+    fn new(
+        weights: &BTreeMap<String, Arc<Weight>>,
+        name: &str,
+        shape: [usize; 2],
+        biased: bool,
+    ) -> Result<Self> {
+        let weight = Arc::clone(tensor(weights, &format!("{name}.weight"), &shape)?);
+        let bias = match biased {
+            true => Some(vector(weights, &format!("{name}.bias"), shape[0])?),
+            false => None,
+        };
+        Ok(Self { weight, bias })
+    }
+
+    fn run(&self, x: &[f32], y: &mut [f32]) {
+        self.weight.multiply(x, y);
+        if let Some(bias) = &self.bias {
+            y.chunks_exact_mut(bias.len()).for_each(|row| norm::add(row, bias));
+        }
+    }
+}
+
+/// Activations of a step, kept between steps so that decoding allocates nothing. Each holds rows of
+/// the width that [`Layer::forward`] gives it.
+#[derive(Default)]
+pub(super) struct Buffers {
+    x: Vec<f32>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    attended: Vec<f32>,
+    delta: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+}
+
+/// The first `len` elements of a buffer that grows but never shrinks.
+pub(super) fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
+}
+
+/// Calls `f` with the index and the rows of two matrices of equally many rows, in parallel when there
+/// is enough of them.
+fn each_row(
+    a: &mut [f32],
+    a_width: usize,
+    b: &mut [f32],
+    b_width: usize,
+    f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
+) {
+    let grain = (GRAIN / (a_width + b_width)).max(1);
+    if a.len() / a_width <= grain {
+        let rows = a.chunks_exact_mut(a_width).zip(b.chunks_exact_mut(b_width));
+        rows.enumerate().for_each(|(i, (a, b))| f(i, a, b));
+    } else {
+        a.par_chunks_exact_mut(a_width)
+            .zip(b.par_chunks_exact_mut(b_width))
+            .enumerate()
+            .with_min_len(grain)
+            .for_each(|(i, (a, b))| f(i, a, b));
+    }
+}
+
+/// The weights of one block, ready to run.
+pub(super) struct Layer {
+    config: Arc<Config>,
+    index: usize,
+    rotary: Arc<Rotary>,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    q_norm: Option<Vec<f32>>,
+    k_norm: Option<Vec<f32>>,
+    before_attention: Vec<f32>,
+    after_attention: Option<Vec<f32>>,
+    before_mlp: Vec<f32>,
+    after_mlp: Option<Vec<f32>>,
+}
+
+impl Layer {
+    pub fn new(
+        config: &Arc<Config>,
+        weights: &BTreeMap<String, Arc<Weight>>,
+        index: usize,
+        rotaries: &Rotaries,
+    ) -> Result<Self> {
+        let (hidden, wide) = (config.hidden, config.intermediate);
+        let (q, kv) = (config.query_channels(), config.key_channels());
+        let linear = |name: &str, rows: usize, cols: usize, biased: bool| {
+            Linear::new(weights, &format!("model.layers.{index}.{name}"), [rows, cols], biased)
+        };
+        let norm = |name: &str, len: usize| {
+            let mut weight = vector(weights, &format!("model.layers.{index}.{name}.weight"), len)?;
+            if config.norm_offset {
+                weight.iter_mut().for_each(|w| *w += 1.0);
+            }
+            Ok(weight)
+        };
+        let when = |wanted: bool, name: &str, len: usize| -> Result<Option<Vec<f32>>> {
+            if wanted { norm(name, len).map(Some) } else { Ok(None) }
+        };
+        let post = config.post_norms;
+        Ok(Self {
+            index,
+            rotary: Arc::clone(rotaries.of(config.layers[index])),
+            q: linear("self_attn.q_proj", q, hidden, config.qkv_bias)?,
+            k: linear("self_attn.k_proj", kv, hidden, config.qkv_bias)?,
+            v: linear("self_attn.v_proj", kv, hidden, config.qkv_bias)?,
+            o: linear("self_attn.o_proj", hidden, q, config.output_bias)?,
+            gate: linear("mlp.gate_proj", wide, hidden, config.mlp_bias)?,
+            up: linear("mlp.up_proj", wide, hidden, config.mlp_bias)?,
+            down: linear("mlp.down_proj", hidden, wide, config.mlp_bias)?,
+            q_norm: when(config.qk_norm, "self_attn.q_norm", config.head_dim)?,
+            k_norm: when(config.qk_norm, "self_attn.k_norm", config.head_dim)?,
+            before_attention: norm("input_layernorm", hidden)?,
+            after_attention: when(post, "post_attention_layernorm", hidden)?,
+            // The same name stands for different places: with norms on both sides it is the one after
+            // attention, otherwise the one before the feed-forward network.
+            before_mlp: match post {
+                true => norm("pre_feedforward_layernorm", hidden)?,
+                false => norm("post_attention_layernorm", hidden)?,
+            },
+            after_mlp: when(post, "post_feedforward_layernorm", hidden)?,
+            config: Arc::clone(config),
+        })
+    }
+
+    /// Runs the block over `hidden` (`[rows, hidden]`, in place). `spans` tile the rows. With caches
+    /// (one a span) keys and values are appended to them; without, every span is a sequence of its own.
+    pub fn forward(
+        &self,
+        buffers: &mut Buffers,
+        hidden: &mut [f32],
+        spans: &[Span],
+        caches: Option<&mut [&mut Cache]>,
+        mut tap: Option<&mut Tap<'_>>,
+    ) {
+        let config = &*self.config;
+        let (width, wide) = (config.hidden, config.intermediate);
+        let (q_width, kv_width) = (config.query_channels(), config.key_channels());
+        let rows = hidden.len() / width;
+        let eps = config.norm_eps;
+        let x = sized(&mut buffers.x, rows * width);
+        let q = sized(&mut buffers.q, rows * q_width);
+        let k = sized(&mut buffers.k, rows * kv_width);
+        let v = sized(&mut buffers.v, rows * kv_width);
+        let attended = sized(&mut buffers.attended, rows * q_width);
+        let delta = sized(&mut buffers.delta, rows * width);
+        let gate = sized(&mut buffers.gate, rows * wide);
+        let up = sized(&mut buffers.up, rows * wide);
+        let mut tap = |group: usize, rows: &[f32]| {
+            if let Some(tap) = &mut tap {
+                tap(group, rows);
+            }
+        };
+
+        each_row(hidden, width, x, width, |_, h, x| {
+            norm::rms_norm(h, &self.before_attention, eps, x);
+        });
+        tap(0, x);
+        self.q.run(x, q);
+        self.k.run(x, k);
+        self.v.run(x, v);
+        let end = spans.iter().map(|s| s.first + s.rows.len()).max().unwrap_or(0);
+        self.place(&self.rotary.upto(end), spans, q, k);
+        match caches {
+            Some(caches) => {
+                for (span, cache) in spans.iter().zip(caches.iter_mut()) {
+                    let range = span.rows.start * kv_width..span.rows.end * kv_width;
+                    cache.write(self.index, &k[range.clone()], &v[range]);
+                }
+                let caches: Vec<&Cache> = caches.iter().map(|c| &**c).collect();
+                attention::run(config, self.index, spans, q, &Store::Caches(&caches), attended);
+            }
+            None => {
+                let store = Store::Step { keys: k, values: v };
+                attention::run(config, self.index, spans, q, &store, attended);
+            }
+        }
+        tap(1, attended);
+        self.o.run(attended, delta);
+        each_row(hidden, width, x, width, |i, h, x| {
+            let delta = &delta[i * width..][..width];
+            add_normed(h, delta, self.after_attention.as_deref(), eps, x);
+            norm::rms_norm(h, &self.before_mlp, eps, x);
+        });
+        tap(2, x);
+        self.gate.run(x, gate);
+        self.up.run(x, up);
+        let gated = match config.activation {
+            Activation::Silu => activation::silu_gated,
+            Activation::GeluTanh => activation::gelu_gated,
+        };
+        each_row(gate, wide, up, wide, |_, gate, up| gated(gate, up));
+        tap(3, gate);
+        self.down.run(gate, delta);
+        each_row(hidden, width, x, width, |i, h, x| {
+            add_normed(h, &delta[i * width..][..width], self.after_mlp.as_deref(), eps, x);
+        });
+    }
+
+    /// Norms the heads of queries and keys where the architecture does, and turns them to their
+    /// positions.
+    fn place(&self, table: &Table, spans: &[Span], q: &mut [f32], k: &mut [f32]) {
+        let config = &*self.config;
+        let (q_width, kv_width) = (config.query_channels(), config.key_channels());
+        let heads = |row: &mut [f32], weight: Option<&Vec<f32>>| {
+            if let Some(weight) = weight {
+                for head in row.chunks_exact_mut(config.head_dim) {
+                    norm::rms_norm_in_place(head, weight, config.norm_eps);
+                }
+            }
+        };
+        for span in spans {
+            let q = &mut q[span.rows.start * q_width..span.rows.end * q_width];
+            let k = &mut k[span.rows.start * kv_width..span.rows.end * kv_width];
+            each_row(q, q_width, k, kv_width, |i, q, k| {
+                heads(q, self.q_norm.as_ref());
+                heads(k, self.k_norm.as_ref());
+                let (cos, sin) = table.at(span.first + i);
+                rope::rotate(q, cos, sin);
+                rope::rotate(k, cos, sin);
+            });
+        }
+    }
+}
+
+/// `hidden += delta`, normed first where there is a weight; `scratch` has the same length.
+fn add_normed(
+    hidden: &mut [f32],
+    delta: &[f32],
+    weight: Option<&[f32]>,
+    eps: f32,
+    scratch: &mut [f32],
+) {
+    match weight {
+        None => norm::add(hidden, delta),
+        Some(weight) => {
+            norm::rms_norm(delta, weight, eps, scratch);
+            norm::add(hidden, scratch);
+        }
+    }
+}
+
+/// One block, for walking through a model layer by layer.
+pub struct Block {
+    layer: Layer,
+}
+
+impl Block {
+    /// Takes block `layer`'s weights from the map of a model.
+    ///
+    /// # Errors
+    /// A layer that does not exist, a missing tensor, or one of the wrong shape.
+    pub fn new(
+        config: &Config,
+        weights: &BTreeMap<String, Arc<Weight>>,
+        layer: usize,
+    ) -> Result<Self> {
+        if layer >= config.layers.len() {
+            return Err(crate::error::Error::internal(format!(
+                "block {layer} of {} was asked for",
+                config.layers.len()
+            )));
+        }
+        let rotaries = Rotaries::new(config);
+        Ok(Self { layer: Layer::new(&Arc::new(config.clone()), weights, layer, &rotaries)? })
+    }
+
+    /// Hidden states in, hidden states out, in place: `hidden` is `[sequences * length, hidden]`, each
+    /// sequence starts at position 0 and sees only itself. Long inputs run a few sequences at a time, so
+    /// the tap sees each group of linears once for every piece, in order.
+    pub fn forward(&self, hidden: &mut [f32], length: usize, mut tap: Option<&mut Tap<'_>>) {
+        let width = self.layer.config.hidden;
+        let sequence = length * width;
+        if sequence == 0 {
+            return;
+        }
+        let mut buffers = Buffers::default();
+        for piece in hidden.chunks_mut((WALK_ROWS / length).max(1) * sequence) {
+            let spans: Vec<Span> = (0..piece.len() / sequence)
+                .map(|i| Span { rows: i * length..(i + 1) * length, first: 0 })
+                .collect();
+            // A closure of this call's lifetime, so that the tap can be lent once a piece.
+            match &mut tap {
+                Some(tap) => {
+                    self.layer.forward(&mut buffers, piece, &spans, None, Some(&mut **tap))
+                }
+                None => self.layer.forward(&mut buffers, piece, &spans, None, None),
+            }
+        }
+    }
+}

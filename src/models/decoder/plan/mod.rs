@@ -1,0 +1,280 @@
+//! The forward that serves, evaluates and calibrates: preallocated buffers, weights in their layouts.
+
+mod attention;
+mod block;
+mod cache;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+pub use block::Block;
+pub use cache::{Cache, CacheFormat};
+
+use self::attention::Span;
+use self::block::{Buffers, Layer, Rotaries, sized};
+use super::Config;
+use super::config::{EMBEDDING, FINAL_NORM};
+use crate::error::{Error, Reason, Result};
+use crate::kernels::{activation, norm};
+use crate::models::Model;
+use crate::nn::weight::Weight;
+
+/// Rows that run through the layers at once; longer inputs are cut, so memory stays bounded.
+const STEP: usize = 512;
+
+/// Called with the input of each group of linears that share one: the group's index within the block
+/// (as in [`Config::linears`]) and the rows `[tokens, in]`.
+pub type Tap<'a> = dyn FnMut(usize, &[f32]) + 'a;
+
+/// One sequence's share of a step: its new tokens and its cache.
+pub struct Chunk<'a> {
+    pub tokens: &'a [u32],
+    pub cache: &'a mut Cache,
+    /// Which of the new tokens' logits are wanted.
+    pub logits: Range<usize>,
+}
+
+/// A decoder ready to run. Weights are shared with the model; buffers are its own.
+pub struct Decoder {
+    config: Arc<Config>,
+    embedding: Arc<Weight>,
+    layers: Vec<Layer>,
+    head: Head,
+    hidden: Vec<f32>,
+    wanted: Vec<f32>,
+    buffers: Buffers,
+    logits: Vec<f32>,
+}
+
+impl Decoder {
+    /// Checks that every tensor is there and has its shape.
+    pub fn new(model: &Model) -> Result<Self> {
+        let config = Arc::new(model.decoder()?.clone());
+        let rotaries = Rotaries::new(&config);
+        let embedding =
+            Arc::clone(tensor(&model.weights, EMBEDDING, &[config.vocab, config.hidden])?);
+        let layers = (0..config.layers.len())
+            .map(|i| Layer::new(&config, &model.weights, i, &rotaries))
+            .collect::<Result<_>>()?;
+        let head = Head::new(&config, &model.weights)?;
+        Ok(Self {
+            config,
+            embedding,
+            layers,
+            head,
+            hidden: Vec::new(),
+            wanted: Vec::new(),
+            buffers: Buffers::default(),
+            logits: Vec::new(),
+        })
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Runs the new tokens of several sequences at once; returns the wanted logits `[wanted, vocab]`,
+    /// chunk by chunk. Caches grow by their tokens. Token ids must be below the vocabulary size and
+    /// caches must have room (checked, errors name the chunk; then no cache has changed).
+    pub fn forward(&mut self, chunks: &mut [Chunk<'_>]) -> Result<&[f32]> {
+        for (i, chunk) in chunks.iter().enumerate() {
+            self.check(chunk).map_err(|error| error.within(&format!("chunk {i}")))?;
+        }
+        let vocab = self.config.vocab;
+        let wanted: usize = chunks.iter().map(|c| c.logits.len()).sum();
+        let total = sized(&mut self.logits, wanted * vocab).len();
+
+        let mut step = Vec::new();
+        let mut done = 0;
+        let (mut chunk, mut token) = (0, 0);
+        while chunk < chunks.len() {
+            // Fill a step with what is left of the chunks, in order.
+            step.clear();
+            let mut rows = 0;
+            while chunk < chunks.len() && rows < STEP {
+                let take = (chunks[chunk].tokens.len() - token).min(STEP - rows);
+                if take > 0 {
+                    step.push((chunk, token..token + take));
+                }
+                (rows, token) = (rows + take, token + take);
+                if token == chunks[chunk].tokens.len() {
+                    (chunk, token) = (chunk + 1, 0);
+                }
+            }
+            if rows > 0 {
+                done += self.step(chunks, &step, rows, done);
+            }
+        }
+        debug_assert_eq!(done, wanted);
+        Ok(&self.logits[..total])
+    }
+
+    fn check(&self, chunk: &Chunk<'_>) -> Result<()> {
+        check_tokens(&self.config, chunk.tokens)?;
+        let (held, room) = (chunk.cache.len(), chunk.cache.capacity());
+        if !chunk.cache.fits(&self.config) {
+            return Err(Error::internal("the cache was made for another model"));
+        }
+        if chunk.tokens.len() > room - held {
+            return Err(Error::new(
+                Reason::LimitReached,
+                format!(
+                    "{} new tokens do not fit into a cache that holds {held} of {room} positions; \
+                     make the text shorter or the cache larger",
+                    chunk.tokens.len()
+                ),
+            ));
+        }
+        let Range { start, end } = chunk.logits;
+        if start > end || end > chunk.tokens.len() {
+            return Err(Error::internal(format!(
+                "logits {start}..{end} of {} tokens were asked for",
+                chunk.tokens.len()
+            )));
+        }
+        Ok(())
+    }
+
+    /// Runs some tokens of some chunks; writes their wanted logits from row `first` on, returns how many.
+    fn step(
+        &mut self,
+        chunks: &mut [Chunk<'_>],
+        parts: &[(usize, Range<usize>)],
+        rows: usize,
+        first: usize,
+    ) -> usize {
+        let width = self.config.hidden;
+        let hidden = sized(&mut self.hidden, rows * width);
+        let mut spans = Vec::with_capacity(parts.len());
+        let mut row = 0;
+        for (chunk, tokens) in parts {
+            let chunk = &chunks[*chunk];
+            let span = row..row + tokens.len();
+            row = span.end;
+            let out = &mut hidden[span.start * width..span.end * width];
+            embed(&self.config, &self.embedding, &chunk.tokens[tokens.clone()], out);
+            spans.push(Span { rows: span, first: chunk.cache.len() });
+        }
+        {
+            let mut next = parts.iter().map(|(chunk, _)| *chunk).peekable();
+            let mut caches: Vec<&mut Cache> = chunks
+                .iter_mut()
+                .enumerate()
+                .filter(|(i, _)| next.next_if_eq(i).is_some())
+                .map(|(_, chunk)| &mut *chunk.cache)
+                .collect();
+            for layer in &self.layers {
+                layer.forward(&mut self.buffers, hidden, &spans, Some(&mut caches), None);
+            }
+            for (cache, span) in caches.iter_mut().zip(&spans) {
+                cache.advance(span.rows.len());
+            }
+        }
+
+        // Only the rows whose logits are wanted go through the head.
+        let wanted = sized(&mut self.wanted, rows * width);
+        let mut count = 0;
+        for ((chunk, tokens), span) in parts.iter().zip(&spans) {
+            let logits = &chunks[*chunk].logits;
+            let low = logits.start.clamp(tokens.start, tokens.end) - tokens.start;
+            let high = logits.end.clamp(tokens.start, tokens.end) - tokens.start;
+            let from = &hidden[(span.rows.start + low) * width..(span.rows.start + high) * width];
+            wanted[count * width..][..from.len()].copy_from_slice(from);
+            count += high - low;
+        }
+        if count > 0 {
+            let vocab = self.config.vocab;
+            let logits = &mut self.logits[first * vocab..(first + count) * vocab];
+            self.head.finish(&mut wanted[..count * width], logits);
+        }
+        count
+    }
+}
+
+/// The final norm and the output matrix.
+pub struct Head {
+    norm: Vec<f32>,
+    weight: Arc<Weight>,
+    eps: f32,
+    softcap: Option<f32>,
+}
+
+impl Head {
+    /// Takes the final norm and the head (the embedding where they are tied) from the map of a model.
+    pub fn new(config: &Config, weights: &BTreeMap<String, Arc<Weight>>) -> Result<Self> {
+        let mut norm = vector(weights, FINAL_NORM, config.hidden)?;
+        if config.norm_offset {
+            norm.iter_mut().for_each(|w| *w += 1.0);
+        }
+        let shape = [config.vocab, config.hidden];
+        Ok(Self {
+            norm,
+            weight: Arc::clone(tensor(weights, config.head_name(), &shape)?),
+            eps: config.norm_eps,
+            softcap: config.final_softcap,
+        })
+    }
+
+    /// Logits `[rows, vocab]` of final hidden states `[rows, hidden]`, which are left normed.
+    pub fn finish(&self, hidden: &mut [f32], logits: &mut [f32]) {
+        for row in hidden.chunks_exact_mut(self.norm.len()) {
+            norm::rms_norm_in_place(row, &self.norm, self.eps);
+        }
+        self.weight.multiply(hidden, logits);
+        if let Some(cap) = self.softcap {
+            logits.par_chunks_mut(1 << 14).for_each(|part| activation::softcap(part, cap));
+        }
+    }
+}
+
+/// Embeddings of tokens (scaled as the config asks), `[tokens, hidden]`. Tokens must be below the
+/// vocabulary size, see [`check_tokens`].
+pub fn embed(config: &Config, embedding: &Weight, tokens: &[u32], out: &mut [f32]) {
+    for (token, row) in tokens.iter().zip(out.chunks_exact_mut(config.hidden)) {
+        embedding.read_rows(*token as usize, row);
+        if config.embedding_scale != 1.0 {
+            row.iter_mut().for_each(|v| *v *= config.embedding_scale);
+        }
+    }
+}
+
+/// Refuses token ids outside the vocabulary.
+pub fn check_tokens(config: &Config, tokens: &[u32]) -> Result<()> {
+    match tokens.iter().enumerate().find(|(_, t)| **t as usize >= config.vocab) {
+        None => Ok(()),
+        Some((i, token)) => Err(Error::field(
+            format!("tokens[{i}]"),
+            format!("{token} is outside the vocabulary of {} tokens", config.vocab),
+        )),
+    }
+}
+
+/// The weight `name`, which must have `shape`.
+fn tensor<'a>(
+    weights: &'a BTreeMap<String, Arc<Weight>>,
+    name: &str,
+    shape: &[usize],
+) -> Result<&'a Arc<Weight>> {
+    let weight = weights.get(name).ok_or_else(|| {
+        Error::new(Reason::TensorNotFound, format!("tensor '{name}' is missing from the model"))
+    })?;
+    if weight.shape() != shape {
+        return Err(Error::new(
+            Reason::MalformedFile,
+            format!(
+                "tensor '{name}' has shape {:?}, but the configuration asks for {shape:?}",
+                weight.shape()
+            ),
+        ));
+    }
+    Ok(weight)
+}
+
+fn vector(weights: &BTreeMap<String, Arc<Weight>>, name: &str, len: usize) -> Result<Vec<f32>> {
+    tensor(weights, name, &[len]).map(|weight| weight.to_f32())
+}

@@ -1,0 +1,235 @@
+use serde_json::json;
+
+use super::super::{random, reference};
+use super::*;
+
+const ARCHITECTURES: [&str; 5] = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"];
+
+/// Some tokens below the tiny vocabulary.
+fn tokens(count: usize, seed: usize) -> Vec<u32> {
+    (0..count).map(|i| ((i * 37 + seed * 11 + i * i) % 96) as u32).collect()
+}
+
+fn assert_close(got: &[f32], want: impl IntoIterator<Item = f64>, what: &str) {
+    let want: Vec<f64> = want.into_iter().collect();
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        assert!((f64::from(*got) - want).abs() < 1e-4, "{what}: {got} is not {want} at {i}");
+    }
+}
+
+fn floats(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|v| f64::from(*v)).collect()
+}
+
+/// All logits of one sequence, run at once.
+fn whole(decoder: &mut Decoder, tokens: &[u32]) -> Vec<f32> {
+    let mut cache = Cache::new(decoder.config(), tokens.len());
+    let logits = 0..tokens.len();
+    decoder.forward(&mut [Chunk { tokens, cache: &mut cache, logits }]).unwrap().to_vec()
+}
+
+#[test]
+fn equals_the_naive_reference() {
+    for architecture in ARCHITECTURES {
+        for tied in [true, false] {
+            let mut config = random::tiny(architecture);
+            config["tie_word_embeddings"] = json!(tied);
+            let model = random::model(config, 3).unwrap();
+            let tokens = tokens(23, 1);
+            let got = whole(&mut Decoder::new(&model).unwrap(), &tokens);
+            let want = reference::logits(&model, &tokens).concat();
+            assert_close(&got, want, architecture);
+        }
+    }
+}
+
+#[test]
+fn llama_biases_and_odd_shapes() {
+    // Head width no multiple of a vector, one key head, biases everywhere.
+    let mut config = random::tiny("llama");
+    for (key, value) in [
+        ("attention_bias", json!(true)),
+        ("mlp_bias", json!(true)),
+        ("head_dim", json!(10)),
+        ("num_attention_heads", json!(3)),
+        ("num_key_value_heads", json!(1)),
+        ("intermediate_size", json!(37)),
+    ] {
+        config[key] = value;
+    }
+    let model = random::model(config, 5).unwrap();
+    let tokens = tokens(9, 2);
+    let got = whole(&mut Decoder::new(&model).unwrap(), &tokens);
+    assert_close(&got, reference::logits(&model, &tokens).concat(), "llama with biases");
+}
+
+#[test]
+fn pieces_equal_the_whole() {
+    for architecture in ARCHITECTURES {
+        let model = random::model(random::tiny(architecture), 7).unwrap();
+        let mut decoder = Decoder::new(&model).unwrap();
+        let tokens = tokens(60, 3);
+        let want = whole(&mut decoder, &tokens);
+        for format in [CacheFormat::F32, CacheFormat::F16] {
+            let mut cache = Cache::with_format(decoder.config(), 64, format);
+            let mut got = Vec::new();
+            for range in [0..1, 1..30, 30..31, 31..33, 33..60] {
+                let (tokens, logits) = (&tokens[range.clone()], 0..range.len());
+                let mut chunks = [Chunk { tokens, cache: &mut cache, logits }];
+                got.extend_from_slice(decoder.forward(&mut chunks).unwrap());
+            }
+            assert_eq!(cache.len(), 60);
+            match format {
+                CacheFormat::F32 => assert_close(&got, floats(&want), architecture),
+                // f16 keeps eleven bits.
+                CacheFormat::F16 => assert!(
+                    got.iter().zip(&want).all(|(a, b)| (a - b).abs() < 0.02),
+                    "{architecture}"
+                ),
+            }
+        }
+    }
+}
+
+#[test]
+fn rings_and_long_inputs() {
+    // More tokens than a step, twice round the ring of the local layers (5 + 512 slots).
+    for architecture in ["mistral", "gemma3_text"] {
+        let mut config = random::tiny(architecture);
+        config["num_hidden_layers"] = json!(2);
+        let model = random::model(config, 8).unwrap();
+        let mut decoder = Decoder::new(&model).unwrap();
+        let tokens = tokens(1100, 4);
+        let mut cache = Cache::new(decoder.config(), 1200);
+        let mut chunk = [Chunk { tokens: &tokens, cache: &mut cache, logits: 1095..1100 }];
+        let got = decoder.forward(&mut chunk).unwrap().to_vec();
+        let want = reference::logits(&model, &tokens);
+        assert_close(&got, want[1095..].concat(), architecture);
+
+        // One step back is in the ring, the beginning is not.
+        assert_eq!(cache.truncate(1099), 1099);
+        let mut chunk = [Chunk { tokens: &tokens[1099..], cache: &mut cache, logits: 0..1 }];
+        let again = decoder.forward(&mut chunk).unwrap();
+        assert_close(again, want[1099].clone(), architecture);
+        assert_eq!(cache.truncate(100), 0);
+    }
+}
+
+#[test]
+fn batches_equal_single_sequences() {
+    for architecture in ARCHITECTURES {
+        let model = random::model(random::tiny(architecture), 9).unwrap();
+        let mut decoder = Decoder::new(&model).unwrap();
+        let texts: Vec<Vec<u32>> = [1, 17, 0, 5, 40].map(|n| tokens(n, n)).to_vec();
+        let want: Vec<f32> = texts.iter().flat_map(|t| whole(&mut decoder, t)).collect();
+        let mut caches: Vec<Cache> =
+            texts.iter().map(|t| Cache::new(decoder.config(), t.len())).collect();
+        let mut chunks: Vec<Chunk<'_>> = texts
+            .iter()
+            .zip(&mut caches)
+            .map(|(tokens, cache)| Chunk { tokens, cache, logits: 0..tokens.len() })
+            .collect();
+        let got = decoder.forward(&mut chunks).unwrap();
+        assert_close(got, floats(&want), architecture);
+    }
+}
+
+#[test]
+fn only_wanted_logits_come_back() {
+    let model = random::model(random::tiny("qwen3"), 1).unwrap();
+    let mut decoder = Decoder::new(&model).unwrap();
+    let tokens = tokens(12, 1);
+    let want = whole(&mut decoder, &tokens);
+    let mut caches = [(); 3].map(|()| Cache::new(decoder.config(), 12));
+    let [a, b, c] = &mut caches;
+    let mut chunks = [
+        Chunk { tokens: &tokens, cache: a, logits: 3..5 },
+        Chunk { tokens: &tokens, cache: b, logits: 7..7 },
+        Chunk { tokens: &tokens, cache: c, logits: 11..12 },
+    ];
+    let got = decoder.forward(&mut chunks).unwrap();
+    let want = [&want[3 * 96..5 * 96], &want[11 * 96..]].concat();
+    assert_close(got, floats(&want), "wanted rows");
+}
+
+#[test]
+fn truncated_caches_continue() {
+    for architecture in ARCHITECTURES {
+        let model = random::model(random::tiny(architecture), 2).unwrap();
+        let mut decoder = Decoder::new(&model).unwrap();
+        let tokens = tokens(20, 6);
+        let want = whole(&mut decoder, &tokens);
+        let mut cache = Cache::new(decoder.config(), 20);
+        let other = [&tokens[..12], &[1, 2, 3, 4]].concat();
+        let mut run = |tokens: &[u32], cache: &mut Cache| {
+            let mut chunks = [Chunk { tokens, cache, logits: 0..tokens.len() }];
+            decoder.forward(&mut chunks).unwrap().to_vec()
+        };
+        run(&other, &mut cache);
+        assert_eq!(cache.truncate(12), 12);
+        let got = run(&tokens[12..], &mut cache);
+        assert_close(&got, floats(&want[12 * 96..]), architecture);
+    }
+}
+
+#[test]
+fn walking_the_blocks_equals_the_decoder() {
+    for architecture in ARCHITECTURES {
+        let model = random::model(random::tiny(architecture), 4).unwrap();
+        let mut decoder = Decoder::new(&model).unwrap();
+        let config = decoder.config().clone();
+        let texts = [tokens(24, 1), tokens(24, 2)];
+        let want: Vec<f32> = texts.iter().flat_map(|t| whole(&mut decoder, t)).collect();
+
+        let mut hidden = vec![0.0; 48 * config.hidden];
+        embed(&config, &model.weights[EMBEDDING], &texts.concat(), &mut hidden);
+        for layer in 0..config.layers.len() {
+            let block = Block::new(&config, &model.weights, layer).unwrap();
+            let mut seen = Vec::new();
+            let mut tap = |group: usize, rows: &[f32]| seen.push((group, rows.len()));
+            block.forward(&mut hidden, 24, Some(&mut tap));
+            let widths =
+                [config.hidden, config.query_channels(), config.hidden, config.intermediate];
+            assert_eq!(seen, [0, 1, 2, 3].map(|g| (g, 48 * widths[g])));
+        }
+        let mut logits = vec![0.0; want.len()];
+        Head::new(&config, &model.weights).unwrap().finish(&mut hidden, &mut logits);
+        assert_close(&logits, floats(&want), architecture);
+    }
+}
+
+#[test]
+fn bad_calls_are_refused_and_change_nothing() {
+    let model = random::model(random::tiny("llama"), 4).unwrap();
+    let mut decoder = Decoder::new(&model).unwrap();
+    let config = decoder.config().clone();
+    let mut cache = Cache::new(&config, 4);
+    let mut refuse = |tokens: &[u32], logits: Range<usize>, cache: &mut Cache| {
+        let error = decoder.forward(&mut [Chunk { tokens, cache, logits }]).unwrap_err();
+        assert_eq!(cache.len(), 0);
+        error
+    };
+    assert_eq!(refuse(&[1, 96], 0..0, &mut cache).reason(), Reason::InvalidField);
+    assert_eq!(refuse(&[1; 5], 0..0, &mut cache).reason(), Reason::LimitReached);
+    assert_eq!(refuse(&[1; 3], 2..4, &mut cache).reason(), Reason::Internal);
+    let mut other = Config::clone(&config);
+    other.kv_heads = 4;
+    assert_eq!(refuse(&[1], 0..0, &mut Cache::new(&other, 4)).reason(), Reason::Internal);
+    assert!(decoder.forward(&mut []).unwrap().is_empty());
+}
+
+#[test]
+fn missing_and_misshapen_tensors_are_refused() {
+    let mut model = random::model(random::tiny("qwen2"), 4).unwrap();
+    let name = "model.layers.1.self_attn.k_proj.bias";
+    let bias = model.weights.remove(name).unwrap();
+    assert_eq!(Decoder::new(&model).err().unwrap().reason(), Reason::TensorNotFound);
+    model.weights.insert(name.to_owned(), model.weights[FINAL_NORM].clone());
+    model.weights.insert(
+        FINAL_NORM.to_owned(),
+        Arc::clone(&model.weights["model.layers.0.self_attn.q_proj.bias"]),
+    );
+    assert_eq!(Decoder::new(&model).err().unwrap().reason(), Reason::MalformedFile);
+    model.weights.insert(name.to_owned(), bias);
+}
