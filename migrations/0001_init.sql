@@ -39,7 +39,7 @@ CREATE TABLE versions (
     layout_bytes TEXT NOT NULL,
     lineage      TEXT NOT NULL,
     -- What lineage says, pulled out for the questions asked of it: the parent version, and the
-    -- operation and step that made this one (empty where there is none).
+    -- operation and step that made this one (resource names; empty where there is none).
     parent       TEXT NOT NULL,
     operation    TEXT NOT NULL,
     step         INTEGER NOT NULL,
@@ -146,12 +146,13 @@ SELECT d.*, o.size FROM datasets d JOIN objects o USING (digest);
 CREATE VIEW operation_rows AS
 SELECT p.*,
        (SELECT json_group_array('models/' || v.model || '/versions/' || v.version ORDER BY v.step)
-        FROM versions v WHERE v.operation = p.id AND v.operation <> '') AS versions
+        FROM versions v
+        WHERE v.operation = 'operations/' || p.id AND v.operation <> '') AS versions
 FROM operations p;
 
 -- What unfinished operations need.
 CREATE VIEW needed AS
-SELECT u.resource, u.operation
+SELECT u.resource, 'operations/' || u.operation AS operation
 FROM operation_uses u JOIN operations p ON p.id = u.operation
 WHERE p.state IN ('queued', 'running');
 

@@ -1,17 +1,37 @@
 //! The queue of long work: rows in SQL, a runner, progress, cancellation, resume.
+//!
+//! An operation is a row first; everything else here may be lost at any moment. What a dead process
+//! left running goes back into the queue at the next start and is taken up after its last finished
+//! step.
 
+mod import;
+mod memory;
 pub mod progress;
+mod recipe;
 mod runner;
+#[cfg(test)]
+mod tests;
+mod work;
 
+use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use crate::error::Result;
+use tokio::sync::{Notify, watch};
+
+use crate::error::{Error, Result};
 use crate::store::Store;
-use crate::store::operations::{NewOperation, Operation};
+use crate::store::operations::{End, NewOperation, Operation, State};
 
-/// Handle to the queue and its runner; cheap to clone.
+/// Handle to the queue and its runner; cheap to clone. When the last one goes, the threads end as
+/// after [`Jobs::stop`], unwaited for.
 #[derive(Clone)]
-pub struct Jobs {}
+pub struct Jobs {
+    shared: Arc<Shared>,
+    _stop: Arc<StopOnDrop>,
+}
 
 /// Settings of the runner.
 #[derive(Debug, Clone)]
@@ -20,31 +40,165 @@ pub struct Options {
     pub runners: usize,
     /// Waiting operations beyond which new ones are refused.
     pub max_queued: usize,
-    /// Folder for temporary files.
-    pub scratch: std::path::PathBuf,
+    /// Folder for temporary files; the runner keeps to a folder of its own in it.
+    pub scratch: PathBuf,
+}
+
+/// What the handles and the threads have in common.
+struct Shared {
+    store: Arc<Store>,
+    work: Box<dyn work::Work>,
+    max_queued: usize,
+    scratch: PathBuf,
+    /// Tells a thread without work that there is some.
+    wake: Notify,
+    stopping: watch::Sender<bool>,
+    /// Threads that have not ended.
+    alive: watch::Sender<usize>,
+    running: Locked<HashMap<String, Run>>,
+    watchers: Locked<HashMap<String, watch::Sender<u64>>>,
+}
+
+/// An operation that a thread of this process works on.
+#[derive(Clone)]
+struct Run {
+    attempt: i32,
+    interrupt: Arc<AtomicBool>,
 }
 
 impl Jobs {
     /// Starts the runner threads. Operations that a dead runner left behind go back into the queue.
-    pub async fn start(_store: Arc<Store>, _options: Options) -> Result<Self> {
-        todo!()
+    pub async fn start(store: Arc<Store>, options: Options) -> Result<Self> {
+        Self::start_with(store, options, Box::new(work::Models)).await
     }
+
+    async fn start_with(
+        store: Arc<Store>,
+        options: Options,
+        work: Box<dyn work::Work>,
+    ) -> Result<Self> {
+        store.recover_operations().await?;
+        let scratch = options.scratch.join("jobs");
+        match std::fs::remove_dir_all(&scratch) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+            _ => std::fs::create_dir_all(&scratch)?,
+        }
+        let shared = Arc::new(Shared {
+            store,
+            work,
+            max_queued: options.max_queued,
+            scratch,
+            wake: Notify::new(),
+            stopping: watch::Sender::new(false),
+            alive: watch::Sender::new(0),
+            running: Locked::default(),
+            watchers: Locked::default(),
+        });
+        let jobs = Self { _stop: Arc::new(StopOnDrop(shared.clone())), shared };
+        for number in 0..options.runners.max(1) {
+            runner::spawn(number, jobs.shared.clone())?;
+        }
+        Ok(jobs)
+    }
+
     /// Writes the operation and wakes a runner. The same request id and request give the operation that
-    /// exists; the same id with another request is refused (REQUEST_ID_REUSED).
-    pub async fn submit(&self, _operation: NewOperation) -> Result<Operation> {
-        todo!()
+    /// exists; the same id with another request is refused (REQUEST_ID_REUSED), and everything new is
+    /// when too many wait (LIMIT_REACHED).
+    pub async fn submit(&self, operation: NewOperation) -> Result<Operation> {
+        let uses = work::uses(&operation)?;
+        let shared = &self.shared;
+        let operation = shared.store.enqueue(&operation, &uses, shared.max_queued).await?;
+        shared.wake.notify_one();
+        Ok(operation)
     }
-    /// Asks an operation to stop. Queued ones end at once; running ones at their next poll.
-    pub async fn cancel(&self, _id: &str) -> Result<()> {
-        todo!()
+
+    /// Asks an operation to stop. Queued ones end at once; running ones at their next poll; ended ones
+    /// stay as they are.
+    pub async fn cancel(&self, id: &str) -> Result<()> {
+        let state = self.shared.store.request_cancel(id).await?;
+        if state == State::Running {
+            self.shared.running.with(|running| {
+                if let Some(run) = running.get(id) {
+                    run.interrupt.store(true, Ordering::Relaxed);
+                }
+            });
+        }
+        self.shared.changed(id);
+        Ok(())
     }
+
     /// A receiver that sees each change of the operation (a change counter; read the row for details).
-    pub fn watch(&self, _id: &str) -> tokio::sync::watch::Receiver<u64> {
-        todo!()
+    pub fn watch(&self, id: &str) -> watch::Receiver<u64> {
+        self.shared.watchers.with(|watchers| {
+            watchers.retain(|_, sender| sender.receiver_count() > 0);
+            watchers.entry(id.to_owned()).or_insert_with(|| watch::Sender::new(0)).subscribe()
+        })
     }
+
     /// Stops taking work, cancels nothing finished: running steps are interrupted and will resume at
     /// the next start. Returns when the threads have ended or the deadline passed.
-    pub async fn stop(&self, _deadline: std::time::Duration) {
-        todo!()
+    pub async fn stop(&self, deadline: Duration) {
+        self.shared.stop();
+        let mut alive = self.shared.alive.subscribe();
+        let ended = alive.wait_for(|threads| *threads == 0);
+        if tokio::time::timeout(deadline, ended).await.is_ok() {
+            return;
+        }
+        // What did not hear in time will be cut off with the process. That is no crash of its making.
+        for (id, run) in self.shared.running.with(|running| running.clone()) {
+            tracing::warn!(
+                operation = id,
+                "still at work at the deadline; it will be taken up again"
+            );
+            if let Err(error) = self.shared.store.end(&id, run.attempt, &End::Interrupted).await {
+                tracing::error!(%error, operation = id, "the interruption was not written");
+            }
+            self.shared.changed(&id);
+        }
     }
+}
+
+impl Shared {
+    fn stopping(&self) -> bool {
+        *self.stopping.borrow()
+    }
+
+    fn stop(&self) {
+        self.stopping.send_replace(true);
+        self.running.with(|running| {
+            running.values().for_each(|run| run.interrupt.store(true, Ordering::Relaxed));
+        });
+    }
+
+    /// Tells the watchers of an operation that its row changed.
+    fn changed(&self, id: &str) {
+        self.watchers.with(|watchers| {
+            if let Some(sender) = watchers.get(id) {
+                sender.send_modify(|changes| *changes += 1);
+            }
+        });
+    }
+}
+
+struct StopOnDrop(Arc<Shared>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+/// A mutex held for one short closure; a panic in it leaves the value usable.
+#[derive(Default)]
+struct Locked<T>(std::sync::Mutex<T>);
+
+impl<T> Locked<T> {
+    fn with<R>(&self, f: impl FnOnce(&mut T) -> R) -> R {
+        f(&mut self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+}
+
+/// A request that does not decode: it was checked before it was written.
+fn damaged(error: prost::DecodeError) -> Error {
+    Error::internal(format!("a stored message is damaged: {error}")).with_source(error)
 }

@@ -152,12 +152,11 @@ impl Store {
             .fetch_optional(&mut *tx)
             .await?;
         check_etag(&name, etag, &current.ok_or_else(|| no_dataset(id))?)?;
-        let user: Option<String> = sqlx::query_scalar(
-            "SELECT 'operations/' || operation FROM needed WHERE resource = ? LIMIT 1",
-        )
-        .bind(&name)
-        .fetch_optional(&mut *tx)
-        .await?;
+        let user: Option<String> =
+            sqlx::query_scalar("SELECT operation FROM needed WHERE resource = ? LIMIT 1")
+                .bind(&name)
+                .fetch_optional(&mut *tx)
+                .await?;
         if let Some(user) = user {
             return Err(in_use(&name, &user));
         }

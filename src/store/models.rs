@@ -62,6 +62,38 @@ impl VersionRow {
         })
     }
 
+    /// The row as a message of the API.
+    pub fn message(&self) -> Result<v1::ModelVersion> {
+        let config = serde_json::from_value(self.config.clone()).map_err(|error| {
+            Error::new(
+                Reason::StoreCorrupt,
+                format!(
+                    "the configuration of {} is damaged: {error}; restore a backup",
+                    self.name()
+                ),
+            )
+        })?;
+        let files = self.files.iter().map(|(file_name, object)| v1::ModelFile {
+            file_name: file_name.clone(),
+            digest: object.digest.clone(),
+            size_bytes: i64::try_from(object.size).unwrap_or(i64::MAX),
+        });
+        Ok(v1::ModelVersion {
+            name: self.name(),
+            digest: self.digest.clone(),
+            family: self.family.clone(),
+            architecture: self.architecture.clone(),
+            config: Some(config),
+            parameter_count: self.parameters,
+            weight_bytes: self.weight_bytes,
+            total_bytes: self.total_bytes,
+            layout_bytes: self.layout_bytes.clone().into_iter().collect(),
+            files: files.collect(),
+            lineage: Some(self.lineage()?),
+            create_time: Some(timestamp(self.created_ms)),
+        })
+    }
+
     fn read(row: &SqliteRow) -> Result<Self> {
         let text = |column: &str| row.try_get::<&str, _>(column);
         let files: Vec<(String, String, u64)> = json(text("files")?)?;
@@ -369,7 +401,7 @@ impl Store {
         guard(&mut tx, id, etag).await?;
         let name = format!("models/{id}");
         let user: Option<String> = sqlx::query_scalar(
-            "SELECT 'operations/' || operation FROM needed \
+            "SELECT operation FROM needed \
              WHERE resource = ?1 OR substr(resource, 1, length(?1) + 1) = ?1 || '/' \
              UNION ALL \
              SELECT 'models/' || model || '/versions/' || version FROM versions \
@@ -402,7 +434,7 @@ impl Store {
         let operation =
             operation.ok_or_else(|| Error::not_found(name, "list the model's versions"))?;
         let user: Option<String> = sqlx::query_scalar(
-            "SELECT 'operations/' || operation FROM needed WHERE resource = ?1 OR operation = ?2 \
+            "SELECT operation FROM needed WHERE resource = ?1 OR operation = ?2 \
              UNION ALL \
              SELECT 'models/' || model || '/versions/' || version FROM versions WHERE parent = ?1 \
              LIMIT 1",
@@ -518,6 +550,12 @@ pub(super) fn page(limit: usize) -> i64 {
 
 fn integer(value: u64) -> Result<i64> {
     i64::try_from(value).map_err(|_| Error::internal("a size does not fit 63 bits"))
+}
+
+/// Milliseconds since 1970 as a message.
+pub fn timestamp(ms: i64) -> pbjson_types::Timestamp {
+    let nanos = i32::try_from(ms.rem_euclid(1000) * 1_000_000).unwrap_or_default();
+    pbjson_types::Timestamp { seconds: ms.div_euclid(1000), nanos }
 }
 
 fn no_model(id: &str) -> Error {

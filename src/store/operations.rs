@@ -361,13 +361,13 @@ impl Store {
     }
 
     /// Ends a run. Nothing happens when the operation is no longer this run's.
-    pub async fn end(&self, id: &str, attempt: i32, end: End) -> Result<()> {
+    pub async fn end(&self, id: &str, attempt: i32, end: &End) -> Result<()> {
         let mut tx = self.sql.write().await?;
         if !runs(&mut tx, id, attempt).await? {
             return Ok(());
         }
         let (state, response, error) = match end {
-            End::Succeeded(response) => (State::Succeeded, Some(response), None),
+            End::Succeeded(response) => (State::Succeeded, Some(response.as_slice()), None),
             End::Failed(error) => (State::Failed, None, Some(error)),
             End::Cancelled(error) => (State::Cancelled, None, Some(error)),
             End::Interrupted => (State::Queued, None, None),
@@ -390,7 +390,7 @@ impl Store {
         let mut state = State::parse(&state.ok_or_else(|| no_operation(id))?)?;
         if state == State::Queued {
             state = State::Cancelled;
-            conclude(&mut tx, id, state, None, Some((&Error::cancelled()).into())).await?;
+            conclude(&mut tx, id, state, None, Some(&(&Error::cancelled()).into())).await?;
         }
         tx.commit().await?;
         Ok(state)
@@ -420,7 +420,8 @@ impl Store {
             } else {
                 (State::Queued, None)
             };
-            conclude(&mut tx, &id, state, None, error.as_ref().map(StoredError::from)).await?;
+            let error = error.as_ref().map(StoredError::from);
+            conclude(&mut tx, &id, state, None, error.as_ref()).await?;
         }
         Ok(tx.commit().await?)
     }
@@ -457,8 +458,8 @@ async fn conclude(
     tx: &mut Transaction<'_, Sqlite>,
     id: &str,
     state: State,
-    response: Option<Vec<u8>>,
-    error: Option<StoredError>,
+    response: Option<&[u8]>,
+    error: Option<&StoredError>,
 ) -> Result<()> {
     let message = match (&error, state) {
         (Some(error), _) => error.message.clone(),

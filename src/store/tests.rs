@@ -219,7 +219,7 @@ async fn collection_never_takes_what_is_being_written() {
 async fn a_step_is_written_once() {
     let (_folder, store) = open().await;
     let step = |index| v1::Lineage {
-        operation: "op".into(),
+        operation: "operations/op".into(),
         step_index: index,
         seconds: 1.5,
         ..Default::default()
@@ -233,8 +233,8 @@ async fn a_step_is_written_once() {
     assert_eq!(rows[0], rows[1]);
     assert_eq!(rows[2].version, 2);
     assert_eq!(rows[2].lineage().unwrap(), step(1));
-    assert_eq!(store.step_version("op", 0).await.unwrap().as_ref(), Some(&rows[0]));
-    assert_eq!(store.step_version("op", 2).await.unwrap(), None);
+    assert_eq!(store.step_version("operations/op", 0).await.unwrap().as_ref(), Some(&rows[0]));
+    assert_eq!(store.step_version("operations/op", 2).await.unwrap(), None);
     let held: i64 = sqlx::query_scalar("SELECT count(*) FROM objects")
         .fetch_one(&store.sql.reader)
         .await
@@ -439,11 +439,11 @@ async fn an_operation_lives_from_claim_to_end() {
     assert_eq!(store.saved_result(&run.id, "before").await.unwrap().unwrap(), b"x");
     assert_eq!(store.request_cancel(&run.id).await.unwrap(), State::Running);
     assert!(store.report_progress(&run.id, 1, 0.5, "half").await.unwrap());
-    store.end(&run.id, 2, End::Succeeded(b"late".to_vec())).await.unwrap();
+    store.end(&run.id, 2, &End::Succeeded(b"late".to_vec())).await.unwrap();
     assert_eq!(store.operation(&run.id).await.unwrap().state, State::Running);
 
     let error = Error::option("share", "2 is outside [0, 1)").within("recipe.steps[0].wanda");
-    store.end(&run.id, 1, End::Failed((&error).into())).await.unwrap();
+    store.end(&run.id, 1, &End::Failed((&error).into())).await.unwrap();
     let ended = store.operation(&run.id).await.unwrap();
     let stored = ended.error.clone().unwrap();
     assert_eq!((ended.state, stored.reason()), (State::Failed, Reason::InvalidOption));
@@ -477,7 +477,7 @@ async fn operations_of_a_dead_process_are_taken_up_again() {
     let id = enqueue(&store, "models/m").await.id;
     for attempt in 1..=9 {
         assert_eq!(store.claim().await.unwrap().unwrap().attempt, attempt);
-        store.end(&id, attempt, End::Interrupted).await.unwrap();
+        store.end(&id, attempt, &End::Interrupted).await.unwrap();
     }
     store.claim().await.unwrap();
     store.request_cancel(&id).await.unwrap();
