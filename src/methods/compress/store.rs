@@ -51,35 +51,13 @@ pub fn known_zeros(tensor: &TensorInfo) -> usize {
         return elements / usize::from(of) * usize::from(of - keep);
     }
     // Bytes grow with the kept elements, so they tell how many there are.
-    let bytes = |kept: usize| sparse_plan(shape, kept, values, None).1;
+    let bytes = |kept: usize| Sparse::expected(shape, kept, values, None).1;
     let (mut low, mut high) = (0, elements);
     while low < high {
         let middle = low + (high - low) / 2;
         if bytes(middle) < tensor.bytes { low = middle + 1 } else { high = middle }
     }
     elements - low
-}
-
-fn sparse_plan(
-    shape: [usize; 2],
-    kept: usize,
-    values: ValueFormat,
-    hint: Option<(u8, u8)>,
-) -> (SparsePattern, u64) {
-    let elements = (shape[0] * shape[1]) as u64;
-    let one = match values {
-        ValueFormat::F32 => 32,
-        ValueFormat::F16 | ValueFormat::BF16 => 16,
-        ValueFormat::Grouped(spec) => u64::from(spec.bits),
-    };
-    let grid = match values {
-        ValueFormat::Grouped(spec) => {
-            spec.bytes(shape[0], shape[1]) - elements * u64::from(spec.bits) / 8
-        }
-        _ => 0,
-    };
-    let _ = hint;
-    (SparsePattern::Bitmap, elements.div_ceil(8) + (kept as u64 * one).div_ceil(8) + grid)
 }
 
 /// Stores pruned values: sparse, or dense where that is no larger.
@@ -110,7 +88,7 @@ pub fn pruned_info(
     hint: Option<(u8, u8)>,
 ) -> TensorInfo {
     let kept = shape[0] * shape[1] - zeros;
-    let (pattern, bytes) = sparse_plan(shape, kept, values, hint);
+    let (pattern, bytes) = Sparse::expected(shape, kept, values, hint);
     let dense = dense_bytes(shape, dense_type(values));
     if bytes < dense {
         let record = Record::Sparse { shape, pattern, values };
@@ -131,7 +109,7 @@ pub fn quantised(
 ) -> Result<Weight> {
     let kept = pruned.pruned().len() - pruned.count();
     let hint = hint_of(&before.record());
-    let (_, bytes) = sparse_plan(shape, kept, ValueFormat::Grouped(spec), hint);
+    let (_, bytes) = Sparse::expected(shape, kept, ValueFormat::Grouped(spec), hint);
     let Codes { codes, scales, zeros } = codes;
     if bytes < spec.bytes(shape[0], shape[1]) {
         let mask: Vec<bool> = pruned.pruned().iter().map(|p| !p).collect();
@@ -146,7 +124,7 @@ pub fn quantised(
 pub fn quantised_info(shape: [usize; 2], before: &TensorInfo, spec: GroupedSpec) -> TensorInfo {
     let kept = shape[0] * shape[1] - known_zeros(before);
     let values = ValueFormat::Grouped(spec);
-    let (pattern, sparse) = sparse_plan(shape, kept, values, hint_of(&before.record));
+    let (pattern, sparse) = Sparse::expected(shape, kept, values, hint_of(&before.record));
     let grouped = spec.bytes(shape[0], shape[1]);
     let (record, bytes) = if sparse < grouped {
         (Record::Sparse { shape, pattern, values }, sparse)

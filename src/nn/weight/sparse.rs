@@ -150,6 +150,33 @@ impl Sparse {
         })
     }
 
+    /// The pattern and the bytes of a `[rows, cols]` weight of which `kept` elements stay, spread evenly
+    /// over the rows; with a hint `n_of_m`, over its groups.
+    pub fn expected(
+        shape: [usize; 2],
+        kept: usize,
+        values: ValueFormat,
+        n_of_m: Option<(u8, u8)>,
+    ) -> (SparsePattern, u64) {
+        let (list, bitmap) = (
+            candidate(shape, n_of_m)
+                .map(|(keep, of)| (list_bytes(shape, keep, of), SparsePattern::NOfM { keep, of })),
+            (bitmap_bytes(shape), SparsePattern::Bitmap),
+        );
+        let (places, pattern) = list.filter(|list| list.0 < bitmap.0).unwrap_or(bitmap);
+        let rows = shape[0].max(1);
+        let stored = match (values, values.dense()) {
+            (_, Some((dtype, _))) => (kept * dtype.size()) as u64,
+            (ValueFormat::Grouped(spec), None) => {
+                let grid = GroupedSpec { bits: 8, ..spec }.bytes(shape[0], shape[1])
+                    - (shape[0] * shape[1]) as u64;
+                grid + (rows * bits::stream_bytes(kept.div_ceil(rows), spec.bits.into())) as u64
+            }
+            (_, None) => 0,
+        };
+        (pattern, places as u64 + stored)
+    }
+
     pub fn pattern(&self) -> SparsePattern {
         self.pattern
     }
