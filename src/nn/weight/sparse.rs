@@ -158,12 +158,10 @@ impl Sparse {
         values: ValueFormat,
         n_of_m: Option<(u8, u8)>,
     ) -> (SparsePattern, u64) {
-        let (list, bitmap) = (
-            candidate(shape, n_of_m)
-                .map(|(keep, of)| (list_bytes(shape, keep, of), SparsePattern::NOfM { keep, of })),
-            (bitmap_bytes(shape), SparsePattern::Bitmap),
-        );
-        let (places, pattern) = list.filter(|list| list.0 < bitmap.0).unwrap_or(bitmap);
+        let list = candidate(shape, n_of_m)
+            .map(|(keep, of)| (SparsePattern::NOfM { keep, of }, list_bytes(shape, keep, of)));
+        let bitmap = (SparsePattern::Bitmap, bitmap_bytes(shape));
+        let (pattern, places) = list.filter(|list| list.1 < bitmap.1).unwrap_or(bitmap);
         let rows = shape[0].max(1);
         let stored = match (values, values.dense()) {
             (_, Some((dtype, _))) => (kept * dtype.size()) as u64,
