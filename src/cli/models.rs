@@ -373,7 +373,7 @@ fn show_version(version: &ModelVersion) -> Result<()> {
         ("version", version.name.clone()),
         ("digest", version.digest.clone()),
         ("architecture", format!("{} {}", version.family, version.architecture)),
-        ("parameters", count(version.parameter_count)),
+        ("parameters", output::count(version.parameter_count)),
         ("weights", size(version.weight_bytes)),
         ("on disk", size(version.total_bytes)),
         ("layouts", layouts.join(", ")),
@@ -460,16 +460,6 @@ fn labels(labels: &HashMap<String, String>) -> String {
     labels.join(", ")
 }
 
-/// A count for people: `135 million`.
-#[allow(clippy::cast_precision_loss)]
-fn count(value: i64) -> String {
-    match value as f64 {
-        v if v >= 999.5e6 => format!("{} billion", output::significant(v / 1e9)),
-        v if v >= 999.5e3 => format!("{} million", output::significant(v / 1e6)),
-        _ => value.to_string(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -490,12 +480,5 @@ mod tests {
             .collect();
         assert_eq!(names, ["config.json", "model.safetensors"]);
         assert!(model_files(&folder.path().join("absent")).is_err());
-    }
-
-    #[test]
-    fn counts_are_readable() {
-        assert_eq!(count(134_515_008), "135 million");
-        assert_eq!(count(7_000_000_000), "7.00 billion");
-        assert_eq!(count(1_200), "1200");
     }
 }

@@ -204,6 +204,16 @@ pub fn significant(value: f64) -> String {
     }
 }
 
+/// A count for people: `135 million`.
+#[allow(clippy::cast_precision_loss)]
+pub fn count(value: i64) -> String {
+    match value as f64 {
+        v if v >= 999.5e6 => format!("{} billion", significant(v / 1e9)),
+        v if v >= 999.5e3 => format!("{} million", significant(v / 1e6)),
+        _ => value.to_string(),
+    }
+}
+
 /// Seconds for people: `0.8 s`, `42 s`, `3 min 20 s`.
 pub fn seconds(value: f64) -> String {
     if value < 9.95 {
@@ -268,5 +278,12 @@ mod tests {
         let value = operation_json(&operation).unwrap();
         assert_eq!(value["response"]["version"], "models/m/versions/1");
         assert_eq!(value["response"]["@type"], "type.googleapis.com/planish.v1.EvaluationReport");
+    }
+
+    #[test]
+    fn counts_are_readable() {
+        assert_eq!(count(134_515_008), "135 million");
+        assert_eq!(count(7_000_000_000), "7.00 billion");
+        assert_eq!(count(1_200), "1200");
     }
 }

@@ -95,7 +95,7 @@ async fn tour(context: &Context, source: &str) -> Result<(String, String)> {
     say(&format!(
         "   {}, {} parameters, weights {}",
         short_model(&base.name),
-        base.parameter_count,
+        output::count(base.parameter_count),
         output::size(base.weight_bytes)
     ))?;
 

@@ -125,6 +125,7 @@ fn value(m: &Measurement) -> String {
         "bytes" => size(m.value as i64),
         // Perplexities are compared in their second decimal.
         _ if m.metric == "perplexity" => format!("{:.3}", m.value),
+        "" if m.value >= 1e6 => output::count(m.value as i64),
         "" => output::significant(m.value),
         "seconds" | "s" => output::seconds(m.value),
         unit => format!("{} {unit}", output::significant(m.value)),
@@ -146,15 +147,20 @@ fn change(old: &Measurement, new: &Measurement) -> String {
     }
 }
 
-/// How the values were measured, one line for each metric that says so.
+/// How the values were measured: one line for the metrics that share a protocol.
 fn protocols(report: Option<&EvaluationReport>) -> Vec<String> {
-    report
-        .map(|r| r.measurements.as_slice())
-        .unwrap_or_default()
-        .iter()
-        .filter(|m| !m.protocol.is_empty())
-        .map(|m| format!("  {}: {}", m.metric.replace('_', " "), m.protocol))
-        .collect()
+    let mut groups: Vec<(&str, Vec<String>)> = Vec::new();
+    for m in report.map(|r| r.measurements.as_slice()).unwrap_or_default() {
+        let metric = m.metric.replace('_', " ");
+        match groups.iter_mut().find(|(protocol, _)| *protocol == m.protocol) {
+            _ if m.protocol.is_empty() => {}
+            Some((_, metrics)) => metrics.push(metric),
+            None => groups.push((&m.protocol, vec![metric])),
+        }
+    }
+    let line =
+        |(protocol, metrics): (&str, Vec<String>)| format!("  {}: {protocol}", metrics.join(", "));
+    groups.into_iter().map(line).collect()
 }
 
 /// The measurements of one version.
@@ -253,6 +259,6 @@ mod tests {
         let text = side_by_side(&heads, Some(&before), Some(&after));
         assert_eq!(text.matches("perplexity").count(), 1);
         assert!(text.contains("+50.0%") && text.contains("0.250 nats"), "{text}");
-        assert_eq!(protocols(Some(&after)).len(), 2);
+        assert_eq!(protocols(Some(&after)), ["  perplexity, kl divergence: p"]);
     }
 }
