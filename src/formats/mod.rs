@@ -2,6 +2,8 @@
 
 mod counting;
 pub mod gguf;
+#[cfg(test)]
+pub(crate) mod hostile;
 pub mod mmap;
 pub mod safetensors;
 pub mod tokenizer;

@@ -2,6 +2,8 @@
 
 pub mod decoder;
 pub mod export;
+mod files;
+mod gguf;
 pub mod import;
 pub mod package;
 
