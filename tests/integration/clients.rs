@@ -26,7 +26,7 @@ fn tools() -> &'static Path {
         if !ready.exists() {
             run(Command::new("python3").args(["-m", "venv"]).arg(&home), "python3 -m venv");
             let packages =
-                ["grpcio==1.76.0", "grpcio-tools==1.76.0", "grpcio-status==1.76.0", "buf-bin"];
+                ["grpcio==1.85.1", "grpcio-tools==1.85.1", "grpcio-status==1.85.1", "buf-bin"];
             run(
                 Command::new(home.join("bin/pip"))
                     .args(["install", "--quiet", "--disable-pip-version-check"])
