@@ -58,9 +58,11 @@ def torch_side():
         for block in core.layers:
             linears = [m for m in block.modules() if isinstance(m, torch.nn.Linear)]
             squares = {m: torch.zeros(m.in_features) for m in linears}
-            hooks = [m.register_forward_pre_hook(
-                lambda m, inputs: squares[m].add_(inputs[0].flatten(0, -2).pow(2).sum(0)))
-                for m in linears]
+
+            def note(module, inputs):
+                squares[module] += inputs[0].flatten(0, -2).pow(2).sum(0)
+
+            hooks = [m.register_forward_pre_hook(note) for m in linears]
             for x in hidden:
                 through(block, x)
             for hook in hooks:

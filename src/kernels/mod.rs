@@ -15,6 +15,6 @@ pub mod norm;
 pub mod product;
 pub mod rope;
 pub mod simd;
-pub mod sparse;
 pub mod softmax;
+pub mod sparse;
 pub mod threads;
