@@ -217,3 +217,6 @@ fn malformed(error: impl fmt::Display) -> Error {
         format!("tokenizer.json cannot be used: {error}; export the tokenizer again"),
     )
 }
+
+#[cfg(test)]
+mod tests;

@@ -418,3 +418,6 @@ fn malformed(what: impl std::fmt::Display) -> Error {
         format!("the gguf file's tokenizer is damaged: {what}; convert the model again"),
     )
 }
+
+#[cfg(test)]
+mod tests;
