@@ -266,3 +266,122 @@ pub fn walk_model(
     let family = model.family.clone();
     walk(of(&family), &mut model.weights, plan, change)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Blocks `h -> W h` over hidden states of 2, one linear each; counts its runs.
+    struct Chain(usize, std::sync::Arc<std::sync::atomic::AtomicUsize>);
+
+    struct Link(Arc<Weight>, std::sync::Arc<std::sync::atomic::AtomicUsize>);
+
+    impl Walk for Chain {
+        fn blocks(&self) -> usize {
+            self.0
+        }
+        fn width(&self) -> usize {
+            2
+        }
+        fn inner_width(&self) -> usize {
+            2
+        }
+        fn max_length(&self) -> usize {
+            8
+        }
+        fn linears(&self, block: usize) -> Vec<Vec<String>> {
+            vec![vec![format!("{block}.w")]]
+        }
+        fn embed(&self, _: &Weights, tokens: &[u32], out: &mut [f32]) -> Result<()> {
+            for (token, out) in tokens.iter().zip(out.chunks_mut(2)) {
+                out.copy_from_slice(&[*token as f32, 1.0]);
+            }
+            Ok(())
+        }
+        fn block(&self, weights: &Weights, block: usize) -> Result<Box<dyn Run>> {
+            Ok(Box::new(Link(find(weights, &format!("{block}.w"))?.clone(), self.1.clone())))
+        }
+    }
+
+    impl Run for Link {
+        fn forward(&self, hidden: &mut [f32], _: usize, tap: Option<&mut plan::Tap<'_>>) {
+            self.1.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            if let Some(tap) = tap {
+                tap(0, hidden);
+            }
+            let mut out = vec![0.0; hidden.len()];
+            self.0.multiply(hidden, &mut out);
+            hidden.copy_from_slice(&out);
+        }
+    }
+
+    fn matrix(values: [f32; 4]) -> Weight {
+        Weight::Dense(Dense::from_f32(vec![2, 2], &values, Dtype::F32).expect("a matrix"))
+    }
+
+    fn chain(blocks: usize, values: [f32; 4]) -> (Chain, Weights) {
+        let weights = (0..blocks).map(|b| (format!("{b}.w"), Arc::new(matrix(values)))).collect();
+        (Chain(blocks, Arc::default()), weights)
+    }
+
+    fn windows() -> Windows {
+        Windows { tokens: vec![3, 4, 0, 0], length: 2, warnings: Vec::new() }
+    }
+
+    #[test]
+    fn later_blocks_see_what_changed_blocks_give() {
+        let (chain, mut weights) = chain(3, [2.0, 0.0, 0.0, 1.0]);
+        let names = (0..3).map(|b| format!("{b}.w")).collect();
+        let progress = Progress::silent();
+        let windows = windows();
+        let plan = Plan { windows: &windows, names: &names, gram: true, progress: &progress };
+        let mut seen = Vec::new();
+        walk(&chain, &mut weights, &plan, &mut |site| {
+            seen.push(site.inputs.squares().to_vec());
+            assert_eq!(site.inputs.gram().expect("asked for").at(0, 0), site.inputs.squares()[0]);
+            // Block 0 triples the first channel instead of doubling it; block 1 swaps the channels.
+            Ok(vec![match site.block {
+                0 => matrix([3.0, 0.0, 0.0, 1.0]),
+                _ => matrix([0.0, 1.0, 1.0, 0.0]),
+            }])
+        })
+        .expect("walks");
+        // First channels 3, 4, 0, 0: squares 25; tripled 225; then swapped with the ones.
+        assert_eq!(seen, [vec![25.0, 4.0], vec![225.0, 4.0], vec![4.0, 225.0]]);
+        assert_eq!(weights["2.w"].to_f32(), [0.0, 1.0, 1.0, 0.0]);
+        // Two runs a block, one in the last.
+        assert_eq!(chain.1.load(std::sync::atomic::Ordering::Relaxed), 5);
+    }
+
+    #[test]
+    fn blocks_out_of_scope_run_once_or_never() {
+        let (chain, mut weights) = chain(4, [1.0, 0.0, 0.0, 1.0]);
+        let names = BTreeSet::from(["1.w".to_owned()]);
+        let progress = Progress::silent();
+        let windows = windows();
+        let plan = Plan { windows: &windows, names: &names, gram: false, progress: &progress };
+        let mut sites = 0;
+        walk(&chain, &mut weights, &plan, &mut |site| {
+            sites += 1;
+            assert_eq!(site.names, ["1.w"]);
+            Ok(vec![matrix([0.0; 4])])
+        })
+        .expect("walks");
+        assert_eq!((sites, chain.1.load(std::sync::atomic::Ordering::Relaxed)), (1, 2));
+        assert_eq!(weights["1.w"].zeros(), 4);
+        assert_eq!(weights["0.w"].zeros(), 2);
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_name_the_block() {
+        let (chain, mut weights) = chain(3, [1.0, 0.0, 0.0, 1.0]);
+        weights.insert("1.w".into(), Arc::new(matrix([f32::MAX; 4])));
+        let names = BTreeSet::from(["2.w".to_owned()]);
+        let progress = Progress::silent();
+        let windows = windows();
+        let plan = Plan { windows: &windows, names: &names, gram: false, progress: &progress };
+        let error = walk(&chain, &mut weights, &plan, &mut |_| Ok(Vec::new())).unwrap_err();
+        assert_eq!(error.reason(), Reason::NonFinite);
+        assert!(error.message().contains("block 1"), "{error}");
+    }
+}

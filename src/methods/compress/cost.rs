@@ -14,7 +14,7 @@ const CHUNK: usize = 2048;
 /// A step that only reads weights.
 pub fn alone(before: &ModelInfo, after: &ModelInfo) -> Estimate {
     let largest = before.tensors.values().map(|t| elements(&t.shape)).max().unwrap_or_default();
-    let all: usize = linears(before).map(|shape| elements(shape)).sum();
+    let all: usize = linears(before).map(elements).sum();
     Estimate {
         weight_bytes: after.bytes(),
         // The changed weights beside the old ones; values, scores and mask of the largest.

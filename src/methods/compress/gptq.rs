@@ -148,7 +148,7 @@ impl Method for v1::Gptq {
         let names = grid.names(&model.family)?;
         calibrated(cx, model, &names, &calibration, true, &mut |site, report| {
             let order = by_activation.then(|| by_energy(site.inputs.squares()));
-            let factor = report.factor(&site, calibration.sequences, damp, order.as_deref())?;
+            let factor = report.factor(site, calibration.sequences, damp, order.as_deref())?;
             let stored = site.weights.iter().zip(&site.dense);
             stored
                 .map(|(stored, weights)| {

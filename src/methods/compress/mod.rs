@@ -31,13 +31,16 @@ use crate::error::{Error, Reason, Result};
 use crate::models::Model;
 use crate::nn::weight::{GroupedSpec, Weight};
 
-/// Changes one weight after the other, without text. `change` gets a name, the values `[rows, cols]`
-/// and the columns.
+/// What a method without text makes of a weight, from its name, its values `[rows, cols]` and its
+/// columns.
+type ChangeOne<'a> = dyn Fn(&str, &[f32], usize) -> Result<Weight> + 'a;
+
+/// Changes one weight after the other, without text.
 fn alone(
     cx: &StepContext<'_>,
     mut model: Model,
     names: &BTreeSet<String>,
-    change: &dyn Fn(&str, &[f32], usize) -> Result<Weight>,
+    change: &ChangeOne<'_>,
 ) -> Result<Outcome> {
     let mut report = Report::default();
     for (i, name) in names.iter().enumerate() {

@@ -175,7 +175,7 @@ impl Method for v1::SparseGpt {
         let (damp, block) = (options::damp(self.damp)?, options::block(self.block_size)?);
         let names = sparsity.names(&model.family)?;
         calibrated(cx, model, &names, &calibration, true, &mut |site, report| {
-            let factor = report.factor(&site, calibration.sequences, damp, None)?;
+            let factor = report.factor(site, calibration.sequences, damp, None)?;
             let named = site.names.iter().zip(&site.dense);
             named
                 .map(|(name, weights)| {
