@@ -191,3 +191,6 @@ fn message_of(record: serde_json::Value) -> Result<pbjson_types::Struct> {
 fn signed(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
+
+#[cfg(test)]
+mod tests;
