@@ -44,6 +44,9 @@ pub struct Options {
     pub scratch: PathBuf,
 }
 
+/// Uploads that nobody came for are looked for this often.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(60 * 60);
+
 /// What the handles and the threads have in common.
 struct Shared {
     store: Arc<Store>,
@@ -98,6 +101,7 @@ impl Jobs {
         for number in 0..options.runners.max(1) {
             runner::spawn(number, jobs.shared.clone())?;
         }
+        tokio::spawn(sweep(jobs.shared.store.clone(), jobs.shared.stopping.subscribe()));
         Ok(jobs)
     }
 
@@ -155,6 +159,14 @@ impl Jobs {
             }
             self.shared.changed(&id);
         }
+    }
+}
+
+async fn sweep(store: Arc<Store>, mut stopping: watch::Receiver<bool>) {
+    let stopped = stopping.wait_for(|stopping| *stopping);
+    tokio::pin!(stopped);
+    while tokio::time::timeout(SWEEP_INTERVAL, &mut stopped).await.is_err() {
+        store.sweep().await;
     }
 }
 

@@ -55,9 +55,9 @@ impl Store {
         self.objects.ping().await
     }
 
-    /// Collects what a deletion set free. The deletion is done already; what cannot be collected now
-    /// is at the next one.
-    async fn sweep(&self) {
+    /// Collects what a deletion set free, and uploads that nobody came for. What fails now succeeds the
+    /// next time; the deletion itself is done.
+    pub async fn sweep(&self) {
         if let Err(error) = self.objects.collect().await {
             tracing::warn!(%error, "unused objects were not collected");
         }

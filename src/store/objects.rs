@@ -135,6 +135,12 @@ impl Objects {
 
     /// Deletes the objects that nothing refers to and nobody holds; returns the bytes set free.
     pub async fn collect(&self) -> Result<u64> {
+        let mut tx = self.sql.write().await?;
+        sqlx::query("DELETE FROM leases WHERE expires_ms <= ?")
+            .bind(now_ms())
+            .execute(&mut *tx)
+            .await?;
+        tx.commit().await?;
         let digests: Vec<String> = sqlx::query_scalar("SELECT digest FROM unused_objects")
             .fetch_all(&self.sql.reader)
             .await?;

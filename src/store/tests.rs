@@ -216,6 +216,29 @@ async fn collection_never_takes_what_is_being_written() {
 }
 
 #[tokio::test]
+async fn uploads_that_nobody_came_for_go_when_their_time_is_over() {
+    let (_folder, store) = open().await;
+    let forgotten = put(&store, "forgotten").await;
+    let row = version(&store, "m", &["used"]).await;
+    let used = put(&store, "used").await;
+    let wanted = put(&store, "wanted").await;
+    let import = operation("models/n", "");
+    let import = store.enqueue(&import, std::slice::from_ref(&wanted.digest), 9).await.unwrap();
+    store.sweep().await;
+    assert!(there(&store, &forgotten).await);
+    let mut tx = store.sql.write().await.unwrap();
+    sqlx::query("UPDATE leases SET expires_ms = 0").execute(&mut *tx).await.unwrap();
+    tx.commit().await.unwrap();
+    store.sweep().await;
+    assert!(!there(&store, &forgotten).await);
+    assert!(there(&store, &used).await, "{} has it", row.name());
+    assert!(there(&store, &wanted).await, "a waiting operation needs it");
+    store.request_cancel(&import.id).await.unwrap();
+    store.sweep().await;
+    assert!(!there(&store, &wanted).await);
+}
+
+#[tokio::test]
 async fn a_step_is_written_once() {
     let (_folder, store) = open().await;
     let step = |index| v1::Lineage {
