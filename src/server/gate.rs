@@ -403,6 +403,9 @@ pub fn name(code: Code) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use http_body::Body as _;
+    use tower::ServiceExt as _;
+
     use super::*;
 
     #[test]
@@ -429,5 +432,91 @@ mod tests {
         assert_eq!(id("abc-1"), "abc-1");
         assert_eq!(id("has blank").len(), 32);
         assert_eq!(id(&"x".repeat(65)).len(), 32);
+    }
+    type Answer = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+    /// Calls `path` through a gate before `service`, with a deadline of 20 ms.
+    async fn call(
+        path: &str,
+        phase: watch::Receiver<Phase>,
+        service: fn(Request<Body>) -> Answer,
+    ) -> Response<Body> {
+        let server = crate::config::Server::default();
+        let tokens = Tokens::load(&server).unwrap();
+        let gate = Gate::new(&[crate::proto::DESCRIPTORS], tokens, 1, phase).unwrap();
+        let request = Request::builder().uri(path).header("grpc-timeout", "20m");
+        let gated = tower::Layer::layer(&gate, tower::service_fn(service));
+        gated.oneshot(request.body(Body::default()).unwrap()).await.unwrap()
+    }
+
+    /// The status in the trailers of an answer.
+    async fn trailers(mut body: Body) -> Status {
+        loop {
+            let frame = std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await;
+            if let Ok(trailers) = frame.unwrap().unwrap().into_trailers() {
+                return Status::from_header_map(&trailers).unwrap();
+            }
+            // The clock of the runtime stands still while a task does not yield.
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// A body without an end.
+    struct Endless;
+
+    impl http_body::Body for Endless {
+        type Data = Bytes;
+        type Error = Status;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+            Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b"more")))))
+        }
+    }
+
+    const GET: &str = "/planish.v1.ModelService/GetModel";
+    const WATCH: &str = "/planish.v1.JobService/WatchOperation";
+
+    #[tokio::test]
+    async fn deadlines_end_calls_and_streams() {
+        let (_sender, phase) = watch::channel(Phase::Serving);
+        let stuck = call(GET, phase.clone(), |_| Box::pin(std::future::pending())).await;
+        let status = Status::from_header_map(stuck.headers()).unwrap();
+        assert_eq!(status.code(), Code::DeadlineExceeded);
+        assert!(!status.details().is_empty());
+
+        let endless = |_| -> Answer { Box::pin(async { Ok(Response::new(Body::new(Endless))) }) };
+        let streaming = call(GET, phase, endless).await;
+        assert!(streaming.headers().contains_key("x-request-id"));
+        assert_eq!(trailers(streaming.into_body()).await.code(), Code::DeadlineExceeded);
+    }
+
+    #[tokio::test]
+    async fn draining_ends_endless_streams_and_refuses_new_calls() {
+        let (sender, phase) = watch::channel(Phase::Serving);
+        let quiet =
+            |_| -> Answer { Box::pin(async { Ok(Response::new(Body::new(QuietForever))) }) };
+        let watching = call(WATCH, phase.clone(), quiet).await;
+        sender.send_replace(Phase::Draining);
+        assert_eq!(trailers(watching.into_body()).await.code(), Code::Unavailable);
+        let refused = call(GET, phase, quiet).await;
+        let status = Status::from_header_map(refused.headers()).unwrap();
+        assert_eq!(status.code(), Code::Unavailable);
+    }
+
+    struct QuietForever;
+
+    impl http_body::Body for QuietForever {
+        type Data = Bytes;
+        type Error = Status;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+            Poll::Pending
+        }
     }
 }
