@@ -22,8 +22,10 @@ use crate::recipe;
 use crate::server::Server;
 
 /// The texts of the repository, by the names that the recipe uses.
-const TEXTS: [(&str, &str); 2] =
-    [("sample-prose", "The sea was calm."), ("sample-calibration", "The hills were green.")];
+const TEXTS: [(&str, &str); 2] = [
+    ("sample-prose", include_str!("../../samples/prose.txt")),
+    ("sample-calibration", include_str!("../../samples/calibration.txt")),
+];
 const RECIPE: &str = include_str!("../../recipes/quickstart.toml");
 const QUESTION: &str = "In two sentences: why does the sea look blue?";
 

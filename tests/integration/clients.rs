@@ -106,7 +106,8 @@ async fn buf_curl_imports_runs_watches_and_streams() {
             let path = entry.unwrap().path();
             let bytes = fs::read(&path).unwrap();
             let name = path.file_name().unwrap().to_str().unwrap();
-            let mut requests = vec![json!({"header": {"fileName": name, "sizeBytes": bytes.len()}})];
+            let mut requests =
+                vec![json!({"header": {"fileName": name, "sizeBytes": bytes.len()}})];
             requests.extend(bytes.chunks(1 << 18).map(|c| json!({ "chunk": base64(c) })));
             let stored = curl(&address, "planish.v1.ModelService/UploadFile", &requests, scratch);
             let digest = stored[0]["file"]["digest"].clone();
@@ -146,8 +147,7 @@ async fn buf_curl_imports_runs_watches_and_streams() {
             "sampling": {"temperature": 0},
         });
         let parts = curl(&address, "planish.v1.GenerationService/Generate", &[request], scratch);
-        let tokens: usize =
-            parts.iter().map(|p| p["tokens"].as_array().map_or(0, Vec::len)).sum();
+        let tokens: usize = parts.iter().map(|p| p["tokens"].as_array().map_or(0, Vec::len)).sum();
         assert_eq!(tokens, 5, "{parts:?}");
         assert_eq!(parts.last().unwrap()["finishReason"], "FINISH_REASON_LENGTH");
     })
@@ -161,7 +161,8 @@ fn base64(bytes: &[u8]) -> String {
     bytes
         .chunks(3)
         .flat_map(|group| {
-            let word = group.iter().enumerate().fold(0_u32, |w, (i, b)| w | u32::from(*b) << (16 - 8 * i));
+            let word =
+                group.iter().enumerate().fold(0_u32, |w, (i, b)| w | u32::from(*b) << (16 - 8 * i));
             (0..4).map(move |i| match i <= group.len() {
                 true => char::from(LETTERS[(word >> (18 - 6 * i) & 63) as usize]),
                 false => '=',

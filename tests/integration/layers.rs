@@ -5,9 +5,28 @@ use std::path::{Path, PathBuf};
 
 /// Rooms from the wire down to the metal; a room may use the rooms below it.
 const ROOMS: &[&str] = &[
-    "main", "cli", "server", "jobs", "recipe", "methods", "calibrate", "eval", "serve", "store",
-    "models", "formats", "data", "nn", "kernels", "config", "telemetry", "seed", "progress", "proto",
-    "error", "lib",
+    "main",
+    "cli",
+    "server",
+    "jobs",
+    "recipe",
+    "methods",
+    "calibrate",
+    "eval",
+    "serve",
+    "store",
+    "models",
+    "formats",
+    "data",
+    "nn",
+    "kernels",
+    "config",
+    "telemetry",
+    "seed",
+    "progress",
+    "proto",
+    "error",
+    "lib",
 ];
 
 fn sources() -> Vec<(PathBuf, String)> {

@@ -13,7 +13,8 @@ use serde_json::json;
 /// A byte-level tokenizer without merges: one token a byte, and `<|end|>`.
 pub fn byte_tokenizer() -> Tokenizer {
     // The byte-level alphabet: printable bytes stand for themselves, the others for letters from U+0100.
-    let printable = |b: u32| (33..=126).contains(&b) || (161..=172).contains(&b) || (174..=255).contains(&b);
+    let printable =
+        |b: u32| (33..=126).contains(&b) || (161..=172).contains(&b) || (174..=255).contains(&b);
     let mut shifted = 0;
     let mut vocabulary = serde_json::Map::new();
     for byte in 0..256_u32 {
