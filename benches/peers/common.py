@@ -33,7 +33,7 @@ class Planish:
         address = self.folder / "address"
         self.server = subprocess.Popen(
             [self.program, "serve", "--listen", "127.0.0.1:0", "--address-file", str(address),
-             "--data-folder", str(self.folder / "data")],
+             "--data", str(self.folder / "data")],
             stderr=(self.folder / "server.log").open("w"),
         )
         atexit.register(self.stop)
@@ -46,14 +46,15 @@ class Planish:
         self.endpoint = "http://" + address.read_text().strip().removeprefix("http://")
 
     def run(self, *words):
-        """Runs a command with JSON output and returns what it printed, parsed."""
+        """Runs a command with JSON output and returns what it printed; of an operation, its response."""
         done = subprocess.run(
             [self.program, "--endpoint", self.endpoint, "--output", "json", *map(str, words)],
             capture_output=True, text=True,
         )
         if done.returncode:
             sys.exit(f"planish {' '.join(map(str, words))} failed:\n{done.stderr}")
-        return json.loads(done.stdout) if done.stdout.strip() else None
+        said = json.loads(done.stdout) if done.stdout.strip() else None
+        return said["response"] if isinstance(said, dict) and said.get("done") else said
 
     def peak_mib(self):
         status = Path(f"/proc/{self.server.pid}/status").read_text()

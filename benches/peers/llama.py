@@ -37,11 +37,11 @@ def row(name, mine, theirs):
 
 row("as imported", ours(source, "base"), Llama(source).perplexity(text))
 
-for kind in ("f16", "q8_0", "q4_0", "q4_1"):
+for kind in ("f16", "q8-0", "q4-0", "q4-1"):
     folder = planish.folder / kind
     planish.run("models", "export", "base", "--format", "gguf", "--type", kind, "--to", folder)
     file = next(folder.glob("*.gguf"))
-    row(f"exported gguf {kind}", ours(file, kind.replace("_", "-")), Llama(file).perplexity(text))
+    row(f"exported gguf {kind}", ours(file, kind), Llama(file).perplexity(text))
 
 folder = planish.folder / "hugging-face"
 planish.run("models", "export", "base", "--format", "hf", "--type", "f16", "--to", folder)
