@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use crate::error::{Error, Reason, Result};
 use crate::jobs::progress::Progress;
 use crate::models::Model;
-use crate::models::decoder::plan::{Cache, Chunk, Decoder};
+use crate::models::decoder::plan::{Cache, CacheFormat, Chunk, Decoder};
 use crate::recipe::seed::Stream;
 
 /// Memory that the keys and values of the sequences written at once may take.
@@ -24,7 +24,7 @@ pub fn sample(
     let config = model.decoder()?;
     let mut decoder = Decoder::new(model)?;
     let start = start_token(model, config.vocab);
-    let each = Cache::bytes_per_position(config).saturating_mul(length).max(1);
+    let each = Cache::bytes_for(config, length, CacheFormat::default()).max(1);
     let at_once = (CACHE_BYTES / each).clamp(1, 64);
     let mut out = vec![start; sequences * length];
     for (batch, part) in out.chunks_mut(at_once * length).enumerate() {

@@ -6,7 +6,7 @@ mod speed;
 use crate::calibrate::{encode_prefix, walk};
 use crate::error::{Error, Reason, Result};
 use crate::jobs::progress::Progress;
-use crate::models::decoder::plan::Cache;
+use crate::models::decoder::plan::{Cache, CacheFormat};
 use crate::models::{Model, ModelInfo};
 use crate::proto::v1;
 
@@ -196,7 +196,7 @@ fn sizes(subject: &Subject<'_>, context: usize) -> Result<Vec<v1::Measurement>> 
             higher_is_better: higher,
             protocol,
         };
-    let cache = Cache::bytes_per_position(model.decoder()?) as u64 * context as u64;
+    let cache = Cache::bytes_for(model.decoder()?, context, CacheFormat::default()) as u64;
     let walk = walk::of(&model.family);
     let (mut zeros, mut elements) = (0u64, 0u64);
     for name in (0..walk.blocks()).flat_map(|b| walk.linears(b).into_iter().flatten()) {
