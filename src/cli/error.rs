@@ -130,13 +130,25 @@ impl CliError {
             .map(|(field, description)| json!({ "field": field, "description": description }))
             .collect();
         json!({
-            "code": format!("{:?}", self.code),
+            "code": code_name(self.code),
             "exit_code": self.exit,
             "message": self.message,
             "reason": self.reason,
             "violations": violations,
         })
     }
+}
+
+/// The name of a code as gRPC spells it: `NOT_FOUND`.
+fn code_name(code: Code) -> String {
+    let mut name = String::new();
+    for (i, c) in format!("{code:?}").chars().enumerate() {
+        if i > 0 && c.is_uppercase() {
+            name.push('_');
+        }
+        name.push(c.to_ascii_uppercase());
+    }
+    name
 }
 
 impl fmt::Display for CliError {
@@ -244,6 +256,7 @@ mod tests {
         );
         assert!(text.ends_with("docs/errors/INVALID_OPTION.md"));
         assert_eq!(error.to_json()["violations"][0]["description"], "too big");
+        assert_eq!(error.to_json()["code"], "INVALID_ARGUMENT");
     }
 
     #[test]

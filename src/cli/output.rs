@@ -154,8 +154,9 @@ pub fn table(header: &[&str], right: &[usize], rows: Vec<Vec<String>>) -> String
     for row in rows {
         table.add_row(row);
     }
-    for &index in right {
-        if let Some(column) = table.column_mut(index) {
+    for (index, column) in table.column_iter_mut().enumerate() {
+        column.set_padding((0, 2));
+        if right.contains(&index) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }

@@ -28,7 +28,6 @@ pub async fn run(args: Args) -> Result<()> {
         () = signals.next() => return Err(CliError::interrupted("interrupted while starting")),
     };
     let address = format!("{scheme}://{}", server.address());
-    tracing::info!(%address, "ready");
     if let Some(file) = &args.address_file {
         write_whole(file, &address)
             .map_err(|e| CliError::file(&format!("writing {}", file.display()), &e))?;

@@ -55,10 +55,9 @@ fn load_from(
         layers.extend(variable_layer(&name, value.as_deref())?);
     }
     for flag in flags {
-        let field = find(&flag.key).ok_or_else(|| {
-            Error::internal(format!("flag {} sets the unknown key '{}'", flag.flag, flag.key))
-        })?;
-        layers.push(Layer::single(format!("flag {}", flag.flag), field, &flag.value));
+        let source = format!("flag {}", flag.flag);
+        let field = find(&flag.key).ok_or_else(|| unknown(&flag.key, &source))?;
+        layers.push(Layer::single(source, field, &flag.value));
     }
 
     let mut sources = BTreeMap::new();
@@ -322,6 +321,8 @@ mod tests {
             assert!(error.message().contains("unknown key"), "{text}: {error}");
         }
         assert!(load_from(None, variables(&[("PLANISH_SERVER__LISSTEN", "x")]), &[]).is_err());
+        let error = load_from(None, none(), &[flag("--set", "server.lissten", "x")]).unwrap_err();
+        assert_eq!(error.reason(), Reason::InvalidConfig);
         let slip = load_from(None, variables(&[("PLANISH_SERVER_LISTEN", "x")]), &[]).unwrap_err();
         assert!(slip.message().contains("PLANISH_SERVER__LISTEN"), "{slip}");
         // Container platforms set variables of this form for services called `planish-server`.

@@ -4,7 +4,7 @@ use tonic::{Request, Response, Status};
 
 use super::paging::Page;
 use crate::error::{Error, Reason, Result};
-use crate::methods::{Card, registry};
+use crate::methods::{Card, docs, registry};
 use crate::proto::v1;
 use crate::proto::v1::method_service_server::MethodService;
 
@@ -75,6 +75,9 @@ fn method(card: &'static Card) -> v1::Method {
         needs,
         families: owned(card.families),
         followed_by: owned(card.followed_by),
-        options: Vec::new(),
+        options: docs::options(card.name)
+            .into_iter()
+            .map(|o| v1::MethodOption { name: o.name, r#type: o.kind, description: o.description })
+            .collect(),
     }
 }
