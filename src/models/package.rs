@@ -176,3 +176,149 @@ fn stored(files: &BTreeMap<String, PathBuf>, records: BTreeMap<String, Record>) 
     }
     Ok(weights)
 }
+
+#[cfg(test)]
+mod tests {
+    use rand::Rng;
+    use serde_json::json;
+
+    use super::*;
+    use crate::formats::hostile::damage;
+    use crate::models::decoder::random;
+    use crate::nn::dtype::Dtype;
+    use crate::nn::weight::{Dense, Ggml, GgmlType, Grouped, GroupedSpec, Sparse, ValueFormat};
+    use crate::recipe::seed::Stream;
+
+    /// A model whose linears are in every layout there is.
+    fn mixed() -> Model {
+        let mut model = random::model(random::tiny("llama"), 3).unwrap();
+        let spec = |bits, symmetric| GroupedSpec { bits, group: 16, symmetric };
+        let linears = model.weights.keys().filter(|n| n.contains("_proj")).cloned();
+        for (i, name) in linears.collect::<Vec<_>>().into_iter().enumerate() {
+            let dense = &model.weights[&name];
+            let shape = [dense.rows(), dense.cols()];
+            let mut values = dense.to_f32();
+            let grouped = |spec: GroupedSpec| {
+                let (mut scales, mut zeros, mut codes) = (Vec::new(), Vec::new(), Vec::new());
+                for group in values.chunks(spec.group) {
+                    let (scale, zero) = spec.fit(group);
+                    codes.extend(group.iter().map(|v| spec.code(*v, scale, zero)));
+                    scales.push(scale);
+                    zeros.push(zero);
+                }
+                Grouped::pack(shape, spec, &codes, &scales, &zeros).unwrap()
+            };
+            let weight = match i % 8 {
+                0 if shape[1].is_multiple_of(32) => {
+                    Weight::Ggml(Ggml::quantize(shape, GgmlType::Q4_1, &values).unwrap())
+                }
+                1 => Weight::Grouped(grouped(spec(4, true))),
+                2 => Weight::Grouped(grouped(spec(3, false))),
+                3 => {
+                    values.iter_mut().step_by(3).for_each(|v| *v = 0.0);
+                    Weight::Sparse(
+                        Sparse::from_dense(shape, &values, ValueFormat::F16, None).unwrap(),
+                    )
+                }
+                4 => {
+                    for pair in values.chunks_exact_mut(4) {
+                        (pair[0], pair[2]) = (0.0, 0.0);
+                    }
+                    let hint = Some((2, 4));
+                    let format = ValueFormat::BF16;
+                    Weight::Sparse(Sparse::from_dense(shape, &values, format, hint).unwrap())
+                }
+                5 => Weight::Dense(Dense::from_f32(shape.to_vec(), &values, Dtype::F16).unwrap()),
+                6 => Weight::Dense(Dense::from_f32(shape.to_vec(), &values, Dtype::BF16).unwrap()),
+                _ => continue,
+            };
+            model.weights.insert(name, Arc::new(weight));
+        }
+        model
+    }
+
+    fn written(model: &Model, folder: &Path) -> BTreeMap<String, PathBuf> {
+        let names = write(model, &json!({ "source": "test" }), folder).unwrap();
+        names.into_iter().map(|name| (name.clone(), folder.join(name))).collect()
+    }
+
+    #[test]
+    fn every_layout_comes_back_as_it_was() {
+        let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let model = mixed();
+        let files = written(&model, first.path());
+        let again = read(&files).unwrap();
+        assert_eq!(again.family, model.family);
+        assert_eq!(again.config, model.config);
+        for (name, weight) in &model.weights {
+            assert_eq!(again.weights[name].record(), weight.record(), "{name}");
+            assert_eq!(again.weights[name].to_f32(), weight.to_f32(), "{name}");
+        }
+        // What is written again is the same to the byte.
+        for (name, path) in written(&again, second.path()) {
+            assert!(
+                std::fs::read(path).unwrap() == std::fs::read(&files[&name]).unwrap(),
+                "{name}"
+            );
+        }
+        let (info, expected) = (read_info(&files).unwrap(), model.info());
+        assert_eq!(info.family, expected.family);
+        assert_eq!(info.tensors.len(), expected.tensors.len());
+        for (name, tensor) in &expected.tensors {
+            let read = &info.tensors[name];
+            assert_eq!((&read.record, &read.shape), (&tensor.record, &tensor.shape), "{name}");
+            assert_eq!(read.bytes, tensor.bytes, "{name}");
+        }
+    }
+
+    #[test]
+    fn files_that_disagree_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = written(&mixed(), folder.path());
+        let manifest = std::fs::read_to_string(&files[MANIFEST]).unwrap();
+        let edited = |from: &str, to: &str| {
+            assert!(manifest.contains(from), "{from}");
+            std::fs::write(&files[MANIFEST], manifest.replacen(from, to, 1)).unwrap();
+            let reasons = [read(&files).err(), read_info(&files).err()];
+            reasons.map(|e| e.map(|e| e.reason()))
+        };
+        use Reason::{MalformedFile, UnsupportedFormat};
+        assert_eq!(edited("\"format\": 1", "\"format\": 2"), [Some(UnsupportedFormat); 2]);
+        assert_eq!(edited("\"format\"", "\"x\": 0, \"format\""), [Some(MalformedFile); 2]);
+        assert_eq!(edited("model.norm.weight", "model.norm.wait"), [Some(MalformedFile); 2]);
+        assert_eq!(edited("\"Q4_1\"", "\"Q9_9\""), [Some(MalformedFile); 2]);
+        assert_eq!(edited("\"Q4_1\"", "\"Q4_0\"")[0], Some(MalformedFile));
+        assert_eq!(edited("\"bits\": 4", "\"bits\": 8")[0], Some(MalformedFile));
+        let deep = format!("{{\"lineage\": {}", "[".repeat(100_000));
+        std::fs::write(&files[MANIFEST], deep).unwrap();
+        assert_eq!(read(&files).err().unwrap().reason(), MalformedFile);
+        let mut without = files.clone();
+        without.remove("config.json");
+        assert_eq!(read(&without).err().unwrap().reason(), MalformedFile);
+    }
+
+    #[test]
+    fn damaged_versions_are_survived() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = written(&mixed(), folder.path());
+        let mut rng = Stream::root(2).child("damage").rng();
+        let content: BTreeMap<_, _> =
+            files.iter().map(|(name, path)| (name, std::fs::read(path).unwrap())).collect();
+        for _ in 0..600 {
+            let (name, good) = content.iter().nth(rng.random_range(0..content.len())).unwrap();
+            let header = match name.ends_with(".safetensors") {
+                true => u64::from_le_bytes(good[..8].try_into().unwrap()) as usize + 64,
+                false => good.len(),
+            };
+            std::fs::write(&files[*name], damage(good, header, &mut rng)).unwrap();
+            let _ = read_info(&files);
+            if let Ok(model) = read(&files) {
+                for weight in model.weights.values() {
+                    weight.to_f32();
+                }
+            }
+            std::fs::write(&files[*name], good).unwrap();
+        }
+        read(&files).unwrap();
+    }
+}

@@ -76,3 +76,6 @@ fn put_dense(values: &[f32], dtype: Dtype, out: &mut dyn Write) -> Result<()> {
     out.write_all(&bytes)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
