@@ -126,9 +126,8 @@ pub fn explain(status: Status) -> Status {
     }
     let message = status.message();
     let reason = match status.code() {
-        Code::OutOfRange | Code::ResourceExhausted if message.contains("too large") => {
-            Reason::TooLarge
-        }
+        Code::ResourceExhausted => Reason::TooLarge,
+        Code::OutOfRange if message.contains("too large") => Reason::TooLarge,
         Code::Unimplemented => Reason::Unsupported,
         Code::NotFound => Reason::ResourceNotFound,
         Code::Cancelled => Reason::Cancelled,

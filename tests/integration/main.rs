@@ -11,3 +11,4 @@ mod journey;
 mod layers;
 mod security;
 mod support;
+mod telemetry;
