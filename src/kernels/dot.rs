@@ -200,6 +200,8 @@ struct Few<'a, R: Rows> {
     range: Range<usize>,
     x: &'a [f32],
     y: Shared<'a>,
+    /// Room for a row, unless there is only one token.
+    buffer: &'a mut [f32],
 }
 
 impl<R: Rows> Task for Few<'_, R> {
@@ -216,20 +218,18 @@ impl<R: Rows> Task for Few<'_, R> {
             return;
         }
         // Decoding costs more than a product: decode once, into the first-level cache.
-        threads::with_scratch(cols, |buffer| {
-            for row in self.range {
-                let dense = match self.rows.plain(row) {
-                    Some(dense) => dense,
-                    None => {
-                        self.rows.decode::<S, _>(row, &mut Store(buffer.as_mut_ptr()));
-                        &*buffer
-                    }
-                };
-                for (token, x) in self.x.chunks_exact(cols).enumerate() {
-                    self.y.set(token * stride + row, dot_slices::<S>(dense, x));
+        for row in self.range {
+            let dense = match self.rows.plain(row) {
+                Some(dense) => dense,
+                None => {
+                    self.rows.decode::<S, _>(row, &mut Store(self.buffer.as_mut_ptr()));
+                    &*self.buffer
                 }
+            };
+            for (token, x) in self.x.chunks_exact(cols).enumerate() {
+                self.y.set(token * stride + row, dot_slices::<S>(dense, x));
             }
-        });
+        }
     }
 }
 
@@ -250,7 +250,7 @@ pub(super) fn multiply_few_at<R: Rows>(level: Level, rows: &R, x: &[f32], y: &mu
     let grain = GRAIN / (cols * (x.len() / cols).max(1)) + 1;
     threads::for_ranges(rows.rows(), grain, |range| {
         // SAFETY of the writes in `Few`: ranges are disjoint, and so are the columns of y they set.
-        simd::run(level, Few { rows, range, x, y });
+        threads::with_scratch(cols, |buffer| simd::run(level, Few { rows, range, x, y, buffer }));
     });
 }
 

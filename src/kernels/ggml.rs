@@ -123,8 +123,8 @@ unsafe impl Rows for GgmlRows<'_> {
 }
 
 #[inline(always)]
-unsafe fn f16_at<S: Simd>(p: *const u8, offset: usize) -> f32 {
-    S::half(p.add(offset).cast::<u16>().read_unaligned())
+unsafe fn f16_at<S: Simd>(p: *const u8, offset: usize) -> S::F {
+    S::splat_f16(p.add(offset).cast::<u16>().read_unaligned())
 }
 
 /// The low and the high nibbles of 16 bytes.
@@ -156,35 +156,35 @@ unsafe fn affine<S: Simd>(q: S::F, d: S::F, m: S::F) -> S::F {
 
 #[inline(always)]
 unsafe fn q4_0<S: Simd, K: Sink<S>>(p: *const u8, at: usize, sink: &mut K) {
-    let d = S::splat(f16_at::<S>(p, 0));
+    let d = f16_at::<S>(p, 0);
     let [a, b] = nibbles::<S>(p.add(2));
     sink.pair(at, centred::<S>(a, 8.0, d), centred::<S>(b, 8.0, d));
 }
 
 #[inline(always)]
 unsafe fn q4_1<S: Simd, K: Sink<S>>(p: *const u8, at: usize, sink: &mut K) {
-    let (d, m) = (S::splat(f16_at::<S>(p, 0)), S::splat(f16_at::<S>(p, 2)));
+    let (d, m) = (f16_at::<S>(p, 0), f16_at::<S>(p, 2));
     let [a, b] = nibbles::<S>(p.add(4));
     sink.pair(at, affine::<S>(a, d, m), affine::<S>(b, d, m));
 }
 
 #[inline(always)]
 unsafe fn q5_0<S: Simd, K: Sink<S>>(p: *const u8, at: usize, sink: &mut K) {
-    let d = S::splat(f16_at::<S>(p, 0));
+    let d = f16_at::<S>(p, 0);
     let ([a, b], [c, e]) = (nibbles::<S>(p.add(6)), fifth_bits::<S>(p.add(2)));
     sink.pair(at, centred::<S>(S::add(a, c), 16.0, d), centred::<S>(S::add(b, e), 16.0, d));
 }
 
 #[inline(always)]
 unsafe fn q5_1<S: Simd, K: Sink<S>>(p: *const u8, at: usize, sink: &mut K) {
-    let (d, m) = (S::splat(f16_at::<S>(p, 0)), S::splat(f16_at::<S>(p, 2)));
+    let (d, m) = (f16_at::<S>(p, 0), f16_at::<S>(p, 2));
     let ([a, b], [c, e]) = (nibbles::<S>(p.add(8)), fifth_bits::<S>(p.add(4)));
     sink.pair(at, affine::<S>(S::add(a, c), d, m), affine::<S>(S::add(b, e), d, m));
 }
 
 #[inline(always)]
 unsafe fn q8_0<S: Simd, K: Sink<S>>(p: *const u8, at: usize, sink: &mut K) {
-    let d = S::splat(f16_at::<S>(p, 0));
+    let d = f16_at::<S>(p, 0);
     let (a, b) = (S::signed(S::bytes(p.add(2))), S::signed(S::bytes(p.add(18))));
     sink.pair(at, S::mul(a, d), S::mul(b, d));
 }
@@ -199,8 +199,8 @@ unsafe fn q2_k<S: Simd, K: Sink<S>>(p: *const u8, at: usize, sink: &mut K) {
             let part = |i: usize| {
                 let scale = *p.add(8 * half + 2 * j + i);
                 let code = S::unsigned(S::and(S::shr(q[i], 2 * j as u32), 3));
-                let d = S::splat(d * f32::from(scale & 15));
-                S::sub(S::mul(code, d), S::splat(dmin * f32::from(scale >> 4)))
+                let d = S::mul(d, S::splat(f32::from(scale & 15)));
+                S::sub(S::mul(code, d), S::mul(dmin, S::splat(f32::from(scale >> 4))))
             };
             sink.pair(at + 128 * half + 32 * j, part(0), part(1));
         }
@@ -224,7 +224,7 @@ unsafe fn q3_k<S: Simd, K: Sink<S>>(p: *const u8, at: usize, sink: &mut K) {
                 // A set high bit means that nothing is subtracted.
                 let bit = S::and(S::shr(high[i], (4 * half + j) as u32), 1);
                 let code = S::unsigned(S::or(code, S::shl(bit, 2)));
-                centred::<S>(code, 4.0, S::splat(d * scale))
+                centred::<S>(code, 4.0, S::mul(d, S::splat(scale)))
             };
             sink.pair(at + 128 * half + 32 * j, part(0), part(1));
         }
@@ -249,9 +249,9 @@ unsafe fn q4_k<S: Simd, K: Sink<S>>(p: *const u8, at: usize, sink: &mut K) {
     let (d, dmin) = (f16_at::<S>(p, 0), f16_at::<S>(p, 2));
     for j in 0..4 {
         let q = [nibbles::<S>(p.add(16 + 32 * j)), nibbles::<S>(p.add(32 + 32 * j))];
-        for high in 0..2 {
+        for high in [0, 1] {
             let (scale, min) = scale_min(p.add(4), 2 * j + high);
-            let (d, m) = (S::splat(d * scale), S::splat(dmin * min));
+            let (d, m) = (S::mul(d, S::splat(scale)), S::mul(dmin, S::splat(min)));
             let part = |i: usize| S::sub(S::mul(q[i][high], d), m);
             sink.pair(at + 64 * j + 32 * high, part(0), part(1));
         }
@@ -265,10 +265,10 @@ unsafe fn q5_k<S: Simd, K: Sink<S>>(p: *const u8, at: usize, sink: &mut K) {
     let top = [S::bytes(p.add(16)), S::bytes(p.add(32))];
     for j in 0..4 {
         let q = [S::bytes(p.add(48 + 32 * j)), S::bytes(p.add(64 + 32 * j))];
-        for high in 0..2 {
+        for high in [0, 1] {
             let n = 2 * j + high;
             let (scale, min) = scale_min(p.add(4), n);
-            let (d, m) = (S::splat(d * scale), S::splat(dmin * min));
+            let (d, m) = (S::mul(d, S::splat(scale)), S::mul(dmin, S::splat(min)));
             let part = |i: usize| {
                 let low = S::and(S::shr(q[i], 4 * high as u32), 15);
                 let bit = S::shl(S::and(S::shr(top[i], n as u32), 1), 4);
@@ -291,7 +291,7 @@ unsafe fn q6_k<S: Simd, K: Sink<S>>(p: *const u8, at: usize, sink: &mut K) {
                 let low = S::bytes(p.add(64 * half + 32 * (j % 2) + 16 * i));
                 let low = S::and(S::shr(low, 4 * (j as u32 / 2)), 15);
                 let bits = S::shl(S::and(S::shr(top[i], 2 * j as u32), 3), 4);
-                centred::<S>(S::unsigned(S::or(low, bits)), 32.0, S::splat(d * scale))
+                centred::<S>(S::unsigned(S::or(low, bits)), 32.0, S::mul(d, S::splat(scale)))
             };
             sink.pair(at + 128 * half + 32 * j, part(0), part(1));
         }
@@ -338,6 +338,7 @@ mod tests {
     // The digests (FNV-1a of the little-endian values) and the values 0, 17 and last were computed with
     // the `gguf` Python package from the same bytes.
     #[test]
+    #[allow(clippy::excessive_precision)]
     fn values_are_those_of_the_reference_to_the_bit() {
         let expected = [
             (GgmlType::Q4_0, 0x5b93_5c6f_355a_84bf, [0.1875, 0.125, 0.39208984375]),

@@ -45,14 +45,24 @@ impl<'a> Grid<'a> {
     /// # Safety
     /// The row and the group exist, and the processor has the instructions of `S`.
     #[inline(always)]
-    pub(super) unsafe fn at<S: Simd>(&self, row: usize, group: usize) -> (f32, f32) {
+    pub(super) unsafe fn at<S: Simd>(&self, row: usize, group: usize) -> (S::F, S::F) {
         let at = row * self.per_row + group;
-        let scale = S::half(self.scales.as_ptr().add(2 * at).cast::<u16>().read_unaligned());
+        let scale = S::splat_f16(self.scales.as_ptr().add(2 * at).cast::<u16>().read_unaligned());
         let zero = match self.zeros {
             Some(zeros) => f32::from(*zeros.get_unchecked(at)),
             None => (1 << (self.bits - 1)) as f32,
         };
-        (zero, scale)
+        (S::splat(zero), scale)
+    }
+
+    /// The weight of one code.
+    ///
+    /// # Safety
+    /// As of `at`.
+    #[inline(always)]
+    pub(super) unsafe fn weight<S: Simd>(&self, row: usize, group: usize, code: f32) -> f32 {
+        let (zero, scale) = self.at::<S>(row, group);
+        S::first(S::mul(S::sub(S::splat(code), zero), scale))
     }
 }
 
@@ -80,7 +90,6 @@ impl<'a> GroupedRows<'a> {
         if group.is_multiple_of(32) {
             for g in 0..self.grid.per_row {
                 let (zero, scale) = self.grid.at::<S>(row, g);
-                let (zero, scale) = (S::splat(zero), S::splat(scale));
                 for at in (g * group..(g + 1) * group).step_by(32) {
                     let a = S::sub(sixteen::<BITS, S>(p.add(at * BITS / 8)), zero);
                     let b = S::sub(sixteen::<BITS, S>(p.add((at + 16) * BITS / 8)), zero);
@@ -91,15 +100,13 @@ impl<'a> GroupedRows<'a> {
         }
         let whole = if group.is_multiple_of(16) { self.cols / 32 * 32 } else { 0 };
         for at in (0..whole).step_by(32) {
-            let part = |at: usize| {
-                let (zero, scale) = self.grid.at::<S>(row, at / group);
-                let codes = sixteen::<BITS, S>(p.add(at * BITS / 8));
-                S::mul(S::sub(codes, S::splat(zero)), S::splat(scale))
-            };
-            sink.pair(at, part(at), part(at + 16));
+            let (zero, scale) = self.grid.at::<S>(row, at / group);
+            let a = S::mul(S::sub(sixteen::<BITS, S>(p.add(at * BITS / 8)), zero), scale);
+            let (zero, scale) = self.grid.at::<S>(row, (at + 16) / group);
+            let b = S::sub(sixteen::<BITS, S>(p.add((at + 16) * BITS / 8)), zero);
+            sink.pair(at, a, S::mul(b, scale));
         }
         for at in whole..self.cols {
-            let (zero, scale) = self.grid.at::<S>(row, at / group);
             let low = u16::from(*p.add(at * BITS / 8)) >> (at * BITS % 8);
             // A code of 3 bits may reach into the next byte.
             let last = (at * BITS + BITS - 1) / 8;
@@ -108,7 +115,8 @@ impl<'a> GroupedRows<'a> {
             } else {
                 low
             };
-            sink.one(at, (f32::from(both & ((1 << BITS) - 1)) - zero) * scale);
+            let code = f32::from(both & ((1 << BITS) - 1));
+            sink.one(at, self.grid.weight::<S>(row, at / group, code));
         }
     }
 }
@@ -116,15 +124,20 @@ impl<'a> GroupedRows<'a> {
 /// 16 codes from `2 * BITS` bytes, no more of which are read.
 #[inline(always)]
 unsafe fn sixteen<const BITS: usize, S: Simd>(p: *const u8) -> S::F {
-    let word = |p: *const u8| match BITS {
-        2 => u32::from(p.cast::<u16>().read_unaligned()),
-        3 => u32::from(p.cast::<u16>().read_unaligned()) | u32::from(*p.add(2)) << 16,
-        _ => p.cast::<u32>().read_unaligned(),
-    };
     if BITS == 8 {
         S::unsigned(S::bytes(p))
     } else {
-        S::fields(word(p), word(p.add(BITS)), BITS as u32)
+        S::fields(eight::<BITS>(p), eight::<BITS>(p.add(BITS)), BITS as u32)
+    }
+}
+
+/// Eight codes from `BITS <= 4` bytes.
+#[inline(always)]
+unsafe fn eight<const BITS: usize>(p: *const u8) -> u32 {
+    match BITS {
+        2 => u32::from(p.cast::<u16>().read_unaligned()),
+        3 => u32::from(p.cast::<u16>().read_unaligned()) | u32::from(*p.add(2)) << 16,
+        _ => p.cast::<u32>().read_unaligned(),
     }
 }
 

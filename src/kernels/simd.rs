@@ -69,7 +69,7 @@ pub trait Task {
 /// Runs a task with the instructions of `level`, which must be available.
 #[inline]
 pub fn run<T: Task>(level: Level, task: T) -> T::Out {
-    debug_assert!(level <= Level::best());
+    assert!(level <= Level::best(), "instructions that this processor lacks");
     match level {
         // SAFETY: the level was detected on this processor.
         #[cfg(target_arch = "x86_64")]
@@ -102,10 +102,13 @@ pub trait Simd: Copy {
     /// Halves are added first: lane i to i + 8, then to i + 4, i + 2, i + 1.
     unsafe fn sum(v: Self::F) -> f32;
 
+    /// Lane 0.
+    unsafe fn first(v: Self::F) -> f32;
+
     unsafe fn load_f16(p: *const u8) -> Self::F;
     unsafe fn load_bf16(p: *const u8) -> Self::F;
-    /// One f16 as f32.
-    unsafe fn half(bits: u16) -> f32;
+    /// One f16 in every lane.
+    unsafe fn splat_f16(bits: u16) -> Self::F;
 
     unsafe fn bytes(p: *const u8) -> Self::B;
     unsafe fn and(a: Self::B, mask: u8) -> Self::B;
@@ -168,6 +171,10 @@ impl Simd for Arrays {
         (four[0] + four[2]) + (four[1] + four[3])
     }
     #[inline(always)]
+    unsafe fn first(v: Self::F) -> f32 {
+        v[0]
+    }
+    #[inline(always)]
     unsafe fn load_f16(p: *const u8) -> Self::F {
         let bits = p.cast::<[u16; 16]>().read_unaligned();
         std::array::from_fn(|i| f16::from_bits(bits[i]).to_f32_const())
@@ -178,8 +185,8 @@ impl Simd for Arrays {
         std::array::from_fn(|i| bf16::from_bits(bits[i]).to_f32_const())
     }
     #[inline(always)]
-    unsafe fn half(bits: u16) -> f32 {
-        f16::from_bits(bits).to_f32_const()
+    unsafe fn splat_f16(bits: u16) -> Self::F {
+        [f16::from_bits(bits).to_f32_const(); 16]
     }
     #[inline(always)]
     unsafe fn bytes(p: *const u8) -> Self::B {
@@ -249,15 +256,11 @@ mod x86 {
         task.run::<Avx2>()
     }
 
-    /// The byte vectors and single halves are the same for both.
+    /// The byte vectors are the same for both.
     macro_rules! common {
         () => {
             type B = __m128i;
 
-            #[inline(always)]
-            unsafe fn half(bits: u16) -> f32 {
-                _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))))
-            }
             #[inline(always)]
             unsafe fn bytes(p: *const u8) -> Self::B {
                 _mm_loadu_si128(p.cast())
@@ -329,6 +332,16 @@ mod x86 {
         #[inline(always)]
         unsafe fn sum(v: Self::F) -> f32 {
             sum8(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v)))
+        }
+        #[inline(always)]
+        unsafe fn first(v: Self::F) -> f32 {
+            _mm512_cvtss_f32(v)
+        }
+        // Spread first: a single half would be inserted into a register that a slower instruction of the
+        // iteration before still has to write.
+        #[inline(always)]
+        unsafe fn splat_f16(bits: u16) -> Self::F {
+            _mm512_cvtph_ps(_mm256_set1_epi16(bits as i16))
         }
         #[inline(always)]
         unsafe fn load_f16(p: *const u8) -> Self::F {
@@ -440,6 +453,14 @@ mod x86 {
             sum8(_mm256_add_ps(v[0], v[1]))
         }
         #[inline(always)]
+        unsafe fn first(v: Self::F) -> f32 {
+            _mm256_cvtss_f32(v[0])
+        }
+        #[inline(always)]
+        unsafe fn splat_f16(bits: u16) -> Self::F {
+            [_mm256_cvtph_ps(_mm_set1_epi16(bits as i16)); 2]
+        }
+        #[inline(always)]
         unsafe fn load_f16(p: *const u8) -> Self::F {
             [
                 _mm256_cvtph_ps(_mm_loadu_si128(p.cast())),
@@ -520,7 +541,7 @@ mod tests {
             put(S::mul_add(v, S::sub(v, S::splat(3.0)), S::add(v, S::mul(v, v))));
             put(S::load_f16(halves.as_ptr().cast()));
             put(S::load_bf16(halves.map(|h| h & 0x3fff).as_ptr().cast()));
-            put(S::splat(S::half(0x0001)));
+            put(S::splat_f16(0x0001));
             let b = S::bytes(bytes.as_ptr());
             put(S::unsigned(b));
             put(S::signed(b));

@@ -155,21 +155,22 @@ trait Source {
     unsafe fn one(&self, at: usize) -> f32;
 }
 
-/// Calls `read` with a pointer to `LEN` readable bytes that start at `from`; near the end of `data` they
-/// are copied, and zeros follow.
+/// A pointer to `LEN` readable bytes that start at `from`; near the end of `data` they are copied into
+/// `copy`, with zeros behind them. Not a function that takes a closure: those are not sure to be inlined,
+/// and vector code that is not inlined loses its instructions.
 #[inline(always)]
-unsafe fn readable<const LEN: usize, T>(
-    data: &[u8],
-    from: usize,
-    read: impl Fn(*const u8) -> T,
-) -> T {
+unsafe fn readable<const LEN: usize>(data: &[u8], from: usize, copy: &mut [u8; LEN]) -> *const u8 {
     if from + LEN <= data.len() {
-        return read(data.as_ptr().add(from));
+        return data.as_ptr().add(from);
     }
-    let mut copy = [0; LEN];
-    let rest = data.get_unchecked(from.min(data.len())..);
-    copy.get_unchecked_mut(..rest.len()).copy_from_slice(rest);
-    read(copy.as_ptr())
+    copy_rest(data, from, copy);
+    copy.as_ptr()
+}
+
+#[cold]
+fn copy_rest(data: &[u8], from: usize, copy: &mut [u8]) {
+    let rest = data.get(from..).unwrap_or_default();
+    copy[..rest.len()].copy_from_slice(rest);
 }
 
 /// Element `at`, or zero bytes if there is none.
@@ -188,7 +189,7 @@ impl Source for F32<'_> {
     }
     #[inline(always)]
     unsafe fn sixteen<S: Simd>(&self, at: usize) -> S::F {
-        readable::<64, _>(self.0, 4 * at, |p| S::load(p.cast()))
+        S::load(readable(self.0, 4 * at, &mut [0; 64]).cast())
     }
     #[inline(always)]
     unsafe fn one(&self, at: usize) -> f32 {
@@ -205,7 +206,7 @@ impl Source for F16<'_> {
     }
     #[inline(always)]
     unsafe fn sixteen<S: Simd>(&self, at: usize) -> S::F {
-        readable::<32, _>(self.0, 2 * at, |p| S::load_f16(p))
+        S::load_f16(readable(self.0, 2 * at, &mut [0; 32]))
     }
     #[inline(always)]
     unsafe fn one(&self, at: usize) -> f32 {
@@ -222,7 +223,7 @@ impl Source for BF16<'_> {
     }
     #[inline(always)]
     unsafe fn sixteen<S: Simd>(&self, at: usize) -> S::F {
-        readable::<32, _>(self.0, 2 * at, |p| S::load_bf16(p))
+        S::load_bf16(readable(self.0, 2 * at, &mut [0; 32]))
     }
     #[inline(always)]
     unsafe fn one(&self, at: usize) -> f32 {
@@ -240,14 +241,16 @@ impl<const BITS: usize> Source for Codes<'_, BITS> {
     }
     #[inline(always)]
     unsafe fn sixteen<S: Simd>(&self, at: usize) -> S::F {
+        let copy = &mut [0; 16];
+        let p = readable(self.0, at * BITS / 8, copy);
         if BITS == 8 {
-            return readable::<16, _>(self.0, at, |p| S::unsigned(S::bytes(p)));
+            return S::unsigned(S::bytes(p));
         }
         // Eight codes at a time: 32 bits and up to 7 before them.
-        readable::<16, _>(self.0, at * BITS / 8, |p| {
-            let word = |p: *const u8| (p.cast::<u64>().read_unaligned() >> (at * BITS % 8)) as u32;
-            S::fields(word(p), word(p.add(BITS)), BITS as u32)
-        })
+        let shift = at * BITS % 8;
+        let low = p.cast::<u64>().read_unaligned() >> shift;
+        let high = p.add(BITS).cast::<u64>().read_unaligned() >> shift;
+        S::fields(low as u32, high as u32, BITS as u32)
     }
     #[inline(always)]
     unsafe fn one(&self, at: usize) -> f32 {
@@ -307,32 +310,32 @@ impl SparseRows<'_> {
         let mut next = 0;
         // Scales change at multiples of 16 or anywhere.
         let by_vector = group.is_multiple_of(16);
-        let (mut current, mut end) = (0, 0);
-        let (mut zero, mut scale) = (0.0, 0.0);
+        let (mut current, mut end) = (0, group);
+        let (mut zero, mut scale) = grid.at::<S>(row, 0);
         for at in (0..self.cols).step_by(32) {
             let count = (self.cols - at).min(32);
             let word = cursor.next(count as u32);
             if by_vector && at < whole {
-                let mut part = |at: usize, mask: u16| {
-                    if at >= end {
-                        (zero, scale) = grid.at::<S>(row, current);
+                let mut pair = [S::splat(0.0); 2];
+                for (i, part) in pair.iter_mut().enumerate() {
+                    if at + 16 * i >= end {
                         current += 1;
                         end += group;
+                        (zero, scale) = grid.at::<S>(row, current);
                     }
+                    let mask = (word >> (16 * i)) as u16;
                     let codes = S::expand(mask, source.sixteen::<S>(next));
                     next += mask.count_ones() as usize;
                     // Where nothing is stored the expanded code is 0, which is not the grid's zero.
-                    S::masked(mask, S::mul(S::sub(codes, S::splat(zero)), S::splat(scale)))
-                };
-                let a = part(at, word as u16);
-                let b = part(at + 16, (word >> 16) as u16);
-                sink.pair(at, a, b);
+                    *part = S::masked(mask, S::mul(S::sub(codes, zero), scale));
+                }
+                sink.pair(at, pair[0], pair[1]);
                 continue;
             }
             for i in 0..count {
                 if word >> i & 1 == 1 {
-                    let (zero, scale) = grid.at::<S>(row, (at + i) / group);
-                    sink.one(at + i, (source.one(next) - zero) * scale);
+                    let code = source.one(next);
+                    sink.one(at + i, grid.weight::<S>(row, (at + i) / group, code));
                     next += 1;
                 } else {
                     sink.one(at + i, 0.0);
