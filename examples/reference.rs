@@ -14,8 +14,8 @@ use std::time::Instant;
 use planish::data::text;
 use planish::error::{Error, Result};
 use planish::eval::{self, Subject};
-use planish::jobs::progress::Progress;
 use planish::models::{Model, import};
+use planish::progress::Progress;
 use planish::proto::v1;
 use planish::recipe::run::{Environment, run_step};
 

@@ -4,10 +4,10 @@ use rand::Rng as _;
 use rayon::prelude::*;
 
 use crate::error::{Error, Reason, Result};
-use crate::jobs::progress::Progress;
 use crate::models::Model;
 use crate::models::decoder::plan::{Cache, CacheFormat, Chunk, Decoder};
-use crate::recipe::seed::Stream;
+use crate::progress::Progress;
+use crate::seed::Stream;
 
 /// Memory that the keys and values of the sequences written at once may take.
 const CACHE_BYTES: usize = 256 << 20;

@@ -12,11 +12,11 @@ use std::sync::Arc;
 use super::Windows;
 use super::inputs::Inputs;
 use crate::error::{Error, Reason, Result};
-use crate::jobs::progress::Progress;
 use crate::models::decoder::{self, plan};
 use crate::models::{Family, Model};
 use crate::nn::dtype::Dtype;
 use crate::nn::weight::{Dense, Weight};
+use crate::progress::Progress;
 
 /// Weights by name.
 pub type Weights = BTreeMap<String, Arc<Weight>>;

@@ -55,19 +55,25 @@ pub struct GenerateArgs {
 #[command(next_help_heading = "Sampling")]
 struct SamplingArgs {
     /// 0 always takes the likeliest token [default: 1]
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     temperature: Option<f32>,
     /// Keep the k likeliest tokens [default: all]
     #[arg(long, value_name = "K", default_value_t = 0, hide_default_value = true)]
     top_k: u32,
     /// Keep the likeliest tokens that hold this share of probability [default: 1]
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f32>,
     /// Keep tokens with this share of the likeliest one's probability [default: 0]
-    #[arg(long, value_name = "P", default_value_t = 0.0, hide_default_value = true)]
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 0.0,
+        hide_default_value = true,
+        allow_negative_numbers = true
+    )]
     min_p: f32,
     /// Makes tokens seen before less likely [default: 1]
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     repetition_penalty: Option<f32>,
     /// Taken from the logits of tokens generated before [default: 0]
     #[arg(

@@ -3,9 +3,9 @@
 use rayon::prelude::*;
 
 use crate::error::{Error, Reason, Result};
-use crate::jobs::progress::Progress;
 use crate::models::Model;
 use crate::models::decoder::plan::{Cache, Chunk, Decoder};
+use crate::progress::Progress;
 
 /// Bytes of logits that a model gives at once; windows run in parts where they would need more.
 const LOGIT_BYTES: usize = 128 << 20;

@@ -5,9 +5,9 @@ mod speed;
 
 use crate::calibrate::{encode_prefix, walk};
 use crate::error::{Error, Reason, Result};
-use crate::jobs::progress::Progress;
 use crate::models::decoder::plan::{Cache, CacheFormat};
 use crate::models::{Model, ModelInfo};
+use crate::progress::Progress;
 use crate::proto::v1;
 
 use self::likelihood::Protocol;

@@ -3,9 +3,9 @@
 use std::time::Instant;
 
 use crate::error::Result;
-use crate::jobs::progress::Progress;
 use crate::models::Model;
 use crate::models::decoder::plan::{Cache, Chunk, Decoder};
+use crate::progress::Progress;
 use crate::proto::v1;
 
 const PREFILL: usize = 512;

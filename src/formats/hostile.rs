@@ -10,7 +10,7 @@ use super::safetensors;
 use crate::error::Reason;
 use crate::nn::dtype::Dtype;
 use crate::nn::weight::GgmlType;
-use crate::recipe::seed::Stream;
+use crate::seed::Stream;
 
 /// A safetensors file from its header.
 pub(crate) fn safetensors_bytes(header: &str, data: usize) -> Vec<u8> {

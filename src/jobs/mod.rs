@@ -6,7 +6,6 @@
 
 mod import;
 mod memory;
-pub mod progress;
 mod recipe;
 mod runner;
 #[cfg(test)]

@@ -6,11 +6,11 @@ use prost::Message;
 
 use super::damaged;
 use super::memory::Peak;
-use super::progress::Progress;
 use super::work::Job;
 use crate::error::{Error, Result};
 use crate::methods::registry;
 use crate::models::Model;
+use crate::progress::Progress;
 use crate::proto::v1;
 use crate::recipe::{self, run::Environment};
 use crate::store::models::VersionRow;

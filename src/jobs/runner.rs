@@ -10,10 +10,10 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-use super::progress::Progress;
 use super::work::Job;
 use super::{Run, Shared};
 use crate::error::{Error, Reason, Result};
+use crate::progress::Progress;
 use crate::store::operations::{End, Operation};
 
 /// Progress is written at most this often.

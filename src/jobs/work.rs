@@ -7,11 +7,11 @@ use std::time::Instant;
 use prost::Message;
 use tokio::runtime::Handle;
 
-use super::progress::Progress;
 use super::{damaged, import, recipe};
 use crate::error::{Error, Result};
 use crate::eval;
 use crate::models::Model;
+use crate::progress::Progress;
 use crate::proto::v1;
 use crate::store::models::VersionRow;
 use crate::store::operations::{Kind, NewOperation, Operation};

@@ -44,7 +44,7 @@ multiversion! {
     /// `gate = gelu(gate) * up`, with the tanh form of GELU.
     pub fn gelu_gated(gate: &mut [f32], up: &[f32]) {
         // (1 + tanh z) / 2 is the logistic function of 2 z.
-        const A: f32 = 1.595_769_1; // 2 sqrt(2 / pi)
+        const A: f32 = 1.595_769; // 2 sqrt(2 / pi)
         for (g, u) in gate.iter_mut().zip(up) {
             let x = *g;
             let z = A * mul_add::<FMA>(0.044_715 * x * x, x, x);

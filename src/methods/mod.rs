@@ -11,9 +11,9 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use crate::error::Result;
-use crate::jobs::progress::Progress;
 use crate::models::{Model, ModelInfo};
-use crate::recipe::seed::Stream;
+use crate::progress::Progress;
+use crate::seed::Stream;
 
 /// Facts about a method.
 #[derive(Debug)]

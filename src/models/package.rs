@@ -187,7 +187,7 @@ mod tests {
     use crate::models::decoder::random;
     use crate::nn::dtype::Dtype;
     use crate::nn::weight::{Dense, Ggml, GgmlType, Grouped, GroupedSpec, Sparse, ValueFormat};
-    use crate::recipe::seed::Stream;
+    use crate::seed::Stream;
 
     /// A model whose linears are in every layout there is.
     fn mixed() -> Model {

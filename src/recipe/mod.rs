@@ -2,7 +2,6 @@
 
 pub mod file;
 pub mod run;
-pub mod seed;
 
 use crate::error::{Error, Reason, Result};
 use crate::eval;

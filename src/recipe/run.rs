@@ -3,12 +3,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::seed::Stream;
 use crate::error::{Error, Result};
-use crate::jobs::progress::Progress;
 use crate::methods::{Outcome, StepContext, registry};
 use crate::models::Model;
+use crate::progress::Progress;
 use crate::proto::v1;
+use crate::seed::Stream;
 
 /// What a step may use of the world.
 pub struct Environment<'a> {

@@ -7,7 +7,7 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use crate::error::{Error, Reason, Result};
-use crate::recipe::seed::Stream;
+use crate::seed::Stream;
 
 /// How tokens are chosen; see the API's `SamplingOptions` for the meaning of each value.
 #[derive(Debug, Clone, Copy, PartialEq)]

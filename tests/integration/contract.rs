@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use planish::error::{Error, Reason, Result};
-use planish::jobs::progress::Progress;
 use planish::methods::{Card, Outcome, docs, registry};
 use planish::models::decoder::random;
 use planish::models::{Model, package};
+use planish::progress::Progress;
 use planish::proto::v1;
 use planish::recipe;
 use planish::recipe::run::{Environment, run_step};

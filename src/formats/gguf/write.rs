@@ -1,12 +1,11 @@
 //! Writing version 3: the header is planned from shapes alone, then the tensors stream through.
 
-use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use super::{ALIGNMENT, Array, MAGIC, Metadata, TensorType, Value, kind};
 use crate::error::{Error, Result};
-use crate::formats::{check_name, counting::Counting};
+use crate::formats::{check_name, counting::Counting, replacement::Replacement};
 
 /// A tensor that will be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,7 +35,8 @@ pub fn write(
     data: &mut Sink<'_>,
 ) -> Result<()> {
     let header = header(metadata, tensors)?;
-    let mut out = Counting::new(BufWriter::with_capacity(1 << 20, fs::File::create(path)?));
+    let mut file = Replacement::new(path)?;
+    let mut out = Counting::new(BufWriter::with_capacity(1 << 20, file.as_file_mut()));
     out.write_all(&header)?;
     for (index, plan) in tensors.iter().enumerate() {
         pad(&mut out)?;
@@ -53,7 +53,8 @@ pub fn write(
     }
     pad(&mut out)?;
     out.flush()?;
-    Ok(())
+    drop(out);
+    file.commit()
 }
 
 fn pad<W: Write>(out: &mut Counting<W>) -> Result<()> {
@@ -155,7 +156,7 @@ fn array(out: &mut Vec<u8>, array: &Array) {
         Array::F32(a) => all(out, kind::F32, a, |o, v| put(o, v.to_le_bytes())),
         Array::Bool(a) => all(out, kind::BOOL, a, |o, v| put(o, [u8::from(*v)])),
         Array::String(a) => all(out, kind::STRING, a, |o, v| string(o, v)),
-        Array::Array(a) => all(out, kind::ARRAY, a, |o, v| self::array(o, v)),
+        Array::Array(a) => all(out, kind::ARRAY, a, self::array),
         Array::U64(a) => all(out, kind::U64, a, |o, v| put(o, v.to_le_bytes())),
         Array::I64(a) => all(out, kind::I64, a, |o, v| put(o, v.to_le_bytes())),
         Array::F64(a) => all(out, kind::F64, a, |o, v| put(o, v.to_le_bytes())),

@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
-use crate::formats::{byte_len, check_name, counting::Counting};
+use crate::formats::{byte_len, check_name, counting::Counting, replacement::Replacement};
 use crate::nn::dtype::Dtype;
 
 /// Where the first tensor starts, so that a mapped file's elements are aligned for any kernel.
@@ -57,7 +57,8 @@ pub fn write(path: &Path, tensors: &[Plan], data: &mut Sink<'_>) -> Result<()> {
     let mut header = Value::Object(header).to_string().into_bytes();
     header.resize((8 + header.len()).next_multiple_of(ALIGNMENT) - 8, b' ');
 
-    let mut out = Counting::new(BufWriter::with_capacity(1 << 20, fs::File::create(path)?));
+    let mut file = Replacement::new(path)?;
+    let mut out = Counting::new(BufWriter::with_capacity(1 << 20, file.as_file_mut()));
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(&header)?;
     for plan in order {
@@ -73,7 +74,8 @@ pub fn write(path: &Path, tensors: &[Plan], data: &mut Sink<'_>) -> Result<()> {
         }
     }
     out.flush()?;
-    Ok(())
+    drop(out);
+    file.commit()
 }
 
 /// Writes `model.safetensors`, or shards of at most `limit` bytes (one tensor is never split) with

@@ -131,7 +131,7 @@ fn round_trips_keep_everything() {
     ] {
         let t = load(&metadata);
         let out = again(&t);
-        assert_eq!(out.get("tokenizer.ggml.pre").is_some(), true);
+        assert!(out.get("tokenizer.ggml.pre").is_some());
         if let Some(pre) = metadata.get("tokenizer.ggml.pre") {
             assert_eq!(out.get("tokenizer.ggml.pre"), Some(pre), "the name stays");
         }

@@ -7,10 +7,10 @@ use std::time::Duration;
 use prost::Message;
 
 use crate::error::Reason;
-use crate::jobs::progress::Progress;
 use crate::jobs::work::{Job, Models, Work};
 use crate::jobs::{Jobs, Options};
 use crate::models::decoder::random;
+use crate::progress::Progress;
 use crate::proto::v1;
 use crate::proto::v1::step::Method;
 use crate::store::Store;

@@ -127,7 +127,7 @@ mod testing {
     use rand::Rng;
 
     use crate::calibrate::gram::Gram;
-    use crate::recipe::seed::Stream;
+    use crate::seed::Stream;
 
     /// Weights `[rows, cols]` that are roughly normal.
     pub fn weights(rows: usize, cols: usize, seed: u64) -> Vec<f32> {

@@ -11,7 +11,7 @@ use crate::error::{Error, Reason, Result};
 use crate::models::{Family, Model};
 use crate::nn::dtype::Dtype;
 use crate::nn::weight::{Dense, Weight};
-use crate::recipe::seed::Stream;
+use crate::seed::Stream;
 
 /// A decoder of the given Hugging Face configuration with dense f32 weights drawn from `seed`, scaled
 /// so that activations stay near one and logits near a standard normal. No tokenizer.

@@ -53,7 +53,7 @@ impl Naive<'_> {
         match self.json["model_type"].as_str().unwrap() {
             "mistral" => true,
             "qwen2" => layer >= self.n("max_window_layers"),
-            "gemma3_text" => (layer + 1) % self.n("sliding_window_pattern") != 0,
+            "gemma3_text" => !(layer + 1).is_multiple_of(self.n("sliding_window_pattern")),
             _ => false,
         }
     }

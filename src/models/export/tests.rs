@@ -9,7 +9,7 @@ use crate::formats::hostile::damage;
 use crate::models::decoder::random::{self, tiny};
 use crate::models::{Model, import};
 use crate::nn::weight::{Dense, Ggml, GgmlType};
-use crate::recipe::seed::Stream;
+use crate::seed::Stream;
 
 /// Small configurations with settings that GGUF files can express.
 fn configs() -> Vec<Value> {
