@@ -118,6 +118,11 @@ fn side_by_side(
     table(&["", heads.0.as_str(), heads.1.as_str(), "change"], &[1, 2, 3], rows)
 }
 
+/// Whether a value is a share of a whole, which people read in percent.
+fn is_share(m: &Measurement) -> bool {
+    m.unit.is_empty() && (m.metric.ends_with("_share") || m.metric.ends_with("_agreement"))
+}
+
 /// A value with its unit.
 #[allow(clippy::cast_possible_truncation)]
 fn value(m: &Measurement) -> String {
@@ -125,6 +130,7 @@ fn value(m: &Measurement) -> String {
         "bytes" => size(m.value as i64),
         // Perplexities are compared in their second decimal.
         _ if m.metric == "perplexity" => format!("{:.3}", m.value),
+        _ if is_share(m) => format!("{:.1}%", m.value * 100.0),
         "" if m.value >= 1e6 => output::count(m.value as i64),
         "" => output::significant(m.value),
         "seconds" | "s" => output::seconds(m.value),
@@ -133,12 +139,12 @@ fn value(m: &Measurement) -> String {
 }
 
 /// How a value moved: `+4.2%` up to a factor of two, `x 3.10` beyond. Values measured in different
-/// ways have no ratio.
+/// ways have no ratio; shares have none that helps.
 fn change(old: &Measurement, new: &Measurement) -> String {
     let ratio = new.value / old.value;
     if old.protocol != new.protocol {
         "measured differently".to_owned()
-    } else if !ratio.is_finite() || ratio <= 0.0 {
+    } else if !ratio.is_finite() || ratio <= 0.0 || old.value == new.value || is_share(new) {
         String::new()
     } else if (0.5..2.0).contains(&ratio) {
         format!("{:+.1}%", (ratio - 1.0) * 100.0)
@@ -238,6 +244,7 @@ mod tests {
         assert_eq!(of(20.0, 21.0), "+5.0%");
         assert_eq!(of(100.0, 30.0), "x 0.30");
         assert_eq!(of(0.0, 1.0), "");
+        assert_eq!(of(3.0, 3.0), "");
         let other = change(&measured("m", 1.0, "", "p"), &measured("m", 1.0, "", "q"));
         assert_eq!(other, "measured differently");
     }

@@ -1,6 +1,6 @@
 //! Waiting for long work: follows an operation and shows how far it is.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tonic::Code;
@@ -16,12 +16,15 @@ use crate::proto::v1::{OperationMetadata, WatchOperationRequest, WatchOperationR
 /// How long a lost connection is tried again before the watch gives up; the work goes on regardless.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Time between lines of progress in a log.
+const BETWEEN_LINES: Duration = Duration::from_secs(10);
+
 /// How progress is shown.
 pub enum Display {
     /// A bar on a terminal.
     Bar(ProgressBar),
-    /// A line on standard error whenever the message changes (logs, pipes).
-    Lines { last: String },
+    /// A line on standard error now and then (logs, pipes).
+    Lines { last: Option<Instant> },
     /// Every look at the operation as a line of JSON on standard output.
     Stream,
     /// Nothing; the caller prints the result.
@@ -34,7 +37,7 @@ impl Display {
         match output {
             Output::Json => Self::Silent,
             Output::Text if output.shows_bar() => Self::Bar(bar()),
-            Output::Text => Self::Lines { last: String::new() },
+            Output::Text => Self::Lines { last: None },
         }
     }
 
@@ -52,9 +55,11 @@ impl Display {
                 bar.set_position(per_mille(progress));
                 bar.set_message(message);
             }
-            Self::Lines { last } if !message.is_empty() && *last != message => {
+            Self::Lines { last }
+                if !message.is_empty() && last.is_none_or(|t| t.elapsed() > BETWEEN_LINES) =>
+            {
                 eprintln!("{:3.0}% {message}", progress * 100.0);
-                *last = message;
+                *last = Some(Instant::now());
             }
             _ => {}
         }
@@ -152,7 +157,7 @@ pub async fn follow(
             Err(error) if error.code() == Code::Unavailable => {
                 let since = *lost.get_or_insert_with(|| {
                     display.note("the connection was lost; trying again");
-                    tokio::time::Instant::now()
+                    Instant::now()
                 });
                 if since.elapsed() > PATIENCE {
                     break Err(error);
@@ -171,7 +176,7 @@ async fn look(
     client: &Client,
     request: &mut WatchOperationRequest,
     display: &mut Display,
-    lost: &mut Option<tokio::time::Instant>,
+    lost: &mut Option<Instant>,
 ) -> Result<Operation> {
     let mut looks = client.jobs().watch_operation(request.clone()).await?.into_inner();
     while let Some(look) = looks.message().await? {

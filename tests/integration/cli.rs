@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::support;
+
 const PROGRAM: &str = env!("CARGO_BIN_EXE_planish");
 
 /// The program without settings of whoever runs the tests.
@@ -118,97 +120,10 @@ impl Drop for Service {
     }
 }
 
-/// Sizes of a random Llama-shaped model.
-struct Tiny {
-    hidden: usize,
-    layers: usize,
-}
-
-/// Numbers in [-0.5, 0.5) from a linear congruential generator: the same on every machine.
+/// Numbers in [0, 1) from a linear congruential generator: the same on every machine.
 fn noise(seed: &mut u64) -> f32 {
     *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-    (*seed >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-}
-
-/// Writes a Hugging Face folder: random weights and a tokenizer of single bytes.
-fn write_model(folder: &Path, size: &Tiny) {
-    std::fs::create_dir_all(folder).unwrap();
-    let (hidden, inner, heads, kv_heads) = (size.hidden, size.hidden * 2, 4, 2);
-    let kv = hidden / heads * kv_heads;
-    let config = json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": size.layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": 256,
-        "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "tie_word_embeddings": true, "torch_dtype": "float32",
-    });
-    let mut shapes = vec![
-        ("model.embed_tokens.weight".to_owned(), vec![256, hidden]),
-        ("model.norm.weight".to_owned(), vec![hidden]),
-    ];
-    for layer in 0..size.layers {
-        for (name, shape) in [
-            ("input_layernorm", vec![hidden]),
-            ("post_attention_layernorm", vec![hidden]),
-            ("self_attn.q_proj", vec![hidden, hidden]),
-            ("self_attn.k_proj", vec![kv, hidden]),
-            ("self_attn.v_proj", vec![kv, hidden]),
-            ("self_attn.o_proj", vec![hidden, hidden]),
-            ("mlp.gate_proj", vec![inner, hidden]),
-            ("mlp.up_proj", vec![inner, hidden]),
-            ("mlp.down_proj", vec![hidden, inner]),
-        ] {
-            shapes.push((format!("model.layers.{layer}.{name}.weight"), shape));
-        }
-    }
-    let mut seed = 1;
-    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = shapes
-        .into_iter()
-        .map(|(name, shape)| {
-            let count: usize = shape.iter().product();
-            let norm = shape.len() == 1;
-            let value = |n: f32| if norm { 1.0 + 0.1 * n } else { 0.4 * n };
-            let bytes = (0..count).flat_map(|_| value(noise(&mut seed)).to_le_bytes()).collect();
-            (name, shape, bytes)
-        })
-        .collect();
-    let views = tensors.iter().map(|(name, shape, bytes)| {
-        let kind = safetensors::Dtype::F32;
-        (name, safetensors::tensor::TensorView::new(kind, shape.clone(), bytes).unwrap())
-    });
-    let weights = safetensors::serialize(views, None).unwrap();
-    std::fs::write(folder.join("model.safetensors"), weights).unwrap();
-    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
-    std::fs::write(folder.join("tokenizer.json"), tokenizer().to_string()).unwrap();
-}
-
-/// A byte-level tokenizer without merges: token id = byte.
-fn tokenizer() -> Value {
-    let plain = |b: u32| matches!(b, 33..=126 | 161..=172 | 174..=255);
-    let mut next = 256;
-    let mut vocab = serde_json::Map::new();
-    for byte in 0..256 {
-        let code = if plain(byte) {
-            byte
-        } else {
-            next += 1;
-            next - 1
-        };
-        vocab.insert(char::from_u32(code).unwrap().to_string(), json!(byte));
-    }
-    let byte_level = json!({
-        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true,
-    });
-    json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
-        "normalizer": null, "pre_tokenizer": byte_level, "post_processor": null,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
-            "vocab": vocab, "merges": [],
-        },
-    })
+    (*seed >> 40) as f32 / (1u64 << 24) as f32
 }
 
 const RECIPE: &str = r#"
@@ -235,16 +150,13 @@ compare_with_base = true
 fn words() -> String {
     let words = ["the", "sea", "and", "a", "small", "green", "boat", "went", "out", "again."];
     let mut seed = 7;
-    (0..600)
-        .map(|_| words[((noise(&mut seed) + 0.5) * 10.0) as usize])
-        .collect::<Vec<_>>()
-        .join(" ")
+    (0..600).map(|_| words[(noise(&mut seed) * 10.0) as usize]).collect::<Vec<_>>().join(" ")
 }
 
 /// A scratch folder with a model, a text and a recipe.
-fn workshop(size: &Tiny) -> tempfile::TempDir {
+fn workshop(layers: usize, hidden: usize) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    write_model(&folder.path().join("tiny"), size);
+    support::tiny_model(folder.path(), layers, hidden);
     std::fs::write(folder.path().join("words.txt"), words()).unwrap();
     std::fs::write(folder.path().join("recipe.toml"), RECIPE).unwrap();
     folder
@@ -252,7 +164,7 @@ fn workshop(size: &Tiny) -> tempfile::TempDir {
 
 #[test]
 fn a_model_travels_from_a_folder_to_an_export() {
-    let folder = workshop(&Tiny { hidden: 64, layers: 2 });
+    let folder = workshop(2, 64);
     let at = folder.path().display().to_string();
     let service = Service::start(&folder.path().join("data"), &[]);
 
@@ -344,7 +256,7 @@ fn a_model_travels_from_a_folder_to_an_export() {
 
 #[test]
 fn failures_have_their_exit_codes() {
-    let folder = workshop(&Tiny { hidden: 32, layers: 1 });
+    let folder = workshop(1, 32);
     let at = folder.path().display().to_string();
     let token = "server.token=0123456789abcdef0123456789abcdef";
     let service = Service::start(&folder.path().join("data"), &["--set", token]);
@@ -410,7 +322,7 @@ fn the_configuration_is_printed_and_checked() {
 
 #[test]
 fn a_killed_service_finishes_its_job_with_the_same_bytes() {
-    let folder = workshop(&Tiny { hidden: 128, layers: 4 });
+    let folder = workshop(4, 128);
     let at = folder.path().display().to_string();
     let mut recipe = String::from("seed = 5\n");
     for step in ["magnitude.sparsity]\nshare = 0.3", "sparsegpt.sparsity]\nshare = 0.5"] {
