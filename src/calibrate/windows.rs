@@ -1,12 +1,16 @@
 //! Which text calibrates: windows of a data set, or text that the model samples.
 
+use std::sync::Arc;
+
+use rand::Rng as _;
+
 use super::{sample, walk};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Reason, Result};
-use crate::methods::StepContext;
 use crate::models::{Model, ModelInfo};
+use crate::progress::Progress;
 use crate::proto::v1::{self, CalibrationSampling};
-use rand::Rng as _;
+use crate::seed::Stream;
 
 /// Bytes of text tokenised for each token wanted from its start; more are taken when they do not do.
 const BYTES_PER_TOKEN: usize = 8;
@@ -106,19 +110,23 @@ impl Windows {
 }
 
 /// The calibration windows of a step. Too little text is DATASET_UNSUITABLE; a data set without a
-/// tokenizer MODEL_UNSUITABLE. Random places come from the step's stream `calibration`.
+/// tokenizer MODEL_UNSUITABLE. `texts` gives data sets by name; random places come from `stream`.
 ///
 /// Where the model wants a start token, it stands in place of each window's first token.
-pub fn windows(cx: &StepContext<'_>, model: &Model, options: &Options) -> Result<Windows> {
-    let stream = cx.random.child("calibration");
+pub fn windows(
+    model: &Model,
+    options: &Options,
+    texts: &dyn Fn(&str) -> Result<Arc<String>>,
+    stream: &Stream,
+    progress: &Progress,
+) -> Result<Windows> {
     let Some(dataset) = &options.dataset else {
-        let tokens =
-            sample::sample(model, options.sequences, options.length, &stream, cx.progress)?;
+        let tokens = sample::sample(model, options.sequences, options.length, stream, progress)?;
         return Ok(Windows { tokens, length: options.length, warnings: Vec::new() });
     };
     let tokenizer = model.tokenizer.as_deref().ok_or_else(no_tokenizer)?;
-    let text = (cx.texts)(dataset)?;
-    cx.progress.report(0.0, "tokenising the calibration text")?;
+    let text = texts(dataset)?;
+    progress.report(0.0, "tokenising the calibration text")?;
     let (length, wanted) = (options.length, options.sequences * options.length);
     let first = options.sampling == CalibrationSampling::First;
     let tokens = if first {

@@ -1,14 +1,13 @@
 //! Rows of the store as messages of the API.
 
 use prost::{Message, Name};
-use serde::de::DeserializeOwned;
 
 use super::status;
-use crate::error::{Error, Result};
+use crate::error::Error;
 use crate::proto::google::longrunning::{Operation, operation};
 use crate::proto::v1;
 use crate::store::datasets::DatasetRow;
-use crate::store::models::{ModelRow, VersionRow};
+use crate::store::models::ModelRow;
 use crate::store::operations::{self, Kind, State};
 
 pub fn timestamp(ms: i64) -> pbjson_types::Timestamp {
@@ -33,31 +32,6 @@ pub fn model(row: ModelRow) -> v1::Model {
             .unwrap_or_default(),
         version_count: i32::try_from(row.versions).unwrap_or(i32::MAX),
     }
-}
-
-pub fn version(row: VersionRow) -> Result<v1::ModelVersion> {
-    Ok(v1::ModelVersion {
-        name: row.name(),
-        digest: row.digest,
-        family: row.family,
-        architecture: row.architecture,
-        config: Some(message(row.config, "configuration")?),
-        parameter_count: row.parameters,
-        weight_bytes: row.weight_bytes,
-        total_bytes: row.total_bytes,
-        layout_bytes: row.layout_bytes.into_iter().collect(),
-        files: row
-            .files
-            .into_iter()
-            .map(|(file_name, object)| v1::ModelFile {
-                file_name,
-                digest: object.digest,
-                size_bytes: signed(object.size),
-            })
-            .collect(),
-        lineage: Some(message(row.lineage, "lineage")?),
-        create_time: Some(timestamp(row.created_ms)),
-    })
 }
 
 pub fn dataset(row: DatasetRow) -> v1::Dataset {
@@ -160,13 +134,6 @@ pub fn event(row: operations::EventRow) -> v1::OperationEvent {
 
 pub fn any<M: Message + Name>(message: &M) -> pbjson_types::Any {
     pbjson_types::Any { type_url: M::type_url(), value: message.encode_to_vec().into() }
-}
-
-/// A message the store keeps in its JSON mapping.
-fn message<M: DeserializeOwned>(value: serde_json::Value, what: &str) -> Result<M> {
-    serde_json::from_value(value).map_err(|e| {
-        Error::internal(format!("a stored {what} is no message of its type")).with_source(e)
-    })
 }
 
 /// A size in the signed form of the API.

@@ -161,9 +161,7 @@ impl Input {
                 tokenizer.ok_or_else(no_tokenizer)?.encode(&text, start, true)
             }
             Self::Chat(messages) => {
-                let tokenizer = tokenizer.ok_or_else(no_tokenizer)?;
-                let text = chat::render(tokenizer, &messages, true)?;
-                tokenizer.encode(&text, true, true)
+                chat::encode(tokenizer.ok_or_else(no_tokenizer)?, &messages, true)
             }
         }
     }

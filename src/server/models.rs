@@ -158,7 +158,7 @@ impl ModelService for Models {
         request: Request<v1::GetModelVersionRequest>,
     ) -> Result<Response<v1::ModelVersion>, Status> {
         let row = self.0.store.version(&request.into_inner().name).await?;
-        Ok(Response::new(convert::version(row)?))
+        Ok(Response::new(row.message()?))
     }
 
     async fn list_model_versions(
@@ -174,7 +174,7 @@ impl ModelService for Models {
         let before = page.after.as_deref().and_then(|v| v.parse().ok());
         let mut rows = self.0.store.versions(id, before, page.size + 1).await?;
         let next_page_token = page.cut(&mut rows, &scope, |row| row.version.to_string());
-        let versions = rows.into_iter().map(convert::version).collect::<Result<_>>()?;
+        let versions = rows.iter().map(VersionRow::message).collect::<Result<_>>()?;
         Ok(Response::new(v1::ListModelVersionsResponse { versions, next_page_token }))
     }
 

@@ -68,7 +68,13 @@ fn calibrated(
     gram: bool,
     change: &mut Change<'_>,
 ) -> Result<Outcome> {
-    let windows = calibrate::windows(cx, &model, options)?;
+    let windows = calibrate::windows(
+        &model,
+        options,
+        cx.texts,
+        &cx.random.child("calibration"),
+        cx.progress,
+    )?;
     let mut report = Report::default();
     windows.warnings.iter().for_each(|w| report.warn(w.clone()));
     let plan = walk::Plan { windows: &windows, names, gram, progress: cx.progress };
