@@ -1,8 +1,12 @@
 //! The Prometheus page.
 
+use std::net::SocketAddr;
+use std::time::Duration;
+
 use planish::config::Telemetry;
 use planish::telemetry;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
@@ -26,13 +30,16 @@ async fn the_metrics_page_counts_requests() {
     let codec = tonic_prost::ProstCodec::<pbjson_types::Empty, pbjson_types::Empty>::default();
     let request = tonic::Request::new(pbjson_types::Empty {});
     client.unary(request, path, codec).await.unwrap_err();
-    service.running.stop().await.unwrap();
-
+    // Gauges are set now and then: look until they are there.
     let mut page = String::new();
-    let mut connection = tokio::net::TcpStream::connect(free).await.unwrap();
-    let get = "GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
-    connection.write_all(get.as_bytes()).await.unwrap();
-    connection.read_to_string(&mut page).await.unwrap();
+    for _ in 0..100 {
+        page = read(free).await;
+        if page.contains("planish_operations") {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    service.running.stop().await.unwrap();
     for line in [
         r#"planish_requests_total{method="/grpc.health.v1.Health/Check",code="OK"}"#,
         r#"planish_requests_total{method="unknown",code="UNIMPLEMENTED"}"#,
@@ -45,4 +52,13 @@ async fn the_metrics_page_counts_requests() {
     }
     assert!(!page.contains("Invented"), "labels must not be the client's to make");
     guard.shutdown();
+}
+
+async fn read(address: SocketAddr) -> String {
+    let mut page = String::new();
+    let mut connection = TcpStream::connect(address).await.unwrap();
+    let get = "GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
+    connection.write_all(get.as_bytes()).await.unwrap();
+    connection.read_to_string(&mut page).await.unwrap();
+    page
 }
