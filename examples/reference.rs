@@ -11,6 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use planish::calibrate::Shared;
 use planish::data::text;
 use planish::error::{Error, Result};
 use planish::eval::{self, Subject};
@@ -38,20 +39,25 @@ fn main() -> Result<()> {
     let model = import::open(Path::new(model))?;
     let calibration = read(calibration)?;
     let evaluation = read(evaluation)?;
+    let calibrations = Shared::default();
     println!("{:44} {:>10} {:>9} {:>12}", "step", "perplexity", "seconds", "weight bytes");
     let (perplexity, seconds) = measure(&model, &evaluation)?;
     println!("{:44} {perplexity:10.3} {seconds:8.1}e {:12}", "(none)", model.bytes());
     let steps: Vec<&str> =
         if steps.is_empty() { STEPS.to_vec() } else { steps.iter().map(String::as_str).collect() };
     for text in steps {
-        let recipe = v1::Recipe { steps: vec![step(text)?], ..Default::default() };
+        let step = step(text)?;
         let scratch = tempfile::tempdir()?;
         let texts = |_: &str| Ok(calibration.clone());
         let progress = Progress::silent();
-        let environment =
-            Environment { progress: &progress, texts: &texts, scratch: scratch.path() };
+        let environment = Environment {
+            progress: &progress,
+            texts: &texts,
+            calibrations: &calibrations,
+            scratch: scratch.path(),
+        };
         let start = Instant::now();
-        let (_, outcome) = run_step(&recipe, 0, model.clone(), &environment)?;
+        let (_, outcome) = run_step(&step, (0, 0), (model.clone(), "base"), &environment)?;
         let seconds = start.elapsed().as_secs_f64();
         let (perplexity, _) = measure(&outcome.model, &evaluation)?;
         println!("{text:44} {perplexity:10.3} {seconds:8.1}s {:12}", outcome.model.bytes());
@@ -90,7 +96,8 @@ fn step(text: &str) -> Result<v1::Step> {
 
 /// Perplexity, and the seconds it took.
 fn measure(model: &Model, text: &str) -> Result<(f64, f64)> {
-    let subject = Subject { model, base: None, text: Some(text), disk_bytes: 0 };
+    let subject =
+        Subject { model, states: None, base: None, text: Some(text), choices: None, disk_bytes: 0 };
     let options = v1::Evaluation {
         dataset: EVALUATION.into(),
         context: Some(512),

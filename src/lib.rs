@@ -3,6 +3,7 @@
 
 pub mod calibrate;
 pub mod cli;
+pub mod code;
 pub mod config;
 pub mod data;
 pub mod error;
@@ -10,6 +11,7 @@ pub mod eval;
 pub mod formats;
 pub mod jobs;
 pub mod kernels;
+pub mod machine;
 pub mod methods;
 pub mod models;
 pub mod nn;

@@ -15,12 +15,14 @@ pub struct Progress {
     cancelled: Arc<AtomicBool>,
     from: f64,
     to: f64,
+    /// What all messages are about; empty for none.
+    about: Arc<str>,
 }
 
 impl Progress {
     /// Progress of a whole job.
     pub fn new(sink: Arc<Sink>, cancelled: Arc<AtomicBool>) -> Self {
-        Self { sink, cancelled, from: 0.0, to: 1.0 }
+        Self { sink, cancelled, from: 0.0, to: 1.0, about: Arc::default() }
     }
 
     /// Progress that nobody watches and nobody cancels.
@@ -37,13 +39,25 @@ impl Progress {
             cancelled: self.cancelled.clone(),
             from: self.from + span * from,
             to: self.from + span * to,
+            about: self.about.clone(),
         }
+    }
+
+    /// The same progress with `about: ` before its messages.
+    #[must_use]
+    pub fn about(&self, about: &str) -> Self {
+        Self { about: about.into(), ..self.clone() }
     }
 
     /// Reports `done` (0 to 1) and what goes on; an error when the work was cancelled.
     pub fn report(&self, done: f64, message: &str) -> Result<()> {
         self.check()?;
-        (self.sink)(self.from + (self.to - self.from) * done.clamp(0.0, 1.0), message);
+        let done = self.from + (self.to - self.from) * done.clamp(0.0, 1.0);
+        match (&*self.about, message) {
+            ("", message) => (self.sink)(done, message),
+            (about, "") => (self.sink)(done, about),
+            (about, message) => (self.sink)(done, &format!("{about}: {message}")),
+        }
         Ok(())
     }
 

@@ -22,6 +22,11 @@ impl Stream {
         Self { path: format!("{}/{name}", self.path) }
     }
 
+    /// Seed and names, from the root.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
     /// The generator of this stream; the same path gives the same numbers on every machine.
     pub fn rng(&self) -> ChaCha8Rng {
         ChaCha8Rng::from_seed(Sha256::digest(self.path.as_bytes()).into())

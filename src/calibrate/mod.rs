@@ -5,7 +5,9 @@
 pub mod gram;
 pub mod inputs;
 mod sample;
+mod shared;
 pub mod walk;
 mod windows;
 
-pub use windows::{Options, Windows, encode_prefix, windows};
+pub use shared::Shared;
+pub use windows::{Options, Sources, Windows, encode_prefix};

@@ -16,7 +16,7 @@ use crate::seed::Stream;
 const BYTES_PER_TOKEN: usize = 8;
 
 /// Checked calibration options.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Options {
     /// Resource name of a data set; none: the model samples.
     pub dataset: Option<String>,
@@ -88,6 +88,11 @@ impl Options {
         Ok(())
     }
 
+    /// Whether the windows depend on random numbers.
+    pub fn seeded(&self) -> bool {
+        self.dataset.is_none() || self.sampling != CalibrationSampling::First
+    }
+
     /// Tokens of all windows.
     pub fn tokens(&self) -> u64 {
         self.sequences as u64 * self.length as u64
@@ -109,30 +114,40 @@ impl Windows {
     }
 }
 
+/// What a choice of windows rests on.
+pub struct Sources<'a> {
+    pub model: &'a Model,
+    /// Data sets by resource name, documents joined.
+    pub texts: &'a dyn Fn(&str) -> Result<Arc<String>>,
+    /// Where random places come from.
+    pub stream: &'a Stream,
+    pub progress: &'a Progress,
+}
+
 /// The calibration windows of a step. Too little text is DATASET_UNSUITABLE; a data set without a
-/// tokenizer MODEL_UNSUITABLE. `texts` gives data sets by name; random places come from `stream`.
+/// tokenizer MODEL_UNSUITABLE.
 ///
-/// Where the model wants a start token, it stands in place of each window's first token.
-pub fn windows(
-    model: &Model,
+/// Where the model wants a start token, it stands in place of each window's first token. `encode` gives
+/// the tokens of a whole data set (which are many, and of use again).
+pub(super) fn windows(
     options: &Options,
-    texts: &dyn Fn(&str) -> Result<Arc<String>>,
-    stream: &Stream,
-    progress: &Progress,
+    from: &Sources<'_>,
+    encode: &dyn Fn(&str, &Tokenizer, &str) -> Result<Arc<Vec<u32>>>,
 ) -> Result<Windows> {
+    let Sources { model, stream, progress, .. } = from;
     let Some(dataset) = &options.dataset else {
         let tokens = sample::sample(model, options.sequences, options.length, stream, progress)?;
         return Ok(Windows { tokens, length: options.length, warnings: Vec::new() });
     };
     let tokenizer = model.tokenizer.as_deref().ok_or_else(no_tokenizer)?;
-    let text = texts(dataset)?;
+    let text = (from.texts)(dataset)?;
     progress.report(0.0, "tokenising the calibration text")?;
     let (length, wanted) = (options.length, options.sequences * options.length);
     let first = options.sampling == CalibrationSampling::First;
     let tokens = if first {
-        encode_prefix(tokenizer, &text, wanted)?
+        Arc::new(encode_prefix(tokenizer, &text, wanted)?)
     } else {
-        tokenizer.encode(&text, false, false)?
+        encode(dataset, tokenizer, &text)?
     };
     let needed = if first { wanted } else { length };
     if tokens.len() < needed {

@@ -12,6 +12,7 @@ use tonic::{Request, Status};
 
 use super::error::{CliError, Result};
 use crate::proto::google::longrunning::operations_client::OperationsClient;
+use crate::proto::v1::claim_service_client::ClaimServiceClient;
 use crate::proto::v1::dataset_service_client::DatasetServiceClient;
 use crate::proto::v1::generation_service_client::GenerationServiceClient;
 use crate::proto::v1::job_service_client::JobServiceClient;
@@ -25,15 +26,9 @@ const MAX_MESSAGE: usize = 64 << 20;
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Connection")]
 pub struct ConnectionOptions {
-    /// Address of the server
-    #[arg(
-        long,
-        global = true,
-        value_name = "URL",
-        env = "PLANISH_ENDPOINT",
-        default_value = "http://127.0.0.1:50551"
-    )]
-    pub endpoint: String,
+    /// Address of the server [default: http://127.0.0.1:50551]
+    #[arg(long, global = true, value_name = "URL", env = "PLANISH_ENDPOINT")]
+    pub endpoint: Option<String>,
     /// Bearer token (better in the environment or a file: others can see arguments)
     #[arg(long, global = true, env = "PLANISH_TOKEN", hide_env_values = true)]
     pub token: Option<String>,
@@ -58,6 +53,13 @@ pub struct ConnectionOptions {
     /// Give up after this time, for instance 90s, 5m, 1h (started work goes on)
     #[arg(long, global = true, value_name = "TIME", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
+}
+
+impl ConnectionOptions {
+    /// The address given, or that of a service on this machine with the usual settings.
+    pub fn endpoint(&self) -> &str {
+        self.endpoint.as_deref().unwrap_or("http://127.0.0.1:50551")
+    }
 }
 
 /// Reads `90`, `90s`, `250ms`, `5m`, `1.5h`.
@@ -124,6 +126,8 @@ services! {
     methods: MethodServiceClient;
     /// Recipes, evaluations, progress.
     jobs: JobServiceClient;
+    /// Claims.
+    claims: ClaimServiceClient;
     /// Text.
     generation: GenerationServiceClient;
     /// Long work, by its standard service.
@@ -133,8 +137,8 @@ services! {
 impl Client {
     /// Connects; fails at once when nobody answers.
     pub async fn connect(options: &ConnectionOptions) -> Result<Self> {
-        let url = &options.endpoint;
-        let endpoint = Endpoint::from_shared(url.clone())
+        let url = options.endpoint();
+        let endpoint = Endpoint::from_shared(url.to_owned())
             .map_err(|_| CliError::usage(format!("--endpoint {url}: not a URL")))?
             .user_agent(concat!("planish/", env!("CARGO_PKG_VERSION")))
             .map_err(|e| CliError::failure(format!("user agent: {e}")))?

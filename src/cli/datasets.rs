@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::Subcommand;
+use clap::{Subcommand, ValueEnum};
 
 use super::Context;
 use super::error::{CliError, Result};
@@ -17,9 +17,12 @@ use crate::proto::v1::{
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Import a text: .txt or .jsonl, with or without .gz
+    /// Import a text (.txt or .jsonl) or, with --kind choices, questions (.jsonl); .gz or not
     Import {
         file: PathBuf,
+        /// What the file holds
+        #[arg(long, value_enum, default_value_t = Kind::Text)]
+        kind: Kind,
         /// Name of the data set; made from the file name when absent
         #[arg(long)]
         id: Option<String>,
@@ -43,11 +46,20 @@ pub enum Command {
     },
 }
 
+/// What the records of a file are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    /// Running text
+    Text,
+    /// Questions with choices
+    Choices,
+}
+
 impl Command {
     pub(super) async fn run(self, context: &Context) -> Result<()> {
         let client = context.connect().await?;
         match self {
-            Self::Import { file, id, display_name, request_id } => {
+            Self::Import { file, kind, id, display_name, request_id } => {
                 let dataset_id = match id {
                     Some(id) => id,
                     None => id_from(&transfer::file_name(&file)?)?,
@@ -55,7 +67,11 @@ impl Command {
                 let header = DatasetHeader {
                     dataset_id,
                     display_name: display_name.unwrap_or_default(),
-                    kind: DatasetKind::Text.into(),
+                    kind: match kind {
+                        Kind::Text => DatasetKind::Text,
+                        Kind::Choices => DatasetKind::Choices,
+                    }
+                    .into(),
                     request_id: request_id.unwrap_or_default(),
                     ..Default::default()
                 };

@@ -10,9 +10,9 @@ use super::watch::{self, Display, metadata};
 use super::{client::Client, report};
 use crate::proto::google::longrunning::{
     CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
-    Operation,
+    Operation, operation,
 };
-use crate::proto::v1::OperationState;
+use crate::proto::v1::{ComparisonReport, GetComparisonRequest, OperationState};
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -61,7 +61,19 @@ impl Command {
                 let state = state_name(metadata(&operation)?.state());
                 output::line(format!("asked {} to stop; it is {state}", operation.name))
             }
-            Self::Show { job } => show(context, &get(&client, &job).await?),
+            Self::Show { job } => {
+                let operation = get(&client, &job).await?;
+                // What a comparison has so far, also when it will not get further.
+                let kind = metadata(&operation)?.kind;
+                let unfinished = !matches!(operation.result, Some(operation::Result::Response(_)));
+                let so_far = if unfinished && matches!(kind.as_str(), "compare" | "claim") {
+                    let request = GetComparisonRequest { name: operation.name.clone() };
+                    Some(client.jobs().get_comparison(request).await?.into_inner())
+                } else {
+                    None
+                };
+                show(context, &operation, so_far.as_ref())
+            }
             Self::Delete { job } => {
                 let name = resource("operations", &job);
                 let request = DeleteOperationRequest { name: name.clone() };
@@ -119,9 +131,13 @@ async fn list(context: &Context, client: &Client, done: Option<bool>, limit: usi
     output::line(table(&["job", "kind", "state", "done", "target", "created (UTC)"], &[3], rows))
 }
 
-fn show(context: &Context, operation: &Operation) -> Result<()> {
+fn show(context: &Context, operation: &Operation, so_far: Option<&ComparisonReport>) -> Result<()> {
     if context.output.is_json() {
-        return output::json(&output::operation_json(operation)?);
+        let mut json = output::operation_json(operation)?;
+        if let Some(report) = so_far {
+            json["comparison"] = serde_json::json!(report);
+        }
+        return output::json(&json);
     }
     let m = metadata(operation)?;
     let mut rows = vec![
@@ -142,9 +158,15 @@ fn show(context: &Context, operation: &Operation) -> Result<()> {
     // Looking at a failed job succeeds; its error is part of what is shown.
     if let Err(error) = watch::check(operation) {
         rows.push(("result", error.to_string()));
-        return output::line(facts(&rows));
     }
     output::line(facts(&rows))?;
+    if let Some(report) = so_far {
+        output::line("")?;
+        return report::comparison(report);
+    }
+    if matches!(operation.result, Some(operation::Result::Error(_))) {
+        return Ok(());
+    }
     if operation.done { report::operation(operation) } else { Ok(()) }
 }
 

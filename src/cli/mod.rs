@@ -1,6 +1,8 @@
 //! The `planish` command line: one client verb for every RPC, `serve` and `quickstart`.
 
+mod claims;
 mod client;
+mod compare;
 mod config;
 mod datasets;
 mod error;
@@ -10,6 +12,7 @@ mod methods;
 mod models;
 mod names;
 mod output;
+mod own;
 mod quickstart;
 mod report;
 mod run;
@@ -63,8 +66,13 @@ enum Command {
     Methods(methods::Command),
     /// Run a recipe on a model
     Run(run::RunArgs),
+    /// Run recipes side by side and compare what comes out
+    Compare(compare::Args),
     /// Measure a model
     Evaluate(run::EvaluateArgs),
+    /// What papers say, measured here
+    #[command(subcommand)]
+    Claims(claims::Command),
     /// Continue a text or answer a question
     Generate(generate::GenerateArgs),
     /// Log-probability of each token of a text
@@ -85,6 +93,13 @@ struct Context {
     connection: ConnectionOptions,
     /// What to say when the user interrupts: what goes on, and how to stop it.
     farewell: Mutex<String>,
+}
+
+impl Clone for Context {
+    fn clone(&self) -> Self {
+        let (output, connection) = (self.output, self.connection.clone());
+        Self { output, connection, farewell: Mutex::default() }
+    }
 }
 
 impl Context {
@@ -160,7 +175,9 @@ async fn dispatch(command: Command, context: &Context) -> Result<()> {
         Command::Datasets(command) => command.run(context).await,
         Command::Methods(command) => command.run(context).await,
         Command::Run(args) => args.run(context).await,
+        Command::Compare(args) => args.run(context).await,
         Command::Evaluate(args) => args.run(context).await,
+        Command::Claims(command) => command.run(context).await,
         Command::Generate(args) => args.run(context).await,
         Command::Score(args) => args.run(context).await,
         Command::Tokenize(args) => args.run(context).await,
@@ -189,6 +206,10 @@ mod tests {
             "planish models list --output json",
             "planish models export smol@2 --to out --format gguf --type q8-0",
             "planish run recipes/x.toml --model smol --validate-only --request-id 1",
+            "planish compare c.toml --model smol@1 --to out --format markdown",
+            "planish claims run --all --short --data d --claims claims",
+            "planish claims check baselines-pruning --rejudge",
+            "planish claims table --to docs/claims.md",
             "planish evaluate --model smol@2 --base smol@1 --dataset prose --speed",
             "planish generate --model smol hello --chat --system short --seed 1 --temperature 0",
             "planish score --model smol text",

@@ -1,6 +1,6 @@
 //! `planish models`: bring models in, look at them, take them out.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use clap::{Subcommand, ValueEnum};
@@ -454,7 +454,7 @@ fn method_name(step: &Step) -> Option<String> {
     serde_json::to_value(step).ok()?.as_object()?.keys().next().cloned()
 }
 
-fn labels(labels: &HashMap<String, String>) -> String {
+fn labels(labels: &BTreeMap<String, String>) -> String {
     let mut labels: Vec<_> = labels.iter().map(|(k, v)| format!("{k}={v}")).collect();
     labels.sort();
     labels.join(", ")

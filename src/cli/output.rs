@@ -12,6 +12,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::error::{CliError, Result};
+pub use crate::eval::format::{count, seconds, significant, size};
 use crate::proto::google::longrunning::{Operation, operation};
 use crate::proto::v1;
 
@@ -101,6 +102,9 @@ fn any_json(any: &Any) -> Result<Value> {
         "planish.v1.RecipePlan" => message::<v1::RecipePlan>(any),
         "planish.v1.RecipeReport" => message::<v1::RecipeReport>(any),
         "planish.v1.EvaluationReport" => message::<v1::EvaluationReport>(any),
+        "planish.v1.ComparisonPlan" => message::<v1::ComparisonPlan>(any),
+        "planish.v1.ComparisonReport" => message::<v1::ComparisonReport>(any),
+        "planish.v1.ClaimResult" => message::<v1::ClaimResult>(any),
         "google.protobuf.Empty" => Ok(json!({ "value": {} })),
         "google.rpc.ErrorInfo" => decode::<tonic_types::pb::ErrorInfo>(any).map(|info| {
             json!({ "reason": info.reason, "domain": info.domain, "metadata": info.metadata })
@@ -173,60 +177,6 @@ pub fn facts(rows: &[(&str, String)]) -> String {
     lines.join("\n")
 }
 
-/// Bytes for people: `870 B`, `91.2 MB`, `1.40 GB` (powers of 1000).
-#[allow(clippy::cast_precision_loss)]
-pub fn size(bytes: i64) -> String {
-    let mut value = bytes as f64;
-    if value.abs() < 1000.0 {
-        return format!("{bytes} B");
-    }
-    let mut unit = "";
-    for next in ["kB", "MB", "GB", "TB", "PB"] {
-        if value.abs() < 999.5 {
-            break;
-        }
-        value /= 1000.0;
-        unit = next;
-    }
-    format!("{} {unit}", significant(value))
-}
-
-/// Three significant digits, more for large numbers: `0.0123`, `4.57`, `91.2`, `1520`.
-pub fn significant(value: f64) -> String {
-    match value.abs() {
-        0.0 => "0".to_owned(),
-        v if v >= 99.95 => format!("{value:.0}"),
-        v if v >= 9.995 => format!("{value:.1}"),
-        v if v >= 0.9995 => format!("{value:.2}"),
-        v if v >= 0.0995 => format!("{value:.3}"),
-        v if v >= 1e-4 => format!("{value:.4}"),
-        v if v.is_nan() => "not a number".to_owned(),
-        _ => format!("{value:.1e}"),
-    }
-}
-
-/// A count for people: `135 million`.
-#[allow(clippy::cast_precision_loss)]
-pub fn count(value: i64) -> String {
-    match value as f64 {
-        v if v >= 999.5e6 => format!("{} billion", significant(v / 1e9)),
-        v if v >= 999.5e3 => format!("{} million", significant(v / 1e6)),
-        _ => value.to_string(),
-    }
-}
-
-/// Seconds for people: `0.8 s`, `42 s`, `3 min 20 s`.
-pub fn seconds(value: f64) -> String {
-    if value < 9.95 {
-        format!("{value:.1} s")
-    } else if value < 119.5 {
-        format!("{value:.0} s")
-    } else {
-        let whole = value.round();
-        format!("{:.0} min {:02.0} s", (whole / 60.0).floor(), whole % 60.0)
-    }
-}
-
 /// A time of the server as `2025-01-31 09:30:00` (UTC).
 pub fn time(stamp: Option<&pbjson_types::Timestamp>) -> String {
     let Some(stamp) = stamp else { return String::new() };
@@ -240,21 +190,6 @@ pub fn time(stamp: Option<&pbjson_types::Timestamp>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn numbers_are_readable() {
-        let sizes = [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (91_234_567, "91.2 MB")];
-        for (bytes, text) in sizes {
-            assert_eq!(size(bytes), text);
-        }
-        assert_eq!(size(999_999), "1.00 MB");
-        assert_eq!(size(i64::MAX), "9223 PB");
-        assert_eq!(seconds(0.84), "0.8 s");
-        assert_eq!(seconds(200.4), "3 min 20 s");
-        assert_eq!(significant(20.2104), "20.2");
-        assert_eq!(significant(0.01234), "0.0123");
-        assert_eq!(significant(1520.4), "1520");
-    }
 
     #[test]
     fn times_are_short() {
@@ -279,12 +214,5 @@ mod tests {
         let value = operation_json(&operation).unwrap();
         assert_eq!(value["response"]["version"], "models/m/versions/1");
         assert_eq!(value["response"]["@type"], "type.googleapis.com/planish.v1.EvaluationReport");
-    }
-
-    #[test]
-    fn counts_are_readable() {
-        assert_eq!(count(134_515_008), "135 million");
-        assert_eq!(count(7_000_000_000), "7.00 billion");
-        assert_eq!(count(1_200), "1200");
     }
 }

@@ -7,19 +7,18 @@ use sha2::{Digest, Sha256};
 use tonic::Code;
 
 use super::Context;
-use super::client::{Client, ConnectionOptions};
+use super::client::Client;
 use super::error::{CliError, Result};
 use super::names::{id_from, short_model};
 use super::output;
+use super::own::{Own, cache_folder};
 use super::{generate, models, report, transfer, watch};
-use crate::config::Config;
 use crate::proto::v1::{
     Chat, ChatMessage, DatasetHeader, DatasetKind, DeleteDatasetRequest, GenerateRequest,
-    GetDatasetRequest, ListModelVersionsRequest, ModelVersion, RecipeReport, RunRecipeRequest,
-    SamplingOptions, generate_request,
+    GetDatasetRequest, ListModelVersionsRequest, ModelVersion, Recipe, RecipeReport,
+    RunRecipeRequest, SamplingOptions, generate_request,
 };
 use crate::recipe;
-use crate::server::Server;
 
 /// The texts of the repository, by the names that the recipe uses.
 const TEXTS: [(&str, &str); 2] = [
@@ -46,44 +45,24 @@ pub struct Args {
 pub(super) async fn run(args: Args, outer: &Context) -> Result<()> {
     let folder = match args.folder {
         Some(folder) => folder,
-        None => cache_folder()?,
+        None => cache_folder("quickstart")?,
     };
-    std::fs::create_dir_all(&folder)
-        .map_err(|e| CliError::file(&format!("creating {}", folder.display()), &e))?;
     // Written into hints and into the configuration, so it must hold from any folder.
     let folder = std::path::absolute(&folder)
         .map_err(|e| CliError::file(&format!("finding {}", folder.display()), &e))?;
-
-    let mut config = Config::default();
-    config.server.listen = ([127, 0, 0, 1], 0).into();
-    config.data.folder.clone_from(&folder);
-    let mut server = Server::start(config).await?;
-    let endpoint = format!("http://{}", server.address());
-    let context = Context {
-        output: outer.output,
-        connection: ConnectionOptions {
-            endpoint: endpoint.clone(),
-            timeout: outer.connection.timeout,
-            ..ConnectionOptions::default()
-        },
-        farewell: std::sync::Mutex::default(),
-    };
-    let tour = tokio::select! {
-        result = tour(&context, &args.model) => result,
-        ended = server.wait() => match ended {
-            Ok(()) => Err(CliError::failure("the service ended before its time")),
-            Err(error) => Err(error.into()),
-        },
-    };
-    let result = match tour {
-        Ok(versions) => next(&context, &folder, args.keep, &endpoint, &versions),
+    let mut own = Own::start(&folder, outer).await?;
+    let context = own.context.clone();
+    let result = match own.during(tour(&context, &args.model)).await {
+        Ok(versions) => {
+            next(&context, &folder, args.keep, context.connection.endpoint(), &versions)
+        }
         Err(error) => Err(error),
     };
     if args.keep && result.is_ok() {
         outer.on_interrupt("stopped".to_owned());
-        return Ok(server.wait().await?);
+        return own.wait().await;
     }
-    server.stop().await?;
+    own.stop().await?;
     result
 }
 
@@ -106,7 +85,7 @@ async fn tour(context: &Context, source: &str) -> Result<(String, String)> {
         dataset(&client, id, text).await?;
     }
 
-    let recipe = recipe::file::parse(RECIPE, true)?;
+    let recipe: Recipe = recipe::file::parse(RECIPE, true)?;
     say(&format!("\n3. The recipe: {}", recipe.display_name))?;
     let request =
         RunRecipeRequest { model: base.name.clone(), recipe: Some(recipe), ..Default::default() };
@@ -137,7 +116,7 @@ async fn tour(context: &Context, source: &str) -> Result<(String, String)> {
 }
 
 /// The imported model: the one of an earlier run, or fetched now.
-async fn base(context: &Context, client: &Client, source: &str) -> Result<ModelVersion> {
+pub(super) async fn base(context: &Context, client: &Client, source: &str) -> Result<ModelVersion> {
     let id = id_from(source)?;
     let mut request = ListModelVersionsRequest {
         parent: format!("models/{id}"),
@@ -251,14 +230,4 @@ fn next(
         output::line(format!("   {program} {line}"))?;
     }
     Ok(())
-}
-
-/// Where data goes that can be made again.
-fn cache_folder() -> Result<PathBuf> {
-    let absolute =
-        |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
-    absolute("XDG_CACHE_HOME")
-        .or_else(|| absolute("HOME").map(|home| home.join(".cache")))
-        .map(|cache| cache.join("planish").join("quickstart"))
-        .ok_or_else(|| CliError::usage("no home folder was found; give --folder"))
 }

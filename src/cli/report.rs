@@ -8,10 +8,14 @@ use super::Context;
 use super::error::Result;
 use super::names::short_model;
 use super::output::{self, decode, size, table};
+use crate::eval::{format, metrics};
 use crate::proto::google::longrunning::{Operation, operation};
 use crate::proto::v1::{
-    EvaluationReport, Measurement, ModelVersion, RecipePlan, RecipeReport, StepReport,
+    ClaimResult, ComparisonPlan, ComparisonReport, EvaluationReport, Measurement, ModelVersion,
+    RecipePlan, RecipeReport, StepReport,
 };
+use crate::recipe::claim::judge;
+use crate::recipe::compare::table;
 
 /// Prints the result of a finished operation, whatever its type.
 pub fn operation(operation: &Operation) -> Result<()> {
@@ -21,6 +25,9 @@ pub fn operation(operation: &Operation) -> Result<()> {
         "planish.v1.EvaluationReport" => evaluation(&decode::<EvaluationReport>(any)?),
         "planish.v1.ModelVersion" => imported(&decode::<ModelVersion>(any)?),
         "planish.v1.RecipePlan" => plan(&decode::<RecipePlan>(any)?),
+        "planish.v1.ComparisonPlan" => comparison_plan(&decode::<ComparisonPlan>(any)?),
+        "planish.v1.ComparisonReport" => comparison(&decode::<ComparisonReport>(any)?),
+        "planish.v1.ClaimResult" => claim(&decode::<ClaimResult>(any)?),
         _ => output::line(format!("{} is done", operation.name)),
     }
 }
@@ -111,31 +118,17 @@ fn side_by_side(
                 (Some(old), Some(new)) => change(old, new),
                 _ => String::new(),
             };
-            let text = |m: Option<Measurement>| m.as_ref().map(value).unwrap_or_default();
+            let text =
+                |m: Option<Measurement>| m.as_ref().map(format::measurement).unwrap_or_default();
             vec![metric.replace('_', " "), text(old), text(new), change]
         })
         .collect();
     table(&["", heads.0.as_str(), heads.1.as_str(), "change"], &[1, 2, 3], rows)
 }
 
-/// Whether a value is a share of a whole, which people read in percent.
-fn is_share(m: &Measurement) -> bool {
-    m.unit.is_empty() && (m.metric.ends_with("_share") || m.metric.ends_with("_agreement"))
-}
-
-/// A value with its unit.
-#[allow(clippy::cast_possible_truncation)]
-fn value(m: &Measurement) -> String {
-    match m.unit.as_str() {
-        "bytes" => size(m.value as i64),
-        // Perplexities are compared in their second decimal.
-        _ if m.metric == "perplexity" => format!("{:.3}", m.value),
-        _ if is_share(m) => format!("{:.1}%", m.value * 100.0),
-        "" if m.value >= 1e6 => output::count(m.value as i64),
-        "" => output::significant(m.value),
-        "seconds" | "s" => output::seconds(m.value),
-        unit => format!("{} {unit}", output::significant(m.value)),
-    }
+/// Whether a metric is a share of a whole: such have no ratio that helps.
+fn is_share(metric: &str) -> bool {
+    metrics::metric(metric).is_ok_and(metrics::Metric::is_share)
 }
 
 /// How a value moved: `+4.2%` up to a factor of two, `x 3.10` beyond. Values measured in different
@@ -144,7 +137,8 @@ fn change(old: &Measurement, new: &Measurement) -> String {
     let ratio = new.value / old.value;
     if old.protocol != new.protocol {
         "measured differently".to_owned()
-    } else if !ratio.is_finite() || ratio <= 0.0 || old.value == new.value || is_share(new) {
+    } else if !ratio.is_finite() || ratio <= 0.0 || old.value == new.value || is_share(&new.metric)
+    {
         String::new()
     } else if (0.5..2.0).contains(&ratio) {
         format!("{:+.1}%", (ratio - 1.0) * 100.0)
@@ -174,7 +168,7 @@ pub fn evaluation(report: &EvaluationReport) -> Result<()> {
     let rows = report
         .measurements
         .iter()
-        .map(|m| vec![m.metric.replace('_', " "), value(m), m.protocol.clone()])
+        .map(|m| vec![m.metric.replace('_', " "), format::measurement(m), m.protocol.clone()])
         .collect();
     output::line(table(&["metric", "value", "measured with"], &[1], rows))?;
     output::line(format!(
@@ -203,6 +197,69 @@ pub fn plan(plan: &RecipePlan) -> Result<()> {
         })
         .collect();
     output::line(table(&["step", "weights after", "memory", "about"], &[1, 2, 3], rows))
+}
+
+/// What a comparison found.
+pub fn comparison(report: &ComparisonReport) -> Result<()> {
+    output::text(&table::text(report))?;
+    let shared = report.shared.unwrap_or_default();
+    let memory = match report.peak_memory_bytes {
+        0 => String::new(),
+        bytes => format!(", peak memory {}", size(bytes)),
+    };
+    output::line(format!(
+        "\n{} steps taken, {} shared; calibration texts: {} made, {} shared; passes of the base: {}, {} \
+         shared; {}{memory}",
+        shared.steps_taken,
+        shared.steps_shared,
+        shared.calibrations_made,
+        shared.calibrations_shared,
+        shared.base_passes,
+        shared.base_passes_shared,
+        output::seconds(report.seconds)
+    ))
+}
+
+/// What a comparison would do and cost.
+fn comparison_plan(plan: &ComparisonPlan) -> Result<()> {
+    output::line(format!(
+        "{} runs; {} steps to take, {} shared; about {} for the steps, measuring not counted; memory up \
+         to {}",
+        plan.runs,
+        plan.steps,
+        plan.steps_shared,
+        output::seconds(plan.seconds),
+        size(plan.memory_bytes)
+    ))
+}
+
+/// What became of a claim.
+pub fn claim(result: &ClaimResult) -> Result<()> {
+    if let Some(report) = &result.report {
+        comparison(report)?;
+    }
+    let rows = result
+        .findings
+        .iter()
+        .map(|f| {
+            let verdict = f.verdict().as_str_name().trim_start_matches("FINDING_VERDICT_");
+            let measured = f.measured.as_ref().map(table::interval).unwrap_or_default();
+            let effect =
+                if f.headline { format!("{} (headline)", f.effect) } else { f.effect.clone() };
+            vec![effect, measured, output::significant(f.bound), verdict.to_lowercase()]
+        })
+        .collect();
+    output::line(format!(
+        "\n{}",
+        output::table(&["expected effect", "measured", "bound", ""], &[1, 2], rows)
+    ))?;
+    let form = if result.short { "short form, which decides nothing" } else { "full form" };
+    output::line(format!(
+        "\n{}: {} ({form}, {:.1} minutes)",
+        result.claim,
+        judge::word(result.verdict()),
+        result.minutes
+    ))
 }
 
 /// Says that a resource is gone.

@@ -9,7 +9,7 @@ use super::error::{CliError, Result};
 use super::names::{ModelName, resource};
 use super::{output, report, watch};
 use crate::proto::google::longrunning::Operation;
-use crate::proto::v1::{EvaluateRequest, Evaluation, RunRecipeRequest};
+use crate::proto::v1::{ChoiceEvaluation, EvaluateRequest, Evaluation, RunRecipeRequest};
 use crate::recipe;
 
 #[derive(Debug, Args)]
@@ -46,21 +46,33 @@ pub struct EvaluateArgs {
     /// Measure the speed of prefill and decode
     #[arg(long)]
     speed: bool,
+    /// Questions with choices to answer: adds accuracy
+    #[arg(long, value_name = "NAME")]
+    choices: Option<String>,
+    /// Questions taken from the start [default: all]
+    #[arg(long, requires = "choices")]
+    max_items: Option<u32>,
+    /// Count the multiplications of a token and the bytes it reads
+    #[arg(long)]
+    counts: bool,
+    /// Time the matrix products alone
+    #[arg(long)]
+    kernels: bool,
     #[command(flatten)]
     job: JobArgs,
 }
 
 #[derive(Debug, Args)]
-struct JobArgs {
+pub(super) struct JobArgs {
     /// Check and estimate only
     #[arg(long)]
-    validate_only: bool,
+    pub(super) validate_only: bool,
     /// Return at once; the job goes on
     #[arg(long)]
-    detach: bool,
+    pub(super) detach: bool,
     /// The same id gives the same answer
     #[arg(long, value_name = "ID")]
-    request_id: Option<String>,
+    pub(super) request_id: Option<String>,
 }
 
 impl RunArgs {
@@ -93,6 +105,12 @@ impl EvaluateArgs {
                 max_tokens: self.max_tokens,
                 compare_with_base: self.base.is_some(),
                 speed: self.speed,
+                choice: self.choices.map(|name| ChoiceEvaluation {
+                    dataset: resource("datasets", &name),
+                    max_items: self.max_items,
+                }),
+                counts: self.counts,
+                kernels: self.kernels,
             }),
             base: self.base.map(|base| base.resource()).unwrap_or_default(),
             validate_only: self.job.validate_only,

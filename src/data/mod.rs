@@ -1,5 +1,6 @@
 //! Data sets: kinds, readers, packing into windows, chat templates, tokenizers.
 
 pub mod chat;
+pub mod choices;
 pub mod text;
 pub mod tokenizer;

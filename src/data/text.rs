@@ -6,8 +6,12 @@ use std::path::Path;
 
 use flate2::read::MultiGzDecoder;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Reason, Result};
+
+/// Characters of the parser's words that an error repeats.
+const MAX_WHAT: usize = 200;
 
 /// Reads the documents of a text file: `.txt` is one document, `.jsonl` has one `text` field a line,
 /// either may end in `.gz`. `max_bytes` bounds the unpacked size. `file_name` is the name the file
@@ -37,7 +41,13 @@ pub fn read_documents(path: &Path, file_name: &str, max_bytes: u64) -> Result<Ve
     };
     let bytes = read_bytes(path, packed, max_bytes).map_err(|error| error.within(file_name))?;
     let text = utf8(bytes).map_err(|error| error.within(file_name))?;
-    let documents = if lines { parse_lines(&text) } else { Ok(vec![text]) };
+    let documents = if lines {
+        parse_lines(&text, "an object with a string 'text'")
+            .map(|line| line.map(|(_, Line { text })| text))
+            .collect()
+    } else {
+        Ok(vec![text])
+    };
     let mut documents = documents.map_err(|error| error.within(file_name))?;
     documents.retain(|document| !document.trim().is_empty());
     if documents.is_empty() {
@@ -63,7 +73,7 @@ pub fn windows(tokens: &[u32], length: usize, stride: usize) -> Vec<&[u32]> {
     tokens.windows(length).step_by(stride).collect()
 }
 
-fn read_bytes(path: &Path, packed: bool, max_bytes: u64) -> Result<Vec<u8>> {
+pub(super) fn read_bytes(path: &Path, packed: bool, max_bytes: u64) -> Result<Vec<u8>> {
     let file = File::open(path)?;
     let mut bytes = Vec::new();
     // One more than allowed, to tell "all of it" from "more than that".
@@ -97,7 +107,7 @@ fn read_bytes(path: &Path, packed: bool, max_bytes: u64) -> Result<Vec<u8>> {
 }
 
 /// The text without its byte order mark.
-fn utf8(bytes: Vec<u8>) -> Result<String> {
+pub(super) fn utf8(bytes: Vec<u8>) -> Result<String> {
     let mut text = String::from_utf8(bytes).map_err(|error| {
         let offset = error.utf8_error().valid_up_to();
         Error::new(
@@ -116,26 +126,29 @@ struct Line {
     text: String,
 }
 
-fn parse_lines(text: &str) -> Result<Vec<String>> {
+/// The lines that are not blank, with their numbers from 1; `shape` says what each must be.
+pub(super) fn parse_lines<T: DeserializeOwned>(
+    text: &str,
+    shape: &str,
+) -> impl Iterator<Item = Result<(usize, T)>> {
     let numbered = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    numbered
-        .map(|(index, line)| match serde_json::from_str::<Line>(line) {
-            Ok(line) => Ok(line.text),
-            Err(error) => {
-                // The parser counts lines too, but sees only this one.
-                let what = error.to_string();
-                let what = what.split(" at line ").next().unwrap_or_default();
-                Err(Error::new(
-                    Reason::MalformedFile,
-                    format!(
-                        "line {}, column {}: {what}; each line must be an object with a string 'text'",
-                        index + 1,
-                        error.column()
-                    ),
-                ))
-            }
-        })
-        .collect()
+    numbered.map(move |(index, line)| match serde_json::from_str(line) {
+        Ok(value) => Ok((index + 1, value)),
+        Err(error) => {
+            // The parser counts lines too, but sees only this one; it may repeat a long string.
+            let what = error.to_string();
+            let what = what.split(" at line ").next().unwrap_or_default();
+            let what: String = what.chars().take(MAX_WHAT).collect();
+            Err(Error::new(
+                Reason::MalformedFile,
+                format!(
+                    "line {}, column {}: {what}; each line must be {shape}",
+                    index + 1,
+                    error.column()
+                ),
+            ))
+        }
+    })
 }
 
 #[cfg(test)]

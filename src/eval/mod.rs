@@ -1,26 +1,51 @@
-//! Measuring models: perplexity, agreement with a base, bytes, speed.
+//! Measuring models: likelihood, agreement with a base, answers, bytes, counts, speed.
+//!
+//! [`metrics`] says what can be measured; the other files measure it.
 
+mod choice;
+mod counts;
+pub mod format;
 mod likelihood;
+pub mod metrics;
+mod products;
 mod speed;
 
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+
+pub use self::likelihood::States;
+use self::likelihood::{Protocol, Source};
 use crate::calibrate::{encode_prefix, walk};
+use crate::data::choices::Item;
 use crate::error::{Error, Reason, Result};
 use crate::models::decoder::plan::{Cache, CacheFormat};
 use crate::models::{Model, ModelInfo};
 use crate::progress::Progress;
 use crate::proto::v1;
 
-use self::likelihood::Protocol;
-
 /// Inputs of an evaluation.
 pub struct Subject<'a> {
     pub model: &'a Model,
-    /// Model to compare with, when asked for.
-    pub base: Option<&'a Model>,
+    /// What a pass of this model over the text left, where there was one.
+    pub states: Option<&'a States>,
+    /// What to compare with, when asked for.
+    pub base: Option<Base<'a>>,
     /// Text to measure on, documents joined; needed for perplexity and agreement.
     pub text: Option<&'a str>,
+    /// Questions to answer, when asked for.
+    pub choices: Option<&'a [Item]>,
     /// Bytes of all files of the version.
     pub disk_bytes: u64,
+}
+
+/// A base to compare with.
+#[derive(Clone, Copy)]
+pub enum Base<'a> {
+    /// It runs beside the model.
+    Model(&'a Model),
+    /// It ran before, see [`states`].
+    States(&'a States),
 }
 
 /// Longest window.
@@ -29,15 +54,31 @@ const MAX_CONTEXT: u32 = 8192;
 /// Checks the options of an evaluation against a model.
 pub fn check(options: &v1::Evaluation, model: &ModelInfo) -> Result<()> {
     let config = Settings::read(options, walk::of(&model.family).max_length())?;
-    if config.text && !model.has_tokenizer {
+    if (config.text || options.choice.is_some()) && !model.has_tokenizer {
         return Err(no_tokenizer());
     }
     Ok(())
 }
 
+/// Runs the text of an evaluation through a model once, so that it and others can be measured against
+/// it without another pass. The file it leaves lies in `scratch` while the value lives.
+pub fn states(
+    model: &Model,
+    options: &v1::Evaluation,
+    text: &str,
+    scratch: &Path,
+    progress: &Progress,
+) -> Result<States> {
+    let settings = Settings::read(options, walk::of(&model.family).max_length())?;
+    let (tokens, protocol) = tokenise(model, text, &options.dataset, &settings, progress)?;
+    States::new(model, tokens, protocol, scratch, progress)
+}
+
 /// Measures what `options` asks for. Always: `disk_bytes`, `weight_bytes`, `resident_bytes`,
 /// `parameters`, `zero_share` (of the linear weights inside the blocks). `perplexity` when a data set
-/// is given; `kl_divergence` and `top1_agreement` with `compare_with_base`;
+/// is given; `kl_divergence` and `top1_agreement` with `compare_with_base`; `accuracy` (and `macro_f1`)
+/// with `choice`; `multiply_accumulates` and `bytes_per_token` with `counts`;
+/// `products_1_token_ms` and `products_512_tokens_ms` with `kernels`;
 /// `prefill_tokens_per_second` and `decode_tokens_per_second` with `speed`.
 ///
 /// Text is tokenised once without a start token and cut in windows of `context` tokens, `stride`
@@ -53,14 +94,25 @@ pub fn evaluate(
     let settings = Settings::read(options, walk::of(&model.family).max_length())?;
     progress.report(0.0, "measuring sizes")?;
     let mut out = sizes(subject, settings.context)?;
-    let texted = if options.speed { 0.7 } else { 1.0 };
+    if options.counts {
+        out.extend(counts::measure(model)?);
+    }
+    // Shares of the progress, by what usually takes long.
+    let weights = [
+        (settings.text, 6.0),
+        (options.choice.is_some(), 6.0),
+        (options.kernels, 1.0),
+        (options.speed, 3.0),
+    ];
+    let total: f64 = weights.iter().filter(|(asked, _)| *asked).map(|(_, weight)| weight).sum();
+    let mut done = 0.0;
+    let mut part = |index: usize| {
+        let from = done / total;
+        done += weights[index].1;
+        progress.part(from, done / total)
+    };
     if settings.text {
-        let text = subject.text.ok_or_else(|| {
-            Error::new(
-                Reason::DatasetUnsuitable,
-                format!("the text of '{}' was not read", options.dataset),
-            )
-        })?;
+        let text = subject.text.ok_or_else(|| unread(&options.dataset))?;
         let base = match (options.compare_with_base, subject.base) {
             (true, Some(base)) => Some(base),
             (true, None) => {
@@ -71,17 +123,24 @@ pub fn evaluate(
             }
             (false, _) => None,
         };
-        let part = progress.part(0.02, texted);
-        out.extend(on_text(model, base, text, &options.dataset, &settings, &part)?);
+        out.extend(on_text(subject, base, text, &options.dataset, &settings, &part(0))?);
+    }
+    if let Some(asked) = &options.choice {
+        let items = subject.choices.ok_or_else(|| unread(&asked.dataset))?;
+        out.extend(on_choices(model, items, asked, &settings, &part(1))?);
+    }
+    if options.kernels {
+        out.extend(products::measure(model, &part(2))?);
     }
     if options.speed {
-        out.extend(speed::measure(
-            model,
-            &progress.part(if settings.text { texted } else { 0.02 }, 1.0),
-        )?);
+        out.extend(speed::measure(model, &part(3))?);
     }
     progress.report(1.0, "measured")?;
     Ok(out)
+}
+
+fn unread(dataset: &str) -> Error {
+    Error::new(Reason::DatasetUnsuitable, format!("'{dataset}' was not read"))
 }
 
 struct Settings {
@@ -119,6 +178,18 @@ impl Settings {
                 format!("'{dataset}' is no resource name of a data set; write datasets/NAME"),
             ));
         }
+        if let Some(choice) = &options.choice {
+            let dataset = &choice.dataset;
+            if dataset.strip_prefix("datasets/").is_none_or(str::is_empty) {
+                return Err(Error::field(
+                    "choice.dataset",
+                    format!("'{dataset}' is no resource name of a data set; write datasets/NAME"),
+                ));
+            }
+            if choice.max_items == Some(0) {
+                return Err(Error::field("choice.max_items", "0 questions; leave it out for all"));
+            }
+        }
         if options.compare_with_base && dataset.is_empty() {
             return Err(Error::field("compare_with_base", "needs a data set to compare on"));
         }
@@ -131,14 +202,14 @@ impl Settings {
     }
 }
 
-fn on_text(
+/// The tokens of an evaluation and how they are cut.
+fn tokenise(
     model: &Model,
-    base: Option<&Model>,
     text: &str,
     dataset: &str,
     settings: &Settings,
     progress: &Progress,
-) -> Result<Vec<v1::Measurement>> {
+) -> Result<(Vec<u32>, Protocol)> {
     let tokenizer = model.tokenizer.as_deref().ok_or_else(no_tokenizer)?;
     progress.report(0.0, "tokenising the text")?;
     let tokens = if settings.max_tokens == usize::MAX {
@@ -148,8 +219,7 @@ fn on_text(
     };
     let start = if tokenizer.add_bos { tokenizer.bos } else { None };
     let protocol = Protocol { context: settings.context, stride: settings.stride, start };
-    let windows = protocol.windows(tokens.len());
-    if windows == 0 {
+    if protocol.windows(tokens.len()) == 0 {
         return Err(Error::new(
             Reason::DatasetUnsuitable,
             format!(
@@ -159,43 +229,86 @@ fn on_text(
             ),
         ));
     }
-    let found = likelihood::measure(model, base, &tokens, &protocol, progress)?;
+    Ok((tokens, protocol))
+}
+
+fn on_text(
+    subject: &Subject<'_>,
+    base: Option<Base<'_>>,
+    text: &str,
+    dataset: &str,
+    settings: &Settings,
+    progress: &Progress,
+) -> Result<Vec<v1::Measurement>> {
+    let (tokens, protocol) = tokenise(subject.model, text, dataset, settings, progress)?;
+    let model = subject.states.map_or(Source::Run(subject.model), Source::Known);
+    let base = base.map(|base| match base {
+        Base::Model(model) => Source::Run(model),
+        Base::States(states) => Source::Known(states),
+    });
+    let found = likelihood::measure(&model, base.as_ref(), &tokens, &protocol, progress)?;
+    // Another tokenizer, or another text under the same name, is another protocol.
+    let mark = mark(bytemuck::cast_slice(&tokens));
     let protocol = format!(
-        "{dataset}, context {}, stride {}, {} tokens, {windows} windows, {} predictions, {} start token, \
-         {} threads",
+        "{dataset}, context {}, stride {}, {} tokens ({mark}), {} windows, {} predictions, {} start \
+         token, {} threads",
         settings.context,
         settings.stride,
         tokens.len(),
+        found.nll.len(),
         found.predictions,
-        if start.is_some() { "with" } else { "no" },
+        if protocol.start.is_some() { "with" } else { "no" },
         rayon::current_num_threads(),
     );
-    let measurement =
-        |metric: &str, value: f64, unit: &str, higher_is_better: bool| v1::Measurement {
-            metric: metric.into(),
-            value,
-            unit: unit.into(),
-            higher_is_better,
-            protocol: protocol.clone(),
-        };
-    let mut out = vec![measurement("perplexity", found.mean_nll.exp(), "", false)];
+    let mut out = vec![metrics::PERPLEXITY.sampled(found.nll, &protocol)];
     if let Some(agreement) = found.agreement {
-        out.push(measurement("kl_divergence", agreement.kl, "nats", false));
-        out.push(measurement("top1_agreement", agreement.top1, "", true));
+        out.push(metrics::KL_DIVERGENCE.sampled(agreement.kl, &protocol));
+        out.push(metrics::TOP1_AGREEMENT.sampled(agreement.top1, &protocol));
     }
     Ok(out)
 }
 
+fn on_choices(
+    model: &Model,
+    items: &[Item],
+    asked: &v1::ChoiceEvaluation,
+    settings: &Settings,
+    progress: &Progress,
+) -> Result<Vec<v1::Measurement>> {
+    let most = asked.max_items.map_or(usize::MAX, |most| most as usize);
+    let items = &items[..items.len().min(most)];
+    let found = choice::measure(model, items, settings.context, progress)?;
+    let cut = match found.cut {
+        0 => String::new(),
+        cut => format!(", {cut} questions cut at the left"),
+    };
+    let mut text = String::new();
+    for item in items {
+        text += &format!("{}\0{}\0{}\n", item.question, item.choices.join("\0"), item.answer);
+    }
+    let protocol = format!(
+        "{}, {} questions ({}), likelihood of each answer a byte, no examples, context {}{cut}, {} threads",
+        asked.dataset,
+        items.len(),
+        mark(text.as_bytes()),
+        settings.context,
+        rayon::current_num_threads(),
+    );
+    let answers: Vec<usize> = items.iter().map(|item| item.answer).collect();
+    let f1 = found.macro_f1(&answers).map(|f1| metrics::MACRO_F1.measured(f1, &protocol));
+    let right = found.correct.iter().map(|correct| f64::from(u8::from(*correct))).collect();
+    let mut out = vec![metrics::ACCURACY.sampled(right, &protocol)];
+    out.extend(f1);
+    Ok(out)
+}
+
+/// The first digits of a digest: enough to tell two protocols apart.
+fn mark(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().take(4).map(|b| format!("{b:02x}")).collect()
+}
+
 fn sizes(subject: &Subject<'_>, context: usize) -> Result<Vec<v1::Measurement>> {
     let model = subject.model;
-    let measurement =
-        |metric: &str, value: f64, unit: &str, higher: bool, protocol: String| v1::Measurement {
-            metric: metric.into(),
-            value,
-            unit: unit.into(),
-            higher_is_better: higher,
-            protocol,
-        };
     let cache = Cache::bytes_for(model.decoder()?, context, CacheFormat::default()) as u64;
     let walk = walk::of(&model.family);
     let (mut zeros, mut elements) = (0u64, 0u64);
@@ -207,35 +320,15 @@ fn sizes(subject: &Subject<'_>, context: usize) -> Result<Vec<v1::Measurement>> 
     let share = zeros as f64 / elements.max(1) as f64;
     let bytes = |v: u64| v as f64;
     Ok(vec![
-        measurement(
-            "disk_bytes",
-            bytes(subject.disk_bytes),
-            "bytes",
-            false,
-            "all files of the version".into(),
-        ),
-        measurement(
-            "weight_bytes",
-            bytes(model.bytes()),
-            "bytes",
-            false,
-            "all weights as stored".into(),
-        ),
-        measurement(
-            "resident_bytes",
+        metrics::DISK_BYTES.measured(bytes(subject.disk_bytes), "all files of the version"),
+        metrics::WEIGHT_BYTES.measured(bytes(model.bytes()), "all weights as stored"),
+        metrics::RESIDENT_BYTES.measured(
             bytes(model.bytes() + cache),
-            "bytes",
-            false,
             format!("weights, and keys and values of {context} positions"),
         ),
-        measurement("parameters", bytes(model.parameters()), "", false, "all weights".into()),
-        measurement(
-            "zero_share",
-            share,
-            "",
-            true,
-            "linear weights inside the blocks, as they are multiplied".into(),
-        ),
+        metrics::PARAMETERS.measured(bytes(model.parameters()), "all weights"),
+        metrics::ZERO_SHARE
+            .measured(share, "linear weights inside the blocks, as they are multiplied"),
     ])
 }
 

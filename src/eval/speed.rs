@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use super::metrics;
 use crate::error::Result;
 use crate::models::Model;
 use crate::models::decoder::plan::{Cache, Chunk, Decoder};
@@ -50,35 +51,14 @@ pub fn measure(model: &Model, progress: &Progress) -> Result<Vec<v1::Measurement
     let threads = rayon::current_num_threads();
     let of = format!("one sequence, median of {REPETITIONS}, {threads} threads");
     Ok(vec![
-        rate(
-            "prefill_tokens_per_second",
-            median(prefills),
-            format!("{prefill} tokens at once, logits of the last, {of}"),
-        ),
-        rate(
-            "decode_tokens_per_second",
-            median(decodes),
-            format!("{decode} tokens one by one after {prompt}, {of}"),
-        ),
+        metrics::PREFILL_RATE
+            .sampled(prefills, format!("{prefill} tokens at once, logits of the last, {of}")),
+        metrics::DECODE_RATE
+            .sampled(decodes, format!("{decode} tokens one by one after {prompt}, {of}")),
     ])
 }
 
 fn forward(decoder: &mut Decoder, cache: &mut Cache, tokens: &[u32], wanted: usize) -> Result<()> {
     decoder.forward(&mut [Chunk { tokens, cache, logits: wanted..wanted + 1 }])?;
     Ok(())
-}
-
-fn rate(metric: &str, value: f64, protocol: String) -> v1::Measurement {
-    v1::Measurement {
-        metric: metric.into(),
-        value,
-        unit: "tokens/s".into(),
-        higher_is_better: true,
-        protocol,
-    }
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or_default()
 }

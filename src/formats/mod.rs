@@ -5,7 +5,7 @@ pub mod gguf;
 #[cfg(test)]
 pub(crate) mod hostile;
 pub mod mmap;
-mod replacement;
+pub mod replacement;
 pub mod safetensors;
 pub mod tokenizer;
 

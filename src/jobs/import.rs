@@ -50,7 +50,7 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
         &request.model_id,
         &request.display_name,
         &model,
-        &lineage,
+        (&lineage, 0),
         job.scratch,
     );
     Ok(job.wait(written)?.message()?.encode_to_vec())

@@ -4,10 +4,14 @@
 //! left running goes back into the queue at the next start and is taken up after its last finished
 //! step.
 
+mod claim;
+pub mod compare;
 mod import;
 mod memory;
 mod recipe;
 mod runner;
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod tests;
 mod work;

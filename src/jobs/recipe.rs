@@ -4,17 +4,16 @@ use std::time::Instant;
 
 use prost::Message;
 
-use super::damaged;
 use super::memory::Peak;
 use super::work::Job;
+use crate::calibrate;
 use crate::error::{Error, Result};
 use crate::methods::registry;
 use crate::models::Model;
 use crate::progress::Progress;
 use crate::proto::v1;
-use crate::recipe::{self, run::Environment};
+use crate::recipe;
 use crate::store::models::VersionRow;
-use crate::store::names;
 
 /// Gives an encoded `RecipeReport`. What an earlier run of the operation finished is not done again.
 pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
@@ -24,6 +23,7 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
     let mut run = Run {
         job,
         evaluation: recipe.evaluation.clone().unwrap_or_default(),
+        calibrations: calibrate::Shared::default(),
         recovered_seconds: 0.0,
     };
     let (start, peak) = (Instant::now(), Peak::start(job.handle));
@@ -56,22 +56,22 @@ struct Run<'a> {
     job: &'a Job<'a>,
     /// What to measure; sizes only when the recipe asks for nothing.
     evaluation: v1::Evaluation,
+    calibrations: calibrate::Shared,
     /// Seconds of the parts that earlier runs of the operation finished.
     recovered_seconds: f64,
 }
 
 impl Run<'_> {
     fn before(&mut self, base: &VersionRow, progress: &Progress) -> Result<v1::EvaluationReport> {
-        if let Some(report) = self.saved::<v1::EvaluationReport>("before")? {
+        if let Some(report) = self.job.saved::<v1::EvaluationReport>("before")? {
             self.recovered_seconds += report.seconds;
             return Ok(report);
         }
         progress.report(0.0, "measuring the base")?;
-        let model = self.open(base)?;
         // The base agrees with itself.
         let options = v1::Evaluation { compare_with_base: false, ..self.evaluation.clone() };
-        let report = self.job.measure(base, &model, None, &options, progress)?;
-        self.save("before", &report)?;
+        let report = self.job.measure_version(base, None, &options, progress)?;
+        self.job.save("before", &report)?;
         Ok(report)
     }
 
@@ -82,12 +82,8 @@ impl Run<'_> {
         progress: &Progress,
     ) -> Result<v1::EvaluationReport> {
         progress.report(0.0, "measuring the result")?;
-        let model = self.open(last)?;
-        let base = match self.evaluation.compare_with_base {
-            true => Some(self.open(base)?),
-            false => None,
-        };
-        self.job.measure(last, &model, base.as_ref(), &self.evaluation, progress)
+        let base = self.evaluation.compare_with_base.then_some(base);
+        self.job.measure_version(last, base, &self.evaluation, progress)
     }
 
     /// Takes step `i` from the version `parent`, unless that was done before.
@@ -103,7 +99,7 @@ impl Run<'_> {
         // The report is saved before the version is written: where there is a version, there is one.
         let key = format!("step {i}");
         if let Some(version) = self.job.wait(store.step_version(&operation, index))? {
-            let report: v1::StepReport = self.saved(&key)?.unwrap_or_default();
+            let report: v1::StepReport = self.job.saved(&key)?.unwrap_or_default();
             self.recovered_seconds += report.seconds;
             return Ok((version.clone(), v1::StepReport { version: version.name(), ..report }));
         }
@@ -111,69 +107,97 @@ impl Run<'_> {
         let method = registry::method(&recipe.steps[i])?.card().name;
         let message = format!("step {} of {}: {method}", i + 1, recipe.steps.len());
         progress.report(0.0, &message)?;
-        let model = self.open(parent)?;
-        let bytes_before = model.bytes();
-        let start = Instant::now();
-        let environment =
-            Environment { progress, texts: &|name| self.job.text(name), scratch: self.job.scratch };
-        let (step, outcome) = recipe::run::run_step(recipe, i, model, &environment)?;
-        let seconds = start.elapsed().as_secs_f64();
+        let model = self.job.open(parent)?;
+        let taken = take_step(
+            self.job,
+            &Step { step: &recipe.steps[i], index: i, seed: recipe.seed },
+            (model, &parent.digest),
+            &self.calibrations,
+            progress,
+        )
+        .map_err(|e| e.within("recipe"))?;
         progress.report(1.0, &format!("{message}, writing the version"))?;
-
-        let mut report = v1::StepReport {
-            method: method.to_owned(),
-            version: String::new(),
-            seconds,
-            bytes_before: signed(bytes_before),
-            bytes_after: signed(outcome.model.bytes()),
-            calibration_tokens: signed(outcome.calibration_tokens),
-            zero_share: outcome.zero_share,
-            warnings: outcome.warnings,
-        };
-        self.save(&key, &report)?;
+        let mut report = taken.report;
+        self.job.save(&key, &report)?;
         let lineage = v1::Lineage {
-            source: String::new(),
             parent: parent.name(),
             parent_digest: parent.digest.clone(),
-            data_digests: self.data_digests(&step)?,
-            step: Some(step),
-            step_index: index,
-            seed: recipe.seed,
-            code_version: env!("CARGO_PKG_VERSION").to_owned(),
-            threads: i32::try_from(rayon::current_num_threads()).unwrap_or(i32::MAX),
-            seconds,
             operation,
-            record: Some(message_of(outcome.record)?),
+            ..taken.lineage
         };
-        let written =
-            store.write_version(&parent.model, "", &outcome.model, &lineage, self.job.scratch);
+        let written = store.write_version(
+            &parent.model,
+            "",
+            &taken.model,
+            (&lineage, index),
+            self.job.scratch,
+        );
         let version = self.job.wait(written)?;
         report.version = version.name();
         Ok((version, report))
     }
+}
 
-    fn open(&self, row: &VersionRow) -> Result<Model> {
-        self.job.wait(self.job.store.open_version(row))
-    }
+/// A step of a recipe.
+pub(super) struct Step<'a> {
+    pub step: &'a v1::Step,
+    /// Its number in the recipe, from 0.
+    pub index: usize,
+    pub seed: u64,
+}
 
-    fn data_digests(&self, step: &v1::Step) -> Result<Vec<String>> {
-        let mut digests = Vec::new();
-        for name in recipe::step_datasets(step) {
-            let row = self.job.wait(self.job.store.dataset(names::dataset(&name)?))?;
-            digests.push(row.object.digest);
-        }
-        Ok(digests)
-    }
+/// What a step made.
+pub(super) struct Taken {
+    pub model: Model,
+    /// Without the version, which is not written yet.
+    pub report: v1::StepReport,
+    /// Without the parent's names and the operation, which are the caller's to know.
+    pub lineage: v1::Lineage,
+}
 
-    fn save(&self, name: &str, message: &impl Message) -> Result<()> {
-        let value = message.encode_to_vec();
-        self.job.wait(self.job.store.save_result(&self.job.operation.id, name, &value))
-    }
-
-    fn saved<M: Message + Default>(&self, name: &str) -> Result<Option<M>> {
-        let value = self.job.wait(self.job.store.saved_result(&self.job.operation.id, name))?;
-        value.map(|value| M::decode(value.as_slice()).map_err(damaged)).transpose()
-    }
+/// Takes a step from a model whose content `digest` names.
+pub(super) fn take_step(
+    job: &Job<'_>,
+    step: &Step<'_>,
+    (model, digest): (Model, &str),
+    calibrations: &calibrate::Shared,
+    progress: &Progress,
+) -> Result<Taken> {
+    let bytes_before = model.bytes();
+    let (start, peak) = (Instant::now(), Peak::start(job.handle));
+    let texts = |name: &str| job.text(name);
+    let environment =
+        recipe::run::Environment { progress, texts: &texts, calibrations, scratch: job.scratch };
+    let place = (step.seed, step.index);
+    let (resolved, outcome) =
+        recipe::run::run_step(step.step, place, (model, digest), &environment)?;
+    let seconds = start.elapsed().as_secs_f64();
+    let report = v1::StepReport {
+        method: registry::method(&resolved)?.card().name.to_owned(),
+        version: String::new(),
+        seconds,
+        bytes_before: signed(bytes_before),
+        bytes_after: signed(outcome.model.bytes()),
+        calibration_tokens: signed(outcome.calibration_tokens),
+        zero_share: outcome.zero_share,
+        warnings: outcome.warnings,
+        peak_memory_bytes: signed(peak.bytes()),
+    };
+    let lineage = v1::Lineage {
+        parent_digest: digest.to_owned(),
+        data_digests: job.data_digests(&recipe::step_datasets(&resolved))?,
+        step: Some(resolved),
+        step_index: i32::try_from(step.index)
+            .map_err(|_| Error::internal("a recipe of 2^31 steps"))?,
+        // Where it decides nothing it is left out, so that equal bytes have equal digests.
+        seed: if registry::method(step.step)?.seeded() { step.seed } else { 0 },
+        code_version: env!("CARGO_PKG_VERSION").to_owned(),
+        threads: i32::try_from(rayon::current_num_threads()).unwrap_or(i32::MAX),
+        seconds,
+        record: Some(message_of(outcome.record)?),
+        ..Default::default()
+    };
+    Ok(Taken { model: outcome.model, report, lineage })
 }
 
 /// A record as the lineage carries it.
@@ -188,7 +212,7 @@ fn message_of(record: serde_json::Value) -> Result<pbjson_types::Struct> {
     })
 }
 
-fn signed(value: u64) -> i64 {
+pub(super) fn signed(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 

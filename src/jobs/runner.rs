@@ -14,7 +14,7 @@ use super::work::Job;
 use super::{Run, Shared};
 use crate::error::{Error, Reason, Result};
 use crate::progress::Progress;
-use crate::store::operations::{End, Operation};
+use crate::store::operations::{End, Kind, Operation};
 
 /// Progress is written at most this often.
 const WRITE_INTERVAL: Duration = Duration::from_secs(1);
@@ -174,6 +174,10 @@ fn cancel_requested(shared: &Shared, handle: &Handle, operation: &Operation) -> 
 /// Says what stays: the versions of finished steps are finished.
 fn cancelled(shared: &Shared, handle: &Handle, operation: &Operation) -> Error {
     match handle.block_on(shared.store.operation(&operation.id)) {
+        Ok(row) if matches!(row.kind, Kind::Compare | Kind::Claim) => Error::new(
+            Reason::Cancelled,
+            "cancelled; the runs that were finished stay and can be read as the comparison's report",
+        ),
         Ok(row) if !row.versions.is_empty() => Error::new(
             Reason::Cancelled,
             format!("cancelled; of the steps that were finished stay {}", row.versions.join(", ")),

@@ -7,7 +7,8 @@ use std::time::Instant;
 use prost::Message;
 use tokio::runtime::Handle;
 
-use super::{damaged, import, recipe};
+use super::{claim, compare, damaged, import, recipe};
+use crate::data::choices::Item;
 use crate::error::{Error, Result};
 use crate::eval;
 use crate::models::Model;
@@ -48,33 +49,90 @@ impl Job<'_> {
         self.wait(self.store.dataset_text(names::dataset(name)?))
     }
 
-    /// Measures a version.
+    /// The questions of a data set by resource name.
+    pub fn items(&self, name: &str) -> Result<Vec<Item>> {
+        self.wait(self.store.dataset_items(names::dataset(name)?))
+    }
+
+    /// Opens a stored version.
+    pub fn open(&self, row: &VersionRow) -> Result<Model> {
+        self.wait(self.store.open_version(row))
+    }
+
+    /// Measures a model with the data sets that the options name.
     pub fn measure(
         &self,
-        row: &VersionRow,
-        model: &Model,
-        base: Option<&Model>,
+        subject: &Measured<'_>,
         options: &v1::Evaluation,
         progress: &Progress,
-    ) -> Result<v1::EvaluationReport> {
-        let start = Instant::now();
+    ) -> Result<Vec<v1::Measurement>> {
         let text = match options.dataset.as_str() {
             "" => None,
             name => Some(self.text(name)?),
         };
+        let choices = options.choice.as_ref().map(|choice| self.items(&choice.dataset));
+        let choices = choices.transpose()?;
         let subject = eval::Subject {
-            model,
-            base,
+            model: subject.model,
+            states: subject.states,
+            base: subject.base,
             text: text.as_ref().map(|text| text.as_str()),
+            choices: choices.as_deref(),
+            disk_bytes: subject.disk_bytes,
+        };
+        eval::evaluate(&subject, options, progress)
+    }
+
+    /// Measures a stored version.
+    pub fn measure_version(
+        &self,
+        row: &VersionRow,
+        base: Option<&VersionRow>,
+        options: &v1::Evaluation,
+        progress: &Progress,
+    ) -> Result<v1::EvaluationReport> {
+        let start = Instant::now();
+        let model = self.open(row)?;
+        let base = base.map(|base| self.open(base)).transpose()?;
+        let subject = Measured {
+            model: &model,
+            states: None,
+            base: base.as_ref().map(eval::Base::Model),
             disk_bytes: row.total_bytes.unsigned_abs(),
         };
         Ok(v1::EvaluationReport {
             version: row.name(),
             digest: row.digest.clone(),
-            measurements: eval::evaluate(&subject, options, progress)?,
+            measurements: self.measure(&subject, options, progress)?,
             seconds: start.elapsed().as_secs_f64(),
         })
     }
+
+    /// Keeps an intermediate result for a later run of the operation.
+    pub fn save(&self, name: &str, message: &impl Message) -> Result<()> {
+        let value = message.encode_to_vec();
+        self.wait(self.store.save_result(&self.operation.id, name, &value))
+    }
+
+    /// What an earlier run of the operation kept under `name`.
+    pub fn saved<M: Message + Default>(&self, name: &str) -> Result<Option<M>> {
+        let value = self.wait(self.store.saved_result(&self.operation.id, name))?;
+        value.map(|value| M::decode(value.as_slice()).map_err(damaged)).transpose()
+    }
+
+    /// Digests of the data sets of these names.
+    pub fn data_digests(&self, names: &[String]) -> Result<Vec<String>> {
+        let row = |name: &String| self.wait(self.store.dataset(names::dataset(name)?));
+        names.iter().map(|name| Ok(row(name)?.object.digest)).collect()
+    }
+}
+
+/// A model to measure, see [`eval::Subject`].
+pub struct Measured<'a> {
+    pub model: &'a Model,
+    pub states: Option<&'a eval::States>,
+    pub base: Option<eval::Base<'a>>,
+    pub disk_bytes: u64,
 }
 
 /// The work on models.
@@ -86,6 +144,8 @@ impl Work for Models {
             Kind::Import => import::run(job),
             Kind::Recipe => recipe::run(job),
             Kind::Evaluate => evaluate(job),
+            Kind::Compare => compare::run(job),
+            Kind::Claim => claim::run(job),
         }
     }
 }
@@ -94,15 +154,11 @@ fn evaluate(job: &Job<'_>) -> Result<Vec<u8>> {
     let request: v1::EvaluateRequest = job.request()?;
     let options = request.evaluation.unwrap_or_default();
     let row = job.wait(job.store.version(&request.model))?;
-    let model = job.wait(job.store.open_version(&row))?;
-    let base = if request.base.is_empty() {
-        None
-    } else {
-        let row = job.wait(job.store.version(&request.base))?;
-        Some(job.wait(job.store.open_version(&row))?)
+    let base = match request.base.as_str() {
+        "" => None,
+        name => Some(job.wait(job.store.version(name))?),
     };
-    let report = job.measure(&row, &model, base.as_ref(), &options, &job.progress)?;
-    Ok(report.encode_to_vec())
+    Ok(job.measure_version(&row, base.as_ref(), &options, &job.progress)?.encode_to_vec())
 }
 
 /// Resource names and object digests that an operation needs until it ends.
@@ -128,7 +184,18 @@ pub fn uses(new: &NewOperation) -> Result<Vec<String>> {
         Kind::Evaluate => {
             let request = v1::EvaluateRequest::decode(request).map_err(bad)?;
             uses.extend([request.model, request.base]);
-            uses.extend(request.evaluation.map(|evaluation| evaluation.dataset));
+            uses.extend(request.evaluation.iter().flat_map(crate::recipe::evaluation_datasets));
+        }
+        Kind::Compare => {
+            let request = v1::CompareRequest::decode(request).map_err(bad)?;
+            let comparison = request.comparison.unwrap_or_default();
+            uses.extend(crate::recipe::compare::datasets(&comparison));
+            uses.extend(crate::recipe::compare::versions(&comparison));
+        }
+        Kind::Claim => {
+            let request = v1::RunClaimRequest::decode(request).map_err(bad)?;
+            uses.push(request.model);
+            uses.extend(crate::recipe::claim::uses(&request.claim.unwrap_or_default()));
         }
     }
     uses.retain(|resource| !resource.is_empty());

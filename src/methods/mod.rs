@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use crate::calibrate;
 use crate::error::Result;
 use crate::models::{Model, ModelInfo};
 use crate::progress::Progress;
@@ -51,6 +52,10 @@ pub struct StepContext<'a> {
     pub progress: &'a Progress,
     /// Text data sets by resource name, already read: documents joined.
     pub texts: &'a dyn Fn(&str) -> Result<Arc<String>>,
+    /// Calibration windows that the steps of a job share.
+    pub calibrations: &'a calibrate::Shared,
+    /// Digest of the model that the step starts from.
+    pub digest: &'a str,
     /// A folder for temporary files, removed after the step.
     pub scratch: PathBuf,
 }
@@ -73,6 +78,8 @@ pub trait Method: Send + Sync {
     fn resolve(&mut self);
     /// Resource names of the data sets that the step reads.
     fn datasets(&self) -> Vec<&str>;
+    /// Whether the result depends on random numbers: without, all seeds give the same bytes.
+    fn seeded(&self) -> bool;
     /// Refuses bad options early and says what the step costs. Also returns what the model will look
     /// like, so that the next step can be checked against it.
     fn check(&self, model: &ModelInfo) -> Result<(Estimate, ModelInfo)>;

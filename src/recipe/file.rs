@@ -1,16 +1,17 @@
-//! Recipe files: the canonical JSON mapping of `Recipe`, written as TOML or JSON; unknown keys are
-//! refused.
+//! Files of recipes, comparisons and claims: the canonical JSON mapping of their messages, written as
+//! TOML or JSON; unknown keys are refused.
 
 use std::path::Path;
 
-use crate::error::{Error, Reason, Result};
-use crate::proto::v1;
+use serde::de::DeserializeOwned;
 
-/// Largest recipe file that is read.
+use crate::error::{Error, Reason, Result};
+
+/// Largest file that is read.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// Reads a recipe from a `.toml` or `.json` file.
-pub fn read(path: &Path) -> Result<v1::Recipe> {
+/// Reads a message (a [`v1::Recipe`], for instance) from a `.toml` or `.json` file.
+pub fn read<M: DeserializeOwned>(path: &Path) -> Result<M> {
     let shown = path.display();
     let toml = match path.extension().and_then(|e| e.to_str()) {
         Some("toml") => true,
@@ -27,7 +28,7 @@ pub fn read(path: &Path) -> Result<v1::Recipe> {
     if size > MAX_BYTES {
         return Err(Error::new(
             Reason::TooLarge,
-            format!("'{shown}' has {size} bytes, more than the {MAX_BYTES} of a recipe"),
+            format!("'{shown}' has {size} bytes, more than the {MAX_BYTES} that are read"),
         ));
     }
     let text = std::fs::read_to_string(path).map_err(|e| {
@@ -36,8 +37,8 @@ pub fn read(path: &Path) -> Result<v1::Recipe> {
     parse(&text, toml).map_err(|e| e.within(&shown.to_string()))
 }
 
-/// Parses a recipe; `toml` chooses the syntax.
-pub fn parse(text: &str, toml: bool) -> Result<v1::Recipe> {
+/// Parses a message; `toml` chooses the syntax.
+pub fn parse<M: DeserializeOwned>(text: &str, toml: bool) -> Result<M> {
     let bad = |place: String| {
         Error::new(
             Reason::InvalidRecipe,
@@ -54,6 +55,11 @@ pub fn parse(text: &str, toml: bool) -> Result<v1::Recipe> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proto::v1;
+
+    fn parse(text: &str, toml: bool) -> Result<v1::Recipe> {
+        super::parse(text, toml)
+    }
 
     const TOML: &str = r#"
 display_name = "prune, then quantise"

@@ -1,7 +1,11 @@
 //! Recipes: ordered steps, their checking, their files, their running.
 
+pub mod claim;
+pub mod compare;
 pub mod file;
 pub mod run;
+
+use std::collections::BTreeSet;
 
 use crate::error::{Error, Reason, Result};
 use crate::eval;
@@ -19,28 +23,34 @@ pub struct Plan {
 }
 
 /// Checks a recipe against a model: at least one and at most 64 steps, every option, every order.
-/// Errors point at `recipe.steps[i].<method>.<option>`.
+/// Errors point at `steps[i].<method>.<option>`.
 pub fn check(recipe: &v1::Recipe, model: &ModelInfo) -> Result<Plan> {
-    if recipe.steps.is_empty() || recipe.steps.len() > MAX_STEPS {
+    let plan = check_steps(&recipe.steps, model)?;
+    if let Some(evaluation) = &recipe.evaluation {
+        eval::check(evaluation, model).map_err(|e| e.within("evaluation"))?;
+    }
+    Ok(plan)
+}
+
+/// Checks steps that are taken one after the other, as [`check`] does.
+pub fn check_steps(given: &[v1::Step], model: &ModelInfo) -> Result<Plan> {
+    if given.is_empty() || given.len() > MAX_STEPS {
         return Err(Error::at(
             Reason::InvalidRecipe,
-            "recipe.steps",
-            format!("{} steps; a recipe has 1 to {MAX_STEPS}", recipe.steps.len()),
+            "steps",
+            format!("{} steps; a recipe has 1 to {MAX_STEPS}", given.len()),
         ));
     }
     let mut info = model.clone();
-    let mut steps = Vec::with_capacity(recipe.steps.len());
-    for (i, step) in recipe.steps.iter().enumerate() {
-        let place = format!("recipe.steps[{i}]");
+    let mut steps = Vec::with_capacity(given.len());
+    for (i, step) in given.iter().enumerate() {
+        let place = format!("steps[{i}]");
         let method = registry::method(step).map_err(|e| e.within(&place))?;
         let (estimate, after) = method
             .check(&info)
             .map_err(|e| e.within(&format!("{place}.{}", method.card().name)))?;
         steps.push(estimate);
         info = after;
-    }
-    if let Some(evaluation) = &recipe.evaluation {
-        eval::check(evaluation, model).map_err(|e| e.within("recipe.evaluation"))?;
     }
     let total = Estimate {
         weight_bytes: info.bytes(),
@@ -60,11 +70,18 @@ pub fn resolve(recipe: &v1::Recipe) -> v1::Recipe {
 /// Resource names of the data sets that a recipe reads, each once, sorted.
 pub fn datasets(recipe: &v1::Recipe) -> Vec<String> {
     let of_steps = recipe.steps.iter().flat_map(step_datasets);
-    let of_evaluation = recipe.evaluation.iter().map(|e| e.dataset.clone());
-    let mut names: Vec<_> = of_steps.chain(of_evaluation).filter(|n| !n.is_empty()).collect();
-    names.sort();
-    names.dedup();
-    names
+    unique(of_steps.chain(recipe.evaluation.iter().flat_map(evaluation_datasets)))
+}
+
+/// Resource names of the data sets that an evaluation reads.
+pub fn evaluation_datasets(evaluation: &v1::Evaluation) -> Vec<String> {
+    let choices = evaluation.choice.iter().map(|choice| choice.dataset.clone());
+    choices.chain([evaluation.dataset.clone()]).collect()
+}
+
+fn unique(names: impl Iterator<Item = String>) -> Vec<String> {
+    let names: BTreeSet<String> = names.filter(|name| !name.is_empty()).collect();
+    names.into_iter().collect()
 }
 
 /// Resource names of the data sets that a step reads.

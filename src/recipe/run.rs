@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
+use crate::calibrate;
+use crate::error::Result;
 use crate::methods::{Outcome, StepContext, registry};
 use crate::models::Model;
 use crate::progress::Progress;
@@ -16,23 +17,23 @@ pub struct Environment<'a> {
     pub progress: &'a Progress,
     /// Text data sets by resource name, documents joined.
     pub texts: &'a dyn Fn(&str) -> Result<Arc<String>>,
+    /// Calibration windows that the steps of the job share.
+    pub calibrations: &'a calibrate::Shared,
     /// An existing folder for temporary files; the step leaves nothing in it.
     pub scratch: &'a Path,
 }
 
-/// Runs step `index` (from 0) of a recipe on a model. Gives the step with every default written out,
-/// as the lineage keeps it, and what it made. The result depends on the model, the step, its index, the
-/// recipe's seed and the number of threads only. Errors point at `recipe.steps[i].<method>`.
+/// Runs a step on a model, as number `index` (from 0) of its recipe. Gives the step with every default
+/// written out, as the lineage keeps it, and what it made. The result depends on the model (`digest`
+/// names its content), the step, its index, the recipe's seed and the number of threads only. Errors
+/// point at `steps[i].<method>`.
 pub fn run_step(
-    recipe: &v1::Recipe,
-    index: usize,
-    model: Model,
+    step: &v1::Step,
+    (seed, index): (u64, usize),
+    (model, digest): (Model, &str),
     environment: &Environment<'_>,
 ) -> Result<(v1::Step, Outcome)> {
-    let place = format!("recipe.steps[{index}]");
-    let step = recipe.steps.get(index).ok_or_else(|| {
-        Error::internal(format!("{place} of a recipe with {} steps", recipe.steps.len()))
-    })?;
+    let place = format!("steps[{index}]");
     let step = registry::resolve(step);
     let method = registry::method(&step).map_err(|e| e.within(&place))?;
     let place = format!("{place}.{}", method.card().name);
@@ -40,9 +41,11 @@ pub fn run_step(
         method.check(&model.info())?;
         let scratch = tempfile::Builder::new().prefix("step-").tempdir_in(environment.scratch)?;
         let mut context = StepContext {
-            random: Stream::root(recipe.seed).child(&format!("step {index}")),
+            random: Stream::root(seed).child(&format!("step {index}")),
             progress: environment.progress,
             texts: environment.texts,
+            calibrations: environment.calibrations,
+            digest,
             scratch: scratch.path().to_owned(),
         };
         method.apply(&mut context, model)

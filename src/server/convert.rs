@@ -6,9 +6,9 @@ use super::status;
 use crate::error::Error;
 use crate::proto::google::longrunning::{Operation, operation};
 use crate::proto::v1;
-use crate::store::datasets::DatasetRow;
+use crate::store::datasets::{DatasetKind, DatasetRow};
 use crate::store::models::ModelRow;
-use crate::store::operations::{self, Kind, State};
+use crate::store::operations::{self, State};
 
 pub fn timestamp(ms: i64) -> pbjson_types::Timestamp {
     pbjson_types::Timestamp {
@@ -38,7 +38,11 @@ pub fn dataset(row: DatasetRow) -> v1::Dataset {
     v1::Dataset {
         name: format!("datasets/{}", row.id),
         display_name: row.display_name,
-        kind: v1::DatasetKind::Text.into(),
+        kind: match row.kind {
+            DatasetKind::Text => v1::DatasetKind::Text,
+            DatasetKind::Choices => v1::DatasetKind::Choices,
+        }
+        .into(),
         digest: row.object.digest,
         size_bytes: signed(row.object.size),
         record_count: row.records,
@@ -50,12 +54,7 @@ pub fn dataset(row: DatasetRow) -> v1::Dataset {
 
 pub fn operation(row: operations::Operation) -> Operation {
     let metadata = v1::OperationMetadata {
-        kind: match row.kind {
-            Kind::Import => "import",
-            Kind::Recipe => "recipe",
-            Kind::Evaluate => "evaluate",
-        }
-        .to_owned(),
+        kind: row.kind.name().to_owned(),
         state: match row.state {
             State::Queued => v1::OperationState::Queued,
             State::Running => v1::OperationState::Running,
@@ -77,11 +76,7 @@ pub fn operation(row: operations::Operation) -> Operation {
     let result = match row.state {
         State::Queued | State::Running => None,
         State::Succeeded => {
-            let type_url = match row.kind {
-                Kind::Import => v1::ModelVersion::type_url(),
-                Kind::Recipe => v1::RecipeReport::type_url(),
-                Kind::Evaluate => v1::EvaluationReport::type_url(),
-            };
+            let type_url = row.kind.response_type().to_owned();
             let value = row.response.unwrap_or_default().into();
             Some(operation::Result::Response(pbjson_types::Any { type_url, value }))
         }

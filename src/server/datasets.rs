@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::proto::v1;
 use crate::proto::v1::dataset_service_server::DatasetService;
 use crate::proto::v1::import_dataset_request;
+use crate::store::datasets::DatasetKind;
 use crate::store::names;
 
 pub struct Datasets(pub Arc<State>);
@@ -39,7 +40,7 @@ impl DatasetService for Datasets {
             .create_dataset(
                 &header.dataset_id,
                 &header.display_name,
-                &header.file_name,
+                (kind(&header), &header.file_name),
                 object,
                 &header.request_id,
             )
@@ -108,5 +109,12 @@ impl Datasets {
             return Err(Error::field("kind", format!("{} is no kind of data set", header.kind)));
         }
         check::size("size_bytes", header.size_bytes, self.0.config.limits.upload_bytes)
+    }
+}
+
+fn kind(header: &v1::DatasetHeader) -> DatasetKind {
+    match header.kind() {
+        v1::DatasetKind::Choices => DatasetKind::Choices,
+        v1::DatasetKind::Text | v1::DatasetKind::Unspecified => DatasetKind::Text,
     }
 }

@@ -9,13 +9,14 @@ use tonic::{Request, Response, Status};
 
 use super::State;
 use super::download::Messages;
-use super::{check, convert, operations};
+use super::{check, comparisons, convert, operations};
 use crate::error::{Error, Result};
 use crate::methods;
 use crate::proto::google::longrunning::Operation;
 use crate::proto::v1;
 use crate::proto::v1::job_service_server::JobService;
 use crate::recipe;
+use crate::store::datasets::DatasetKind;
 use crate::store::names;
 use crate::store::operations::{Kind, NewOperation};
 
@@ -46,7 +47,7 @@ impl JobService for Jobs {
             check_evaluation("recipe.evaluation", evaluation)?;
         }
         let (given, plan) = super::blocking(move || {
-            let plan = recipe::check(&given, &info)?;
+            let plan = recipe::check(&given, &info).map_err(|e| e.within("recipe"))?;
             Ok((given, plan))
         })
         .await?;
@@ -103,6 +104,44 @@ impl JobService for Jobs {
         self.submit(Kind::Evaluate, row.name(), &request, &request.request_id, fingerprint).await
     }
 
+    async fn compare(
+        &self,
+        request: Request<v1::CompareRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let mut request = request.into_inner();
+        let fingerprint = request.encode_to_vec();
+        check::request_id(&request.request_id)?;
+        let known = self.0.repeated(Kind::Compare, &request.request_id, &fingerprint).await?;
+        if let Some(known) = known {
+            return Ok(known);
+        }
+        let given = request.comparison.take();
+        let given = given.ok_or_else(|| Error::field("comparison", "missing"))?;
+        let (comparison, estimates) =
+            comparisons::check(&self.0, given).await.map_err(|e| e.within("comparison"))?;
+        let target = comparison.model.clone();
+        if request.validate_only {
+            let plan = comparisons::plan(comparison, &estimates);
+            return Ok(Response::new(convert::validated("compare", target, &plan)));
+        }
+        request.comparison = Some(comparison);
+        self.submit(Kind::Compare, target, &request, &request.request_id, fingerprint).await
+    }
+
+    async fn get_comparison(
+        &self,
+        request: Request<v1::GetComparisonRequest>,
+    ) -> Result<Response<v1::ComparisonReport>, Status> {
+        Ok(Response::new(comparisons::report(&self.0, &request.into_inner().name).await?))
+    }
+
+    async fn render_comparison(
+        &self,
+        request: Request<v1::RenderComparisonRequest>,
+    ) -> Result<Response<v1::RenderComparisonResponse>, Status> {
+        Ok(Response::new(comparisons::render(&self.0, request.into_inner()).await?))
+    }
+
     type WatchOperationStream = Messages<v1::WatchOperationResponse>;
 
     async fn watch_operation(
@@ -122,28 +161,50 @@ impl Jobs {
         request_id: &str,
         fingerprint: Vec<u8>,
     ) -> Result<Response<Operation>, Status> {
-        let operation = NewOperation {
-            kind,
-            target,
-            request: request.encode_to_vec(),
-            request_id: request_id.to_owned(),
-            fingerprint,
-        };
-        Ok(Response::new(convert::operation(self.0.jobs.submit(operation).await?)))
+        Ok(submit(&self.0, kind, target, request, request_id, fingerprint).await?)
     }
 
-    /// Checks that every data set that `message` names is there: a job must not find out at its end.
     async fn check_datasets(&self, message: &impl serde::Serialize) -> Result<()> {
-        let json = serde_json::to_value(message)
-            .map_err(|e| Error::internal("a request has no json form").with_source(e))?;
-        let mut found = BTreeSet::new();
-        datasets("", &json, &mut found);
-        for (field, name) in found {
-            let at = |e: Error| Error::at(e.reason(), field.clone(), e.message());
-            self.0.store.dataset(names::dataset(&name).map_err(at)?).await.map_err(at)?;
-        }
-        Ok(())
+        check_datasets(&self.0, message).await
     }
+}
+
+/// Puts a checked request into the queue.
+pub(super) async fn submit(
+    state: &State,
+    kind: Kind,
+    target: String,
+    request: &impl prost::Message,
+    request_id: &str,
+    fingerprint: Vec<u8>,
+) -> Result<Response<Operation>> {
+    let operation = NewOperation {
+        kind,
+        target,
+        request: request.encode_to_vec(),
+        request_id: request_id.to_owned(),
+        fingerprint,
+    };
+    Ok(Response::new(convert::operation(state.jobs.submit(operation).await?)))
+}
+
+/// Checks that every data set that `message` names is there and of the kind that is needed: a job must
+/// not find out at its end.
+pub(super) async fn check_datasets(state: &State, message: &impl serde::Serialize) -> Result<()> {
+    let json = serde_json::to_value(message)
+        .map_err(|e| Error::internal("a request has no json form").with_source(e))?;
+    let mut found = BTreeSet::new();
+    datasets("", &json, &mut found);
+    for (field, name) in found {
+        let at = |e: Error| Error::at(e.reason(), field.clone(), e.message());
+        // The one place in the API that wants questions is called `choice`.
+        let kind = match field.ends_with("choice.dataset") {
+            true => DatasetKind::Choices,
+            false => DatasetKind::Text,
+        };
+        state.store.of_kind(names::dataset(&name).map_err(at)?, kind).await.map_err(at)?;
+    }
+    Ok(())
 }
 
 /// Path and value of every field called `dataset`, whatever message it is in: a new method's options
@@ -170,7 +231,7 @@ fn datasets(path: &str, value: &Value, found: &mut BTreeSet<(String, String)>) {
     }
 }
 
-fn check_evaluation(field: &str, evaluation: &v1::Evaluation) -> Result<()> {
+pub(super) fn check_evaluation(field: &str, evaluation: &v1::Evaluation) -> Result<()> {
     let at = |name: &str, problem: String| Err(Error::field(format!("{field}.{name}"), problem));
     let context = evaluation.context.unwrap_or(512);
     if !(2..=MAX_CONTEXT).contains(&context) {

@@ -5,6 +5,8 @@
 
 mod auth;
 mod check;
+mod claims;
+mod comparisons;
 mod convert;
 mod datasets;
 mod download;
@@ -36,6 +38,7 @@ use crate::config::Config;
 use crate::error::{Error, Reason, Result};
 use crate::proto::DESCRIPTORS;
 use crate::proto::google::longrunning::operations_server::OperationsServer;
+use crate::proto::v1::claim_service_server::ClaimServiceServer;
 use crate::proto::v1::dataset_service_server::DatasetServiceServer;
 use crate::proto::v1::generation_service_server::GenerationServiceServer;
 use crate::proto::v1::job_service_server::JobServiceServer;
@@ -103,6 +106,7 @@ impl Server {
             .add_service(service!(DatasetServiceServer, datasets::Datasets(state.clone())))
             .add_service(service!(MethodServiceServer, methods::Methods))
             .add_service(service!(JobServiceServer, jobs::Jobs(state.clone())))
+            .add_service(service!(ClaimServiceServer, claims::Claims(state.clone())))
             .add_service(service!(OperationsServer, operations::Operations(state.clone())))
             .add_service(service!(GenerationServiceServer, generation::Generation(state.clone())));
         let mut server = tonic::transport::Server::builder()

@@ -13,6 +13,7 @@ const SERVICES: &[&str] = &[
     planish::dataset_service_server::SERVICE_NAME,
     planish::method_service_server::SERVICE_NAME,
     planish::job_service_server::SERVICE_NAME,
+    planish::claim_service_server::SERVICE_NAME,
     planish::generation_service_server::SERVICE_NAME,
     operations_server::SERVICE_NAME,
     "grpc.health.v1.Health",

@@ -12,6 +12,7 @@ use crate::config::Config;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Reason, Result};
 use crate::jobs::{self, Jobs};
+use crate::machine;
 use crate::proto::google::longrunning::Operation;
 use crate::serve::engine::{Engine, Limits};
 use crate::serve::residency::Residency;
@@ -78,7 +79,7 @@ impl State {
             context: limits.context,
         };
         let max_bytes = match limits.models_bytes {
-            0 => memory().map_or(u64::MAX, |bytes| bytes / 2),
+            0 => machine::memory_bytes().map_or(u64::MAX, |bytes| bytes / 2),
             bytes => bytes,
         };
         Ok(Self {
@@ -143,13 +144,6 @@ impl State {
         }
         Ok(tokenizer)
     }
-}
-
-/// Bytes of memory of the machine, where it tells.
-fn memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemTotal:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// Runs work that computes or reads files off the threads that answer requests.

@@ -9,16 +9,35 @@ use sqlx::sqlite::SqliteRow;
 use super::models::{in_use, page};
 use super::objects::{Object, consume_lease};
 use super::{Store, blocking, check_etag, names, new_etag, now_ms};
+use crate::data::choices::{self, Item};
 use crate::data::text;
 use crate::error::{Error, Reason, Result};
 
 /// Largest unpacked text of a data set: it is held in memory while it is read.
 const MAX_TEXT_BYTES: u64 = 1 << 30;
 
+/// What the records of a data set are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DatasetKind {
+    Text,
+    Choices,
+}
+
+impl DatasetKind {
+    /// Name in the database.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Choices => "choices",
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq)]
 pub struct DatasetRow {
     pub id: String,
     pub display_name: String,
+    pub kind: DatasetKind,
     pub object: Object,
     pub file_name: String,
     pub records: i64,
@@ -32,6 +51,10 @@ impl DatasetRow {
         Ok(Self {
             id: row.try_get("id")?,
             display_name: row.try_get("display_name")?,
+            kind: match row.try_get::<&str, _>("kind")? {
+                "choices" => DatasetKind::Choices,
+                _ => DatasetKind::Text,
+            },
             object: Object {
                 digest: row.try_get("digest")?,
                 size: row.try_get::<i64, _>("size")?.unsigned_abs(),
@@ -46,21 +69,26 @@ impl DatasetRow {
 }
 
 impl Store {
-    /// Checks an uploaded object as a text data set and writes its row. The same `request_id` (where
+    /// Checks an uploaded object as a data set of the kind and writes its row. The same `request_id` (where
     /// not empty) and arguments give the row that exists; with other arguments REQUEST_ID_REUSED.
     pub async fn create_dataset(
         &self,
         id: &str,
         display_name: &str,
-        file_name: &str,
+        (kind, file_name): (DatasetKind, &str),
         object: Object,
         request_id: &str,
     ) -> Result<DatasetRow> {
         let created = async {
             names::check_id(id)?;
             let path = self.objects.local_path(&object.digest).await?;
-            let records = documents(path, file_name.to_owned()).await?.len();
-            self.insert_dataset(id, display_name, file_name, &object, records, request_id).await
+            let name = file_name.to_owned();
+            let records = match kind {
+                DatasetKind::Text => documents(path, name).await?.len(),
+                DatasetKind::Choices => items(path, name).await?.len(),
+            };
+            let file = (kind, file_name);
+            self.insert_dataset(id, display_name, file, &object, records, request_id).await
         };
         let created = created.await;
         // The claim of the upload goes to the row that was made; without one, it is given up.
@@ -75,7 +103,7 @@ impl Store {
         &self,
         id: &str,
         display_name: &str,
-        file_name: &str,
+        (kind, file_name): (DatasetKind, &str),
         object: &Object,
         records: usize,
         request_id: &str,
@@ -89,6 +117,7 @@ impl Store {
             if let Some(row) = row.as_ref().map(DatasetRow::read).transpose()? {
                 let same = row.id == id
                     && row.display_name == display_name
+                    && row.kind == kind
                     && row.file_name == file_name
                     && row.object == *object;
                 return if same { Ok((row, false)) } else { Err(request_id_reused(request_id)) };
@@ -96,7 +125,7 @@ impl Store {
         }
         let inserted = sqlx::query(
             "INSERT INTO datasets (id, display_name, digest, file_name, records, created_ms, etag, \
-             source, request_id) VALUES (?, ?, ?, ?, ?, ?, ?, 'upload', ?) ON CONFLICT (id) DO NOTHING",
+             source, request_id, kind) VALUES (?, ?, ?, ?, ?, ?, ?, 'upload', ?, ?) ON CONFLICT (id) DO NOTHING",
         )
         .bind(id)
         .bind(display_name)
@@ -106,6 +135,7 @@ impl Store {
         .bind(now_ms())
         .bind(new_etag())
         .bind(request_id)
+        .bind(kind.name())
         .execute(&mut *tx)
         .await?;
         if inserted.rows_affected() == 0 {
@@ -168,7 +198,7 @@ impl Store {
 
     /// The text of a data set: documents joined by a blank line.
     pub async fn dataset_text(&self, id: &str) -> Result<Arc<String>> {
-        let row = self.dataset(id).await?;
+        let row = self.of_kind(id, DatasetKind::Text).await?;
         let path = self.objects.local_path(&row.object.digest).await?;
         // The ending of the file name decides how the bytes are read.
         let key = format!("{}/{}", row.object.digest, row.file_name);
@@ -178,6 +208,35 @@ impl Store {
         };
         self.shared_text(key, load).await
     }
+}
+
+impl Store {
+    /// The questions of a data set.
+    pub async fn dataset_items(&self, id: &str) -> Result<Vec<Item>> {
+        let row = self.of_kind(id, DatasetKind::Choices).await?;
+        let path = self.objects.local_path(&row.object.digest).await?;
+        items(path, row.file_name).await
+    }
+
+    /// A data set, which must be of this kind.
+    pub async fn of_kind(&self, id: &str, kind: DatasetKind) -> Result<DatasetRow> {
+        let row = self.dataset(id).await?;
+        if row.kind == kind {
+            return Ok(row);
+        }
+        Err(Error::new(
+            Reason::DatasetUnsuitable,
+            format!(
+                "datasets/{id} holds {}, but {} are needed here; name another data set",
+                row.kind.name(),
+                kind.name()
+            ),
+        ))
+    }
+}
+
+async fn items(path: PathBuf, file_name: String) -> Result<Vec<Item>> {
+    blocking(move || choices::read_items(&path, &file_name, MAX_TEXT_BYTES)).await
 }
 
 async fn documents(path: PathBuf, file_name: String) -> Result<Vec<String>> {

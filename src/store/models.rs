@@ -7,8 +7,9 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Row, Sqlite, Transaction};
+use tempfile::TempDir;
 
-use super::objects::{Object, consume_lease, digest_text};
+use super::objects::{Object, consume_lease, digest_text, hash_file};
 use super::sql::json;
 use super::{Store, blocking, check_etag, names, new_etag, now_ms};
 use crate::error::{Error, Reason, Result};
@@ -138,53 +139,30 @@ pub(super) struct NewVersion {
     pub model: String,
     /// Used when the model is new.
     pub display_name: String,
+    pub facts: Facts,
+    pub files: Vec<(String, Object)>,
+    pub lineage: v1::Lineage,
+    /// Number of the version among those that its operation makes.
+    pub place: i32,
+}
+
+/// What a version's row says of its model.
+pub(super) struct Facts {
     pub family: String,
     pub architecture: String,
     pub config: Value,
     pub parameters: u64,
     pub weight_bytes: u64,
     pub layout_bytes: BTreeMap<String, u64>,
-    pub files: Vec<(String, Object)>,
-    pub lineage: v1::Lineage,
 }
 
-impl Store {
-    /// Writes a model's files as a new version (creating the model where it is new). `lineage` without
-    /// times and names goes into `planish.json`; the row keeps it whole. Idempotent by (operation,
-    /// step): writing the same step of the same operation again returns the version that exists.
-    pub async fn write_version(
-        &self,
-        model_id: &str,
-        display_name: &str,
-        model: &Model,
-        lineage: &v1::Lineage,
-        scratch: &Path,
-    ) -> Result<VersionRow> {
-        names::check_id(model_id)?;
-        if let Some(row) = self.step_version(&lineage.operation, lineage.step_index).await? {
-            return Ok(row);
-        }
-        let kept = reproducible(lineage)?;
-        let (copy, parent) = (model.clone(), scratch.to_owned());
-        let (folder, written) = blocking(move || {
-            std::fs::create_dir_all(&parent)?;
-            let folder = tempfile::Builder::new().prefix("version-").tempdir_in(parent)?;
-            let written = package::write(&copy, &kept, folder.path())?;
-            Ok((folder, written))
-        })
-        .await?;
-        let mut files = Vec::with_capacity(written.len());
-        for name in written {
-            let object = self.objects.put_file(&folder.path().join(&name)).await?;
-            files.push((name, object));
-        }
+impl Facts {
+    fn of(model: &Model) -> Self {
         let mut layout_bytes = BTreeMap::new();
         for tensor in model.info().tensors.values() {
             *layout_bytes.entry(layout_name(&tensor.record)).or_insert(0) += tensor.bytes;
         }
-        self.commit_version(NewVersion {
-            model: model_id.to_owned(),
-            display_name: display_name.to_owned(),
+        Self {
             family: model.family.name().to_owned(),
             architecture: match &model.family {
                 Family::Decoder(config) => config.architecture.clone(),
@@ -193,10 +171,92 @@ impl Store {
             parameters: model.parameters(),
             weight_bytes: model.bytes(),
             layout_bytes,
+        }
+    }
+}
+
+/// A version's files in a folder of their own, not stored and known to nobody; gone when dropped.
+pub struct Draft {
+    folder: TempDir,
+    files: Vec<(String, Object)>,
+    facts: Facts,
+}
+
+impl Draft {
+    /// The digest that the version has or would have.
+    pub fn digest(&self) -> String {
+        version_digest(&self.files)
+    }
+
+    /// Bytes of all files.
+    pub fn total_bytes(&self) -> u64 {
+        self.files.iter().map(|(_, object)| object.size).sum()
+    }
+
+    /// Opens the model (weights memory-mapped). Blocks.
+    pub fn open(&self) -> Result<Model> {
+        let paths =
+            self.files.iter().map(|(name, _)| (name.clone(), self.folder.path().join(name)));
+        package::read(&paths.collect())
+    }
+}
+
+impl Store {
+    /// Writes a model's files as a new version (creating the model where it is new). `lineage` without
+    /// times and names goes into `planish.json`; the row keeps it whole. Idempotent by (operation,
+    /// place): writing the version of that number of the same operation again returns the one that
+    /// exists.
+    pub async fn write_version(
+        &self,
+        model_id: &str,
+        display_name: &str,
+        model: &Model,
+        (lineage, place): (&v1::Lineage, i32),
+        scratch: &Path,
+    ) -> Result<VersionRow> {
+        names::check_id(model_id)?;
+        if let Some(row) = self.step_version(&lineage.operation, place).await? {
+            return Ok(row);
+        }
+        let draft = self.draft(model, lineage, scratch).await?;
+        let mut files = Vec::with_capacity(draft.files.len());
+        for (name, object) in draft.files {
+            let path = draft.folder.path().join(&name);
+            files.push((name, self.objects.put_file(&path, Some(object)).await?));
+        }
+        self.commit_version(NewVersion {
+            model: model_id.to_owned(),
+            display_name: display_name.to_owned(),
+            facts: draft.facts,
             files,
             lineage: lineage.clone(),
+            place,
         })
         .await
+    }
+
+    /// Writes a model's files below `scratch` as [`Store::write_version`] would store them.
+    pub async fn draft(
+        &self,
+        model: &Model,
+        lineage: &v1::Lineage,
+        scratch: &Path,
+    ) -> Result<Draft> {
+        let kept = reproducible(lineage)?;
+        let (copy, parent) = (model.clone(), scratch.to_owned());
+        let (folder, files) = blocking(move || {
+            std::fs::create_dir_all(&parent)?;
+            let folder = tempfile::Builder::new().prefix("version-").tempdir_in(parent)?;
+            let written = package::write(&copy, &kept, folder.path())?;
+            let files = written.into_iter().map(|name| {
+                let object = hash_file(&folder.path().join(&name))?;
+                Ok((name, object))
+            });
+            let files = files.collect::<Result<Vec<_>>>()?;
+            Ok((folder, files))
+        })
+        .await?;
+        Ok(Draft { folder, files, facts: Facts::of(model) })
     }
 
     /// Makes a version visible, or gives up its objects where the same step was written before.
@@ -216,7 +276,7 @@ impl Store {
     async fn insert_version(&self, new: &NewVersion) -> Result<(VersionRow, bool)> {
         let lineage = &new.lineage;
         let mut tx = self.sql.write().await?;
-        if let Some(row) = find_step(&mut *tx, &lineage.operation, lineage.step_index).await? {
+        if let Some(row) = find_step(&mut *tx, &lineage.operation, new.place).await? {
             return Ok((row, false));
         }
         let now = now_ms();
@@ -240,17 +300,17 @@ impl Store {
         .bind(&new.model)
         .bind(version)
         .bind(version_digest(&new.files))
-        .bind(&new.family)
-        .bind(&new.architecture)
-        .bind(new.config.to_string())
-        .bind(integer(new.parameters)?)
-        .bind(integer(new.weight_bytes)?)
+        .bind(&new.facts.family)
+        .bind(&new.facts.architecture)
+        .bind(new.facts.config.to_string())
+        .bind(integer(new.facts.parameters)?)
+        .bind(integer(new.facts.weight_bytes)?)
         .bind(integer(total.unwrap_or(u64::MAX))?)
-        .bind(serde_json::json!(new.layout_bytes).to_string())
+        .bind(serde_json::json!(new.facts.layout_bytes).to_string())
         .bind(message_json(lineage)?.to_string())
         .bind(&lineage.parent)
         .bind(&lineage.operation)
-        .bind(lineage.step_index)
+        .bind(new.place)
         .bind(now)
         .execute(&mut *tx)
         .await?;
@@ -276,9 +336,9 @@ impl Store {
         Ok((row, true))
     }
 
-    /// The version that a step of an operation wrote, if it got that far.
-    pub async fn step_version(&self, operation: &str, step: i32) -> Result<Option<VersionRow>> {
-        find_step(&self.sql.reader, operation, step).await
+    /// The version that an operation wrote as this number of its versions, if it got that far.
+    pub async fn step_version(&self, operation: &str, place: i32) -> Result<Option<VersionRow>> {
+        find_step(&self.sql.reader, operation, place).await
     }
 
     /// A version by resource name; `models/{model}` gives the newest.
@@ -423,6 +483,16 @@ impl Store {
     /// Deletes a version and the objects nothing else uses. Refused while an unfinished operation
     /// needs it or made it, and while another version was made from it.
     pub async fn delete_version(&self, name: &str) -> Result<()> {
+        self.remove_version(name, "").await
+    }
+
+    /// Deletes a version on behalf of the unfinished operation `maker`, which made it; otherwise like
+    /// [`Store::delete_version`].
+    pub async fn drop_version(&self, name: &str, maker: &str) -> Result<()> {
+        self.remove_version(name, maker).await
+    }
+
+    async fn remove_version(&self, name: &str, maker: &str) -> Result<()> {
         let (model, version) = names::exact_version(name)?;
         let mut tx = self.sql.write().await?;
         let operation: Option<String> =
@@ -434,13 +504,14 @@ impl Store {
         let operation =
             operation.ok_or_else(|| Error::not_found(name, "list the model's versions"))?;
         let user: Option<String> = sqlx::query_scalar(
-            "SELECT operation FROM needed WHERE resource = ?1 OR operation = ?2 \
+            "SELECT operation FROM needed WHERE (resource = ?1 OR operation = ?2) AND operation <> ?3 \
              UNION ALL \
              SELECT 'models/' || model || '/versions/' || version FROM versions WHERE parent = ?1 \
              LIMIT 1",
         )
         .bind(name)
         .bind(operation)
+        .bind(maker)
         .fetch_optional(&mut *tx)
         .await?;
         if let Some(user) = user {

@@ -72,15 +72,17 @@ impl Objects {
         Ok(Self { inner, local, staging, sql })
     }
 
-    /// Stores a file (moved when it lies on the same disk, else copied), after hashing it.
-    pub async fn put_file(&self, path: &Path) -> Result<Object> {
+    /// Stores a file (moved when it lies on the same disk, else copied). It is hashed, unless the caller
+    /// did that already.
+    pub async fn put_file(&self, path: &Path, hashed: Option<Object>) -> Result<Object> {
         let (path, staging) = (path.to_owned(), self.staging.clone());
         let (object, staged) = blocking(move || {
             let staged = NamedTempFile::new_in(staging)?.into_temp_path();
             if std::fs::rename(&path, &staged).is_err() {
                 std::fs::copy(&path, &staged)?;
             }
-            Ok((hash_file(&staged)?, staged))
+            let object = hashed.map_or_else(|| hash_file(&staged), Ok)?;
+            Ok((object, staged))
         })
         .await?;
         self.admit(&object, staged).await?;
@@ -352,7 +354,7 @@ pub(super) fn digest_text(hash: Sha256) -> String {
     })
 }
 
-fn hash_file(path: &Path) -> Result<Object> {
+pub(super) fn hash_file(path: &Path) -> Result<Object> {
     let mut file = File::open(path)?;
     let (mut hash, mut size, mut buffer) = (Sha256::new(), 0, vec![0; 1 << 20]);
     loop {

@@ -3,6 +3,8 @@
 //! Every change of a row counts its `sequence` up and leaves an event. Writes of a runner carry the
 //! attempt they belong to, so that a run that was given up cannot disturb the one that replaced it.
 
+use std::collections::BTreeMap;
+
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Row, Sqlite, Transaction};
 
@@ -24,15 +26,21 @@ pub enum Kind {
     Import,
     Recipe,
     Evaluate,
+    Compare,
+    Claim,
 }
 
 impl Kind {
+    const ALL: [Self; 5] = [Self::Import, Self::Recipe, Self::Evaluate, Self::Compare, Self::Claim];
+
     /// Name in the database and in `OperationMetadata`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Import => "import",
             Self::Recipe => "recipe",
             Self::Evaluate => "evaluate",
+            Self::Compare => "compare",
+            Self::Claim => "claim",
         }
     }
 
@@ -42,12 +50,13 @@ impl Kind {
             Self::Import => "type.googleapis.com/planish.v1.ModelVersion",
             Self::Recipe => "type.googleapis.com/planish.v1.RecipeReport",
             Self::Evaluate => "type.googleapis.com/planish.v1.EvaluationReport",
+            Self::Compare => "type.googleapis.com/planish.v1.ComparisonReport",
+            Self::Claim => "type.googleapis.com/planish.v1.ClaimResult",
         }
     }
 
     fn parse(name: &str) -> Result<Self> {
-        let all = [Self::Import, Self::Recipe, Self::Evaluate];
-        all.into_iter().find(|kind| kind.name() == name).ok_or_else(|| damaged("kind", name))
+        Self::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| damaged("kind", name))
     }
 }
 
@@ -114,7 +123,7 @@ pub struct Operation {
     /** Versions finished so far. */
     pub versions: Vec<String>,
     pub sequence: i64,
-    /** Encoded result message (ModelVersion, RecipeReport, EvaluationReport). */
+    /** Encoded result message, of the kind's type. */
     pub response: Option<Vec<u8>>,
     /** Reason name, message, violations (field, description). */
     pub error: Option<StoredError>,
@@ -438,6 +447,14 @@ impl Store {
         Ok(tx.commit().await?)
     }
 
+    /// All intermediate results of an operation, by name.
+    pub async fn saved_results(&self, id: &str) -> Result<BTreeMap<String, Vec<u8>>> {
+        let query = "SELECT name, value FROM operation_results WHERE operation = ?";
+        let rows: Vec<(String, Vec<u8>)> =
+            sqlx::query_as(query).bind(id).fetch_all(&self.sql.reader).await?;
+        Ok(rows.into_iter().collect())
+    }
+
     /// The intermediate result kept under `name`.
     pub async fn saved_result(&self, id: &str, name: &str) -> Result<Option<Vec<u8>>> {
         let query = "SELECT value FROM operation_results WHERE operation = ? AND name = ?";
@@ -476,8 +493,8 @@ async fn conclude(
     .bind(id)
     .execute(&mut **tx)
     .await?;
-    if state.done() {
-        // Only a resumed run would have read them.
+    if state == State::Succeeded {
+        // The response holds what they were for.
         let query = "DELETE FROM operation_results WHERE operation = ?";
         sqlx::query(query).bind(id).execute(&mut **tx).await?;
     }

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use object_store::memory::InMemory;
 use serde_json::json;
 
-use super::models::{NewVersion, version_digest};
+use super::datasets::DatasetKind;
+use super::models::{Facts, NewVersion, version_digest};
 use super::objects::{Object, Objects};
 use super::operations::{End, Kind, NewOperation, Operation, State};
 use super::*;
@@ -31,14 +32,17 @@ async fn new_version(store: &Store, model: &str, contents: &[&str]) -> NewVersio
     NewVersion {
         model: model.to_owned(),
         display_name: "a model".to_owned(),
-        family: "decoder".to_owned(),
-        architecture: "llama".to_owned(),
-        config: json!({"hidden_size": 8}),
-        parameters: 10,
-        weight_bytes: 40,
-        layout_bytes: BTreeMap::from([("dense".to_owned(), 40)]),
+        facts: Facts {
+            family: "decoder".to_owned(),
+            architecture: "llama".to_owned(),
+            config: json!({"hidden_size": 8}),
+            parameters: 10,
+            weight_bytes: 40,
+            layout_bytes: BTreeMap::from([("dense".to_owned(), 40)]),
+        },
         files,
         lineage: v1::Lineage::default(),
+        place: 0,
     }
 }
 
@@ -154,7 +158,7 @@ async fn a_remote_store_behaves_as_the_folder_does() {
     let objects = Objects::remote(remote, staging.clone(), store.sql.clone()).unwrap();
     let file = folder.path().join("file");
     std::fs::write(&file, "content").unwrap();
-    let object = objects.put_file(&file).await.unwrap();
+    let object = objects.put_file(&file, None).await.unwrap();
     assert!(!file.exists());
     assert_eq!(files_below(&staging), 0);
     for _ in 0..2 {
@@ -250,7 +254,7 @@ async fn a_step_is_written_once() {
     let mut rows = Vec::new();
     for (content, index) in [("one", 0), ("again", 0), ("two", 1)] {
         let mut new = new_version(&store, "m", &[content]).await;
-        new.lineage = step(index);
+        (new.lineage, new.place) = (step(index), index);
         rows.push(store.commit_version(new).await.unwrap());
     }
     assert_eq!(rows[0], rows[1]);
@@ -345,7 +349,9 @@ async fn a_data_set_is_made_once() {
     let object = put(&store, "text").await;
     let insert = |id: &'static str, request: &'static str, object: &Object| {
         let (store, object) = (&store, object.clone());
-        async move { store.insert_dataset(id, "", "a.txt", &object, 1, request).await }
+        async move {
+            store.insert_dataset(id, "", (DatasetKind::Text, "a.txt"), &object, 1, request).await
+        }
     };
     let (row, new) = insert("d", "r", &object).await.unwrap();
     assert!(new);
@@ -473,7 +479,9 @@ async fn an_operation_lives_from_claim_to_end() {
     assert_eq!(stored.violations[0].0, "recipe.steps[0].wanda.share");
     assert!(ended.ended_ms >= ended.started_ms);
     assert_eq!(store.request_cancel(&run.id).await.unwrap(), State::Failed);
-    assert_eq!(store.saved_result(&run.id, "before").await.unwrap(), None);
+    // Of an operation that failed, what it had is all there is.
+    let kept = store.saved_results(&run.id).await.unwrap();
+    assert_eq!(kept.into_iter().collect::<Vec<_>>(), [("before".to_owned(), b"x".to_vec())]);
     let events = store.events(&run.id, 0).await.unwrap();
     let messages: Vec<_> = events.iter().map(|e| e.message.as_str()).collect();
     assert_eq!(
@@ -521,4 +529,44 @@ async fn events_are_bounded() {
     let events = store.events(&id, 0).await.unwrap();
     assert_eq!(events.len(), 1);
     assert_eq!(events[0].sequence, 5001);
+}
+
+#[tokio::test]
+async fn a_folder_of_the_first_release_is_brought_up_to_date_with_all_it_holds() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("planish.db");
+    let options = sqlx::sqlite::SqliteConnectOptions::new()
+        .filename(&file)
+        .create_if_missing(true)
+        .foreign_keys(true);
+    let pool = sqlx::SqlitePool::connect_with(options).await.unwrap();
+    let all = sqlx::migrate!();
+    let first = all.iter().take(1).cloned().collect::<Vec<_>>();
+    sqlx::migrate::Migrator::with_migrations(first).run(&pool).await.unwrap();
+    for statement in [
+        "INSERT INTO objects VALUES ('sha256:o', 3)",
+        "INSERT INTO datasets VALUES ('text', 'a text', 'sha256:o', 'a.txt', 1, 5, 'e', 'upload', '')",
+        "INSERT INTO operations (id, kind, state, target, request, request_id, fingerprint, created_ms, \
+         sequence) VALUES ('op', 'recipe', 'failed', 'models/m', x'01', 'once', x'02', 7, 2)",
+        "INSERT INTO operation_events VALUES ('op', 1, 8, 0.5, 'half'), ('op', 2, 9, 0.5, 'failed')",
+        "INSERT INTO operation_uses VALUES ('op', 'models/m')",
+        "INSERT INTO operation_results VALUES ('op', 'before', x'03')",
+    ] {
+        sqlx::query(statement).execute(&pool).await.unwrap();
+    }
+    pool.close().await;
+
+    let store = Store::open(folder.path()).await.unwrap();
+    let operation = store.operation("op").await.unwrap();
+    assert_eq!((operation.kind, operation.state), (Kind::Recipe, State::Failed));
+    assert_eq!((operation.sequence, operation.request), (2, vec![1]));
+    assert_eq!(store.events("op", 0).await.unwrap().len(), 2);
+    assert_eq!(store.saved_result("op", "before").await.unwrap(), Some(vec![3]));
+    assert_eq!(store.dataset("text").await.unwrap().kind, DatasetKind::Text);
+    let known = store.operation_by_request(Kind::Recipe, "once", &[2]).await.unwrap();
+    assert_eq!(known.unwrap().id, "op");
+    // What refers to an operation still goes with it.
+    store.delete_operation("op").await.unwrap();
+    assert!(store.events("op", 0).await.unwrap().is_empty());
+    assert!(store.saved_results("op").await.unwrap().is_empty());
 }

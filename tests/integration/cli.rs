@@ -376,6 +376,288 @@ fn a_killed_service_finishes_its_job_with_the_same_bytes() {
     assert_eq!(digests(&service), expected);
 }
 
+const COMPARISON: &str = r#"
+display_name = "what fits"
+model = "models/tiny"
+seeds = [0, 1]
+[evaluation]
+dataset = "datasets/words"
+context = 64
+max_tokens = 500
+compare_with_base = true
+[[arms]]
+name = "pruned"
+[[arms.steps]]
+[arms.steps.sparsegpt.sparsity]
+share = 0.5
+[arms.steps.sparsegpt.calibration]
+dataset = "datasets/words"
+sequences = 256
+sequence_length = 128
+[[arms]]
+name = "both"
+[[arms.steps]]
+[arms.steps.sparsegpt.sparsity]
+share = 0.5
+[arms.steps.sparsegpt.calibration]
+dataset = "datasets/words"
+sequences = 256
+sequence_length = 128
+[[arms.steps]]
+round_to_nearest = { grid = { group_size = 32 } }
+[[arms]]
+name = "rounded"
+[[arms.steps]]
+round_to_nearest = { grid = { group_size = 32 } }
+[[contrasts]]
+metric = "perplexity"
+arm = "both"
+against = "pruned"
+"#;
+
+/// A report without clocks and memory, and without what follows from them.
+fn timeless(mut report: Value) -> Value {
+    let report_fields = report.as_object_mut().unwrap();
+    for name in ["seconds", "peak_memory_bytes", "shared", "columns"] {
+        report_fields.remove(name);
+    }
+    for arm in report["arms"].as_array_mut().unwrap() {
+        arm.as_object_mut().unwrap().remove("cells");
+        for run in arm["runs"].as_array_mut().into_iter().flatten() {
+            run.as_object_mut().unwrap().remove("seconds");
+            for step in run["steps"].as_array_mut().into_iter().flatten() {
+                step.as_object_mut().unwrap().remove("seconds");
+                step.as_object_mut().unwrap().remove("peak_memory_bytes");
+            }
+            let noisy = ["make_seconds", "peak_memory_bytes"];
+            let measured = run["measurements"].as_array_mut().unwrap();
+            measured.retain(|m| !noisy.contains(&m["metric"].as_str().unwrap()));
+        }
+    }
+    report
+}
+
+#[test]
+fn a_killed_comparison_goes_on_and_gives_the_same_table() {
+    let folder = workshop(4, 128);
+    let at = folder.path().display().to_string();
+    std::fs::write(folder.path().join("compare.toml"), COMPARISON).unwrap();
+    let prepare = |service: &Service| {
+        service.run(&format!("models import {at}/tiny"));
+        service.run(&format!("datasets import {at}/words.txt"));
+    };
+    let calm = Service::start(&folder.path().join("calm"), &[]);
+    prepare(&calm);
+    let plan = calm.json(&format!("compare {at}/compare.toml --validate-only"));
+    assert_eq!(plan["response"]["runs"], 5);
+    // One SparseGPT for both arms with each seed, what follows it, and one rounding for all seeds.
+    assert_eq!(plan["response"]["steps"], 5);
+    let table = calm.run(&format!("compare {at}/compare.toml --to {at}/out"));
+    for part in ["perplexity", "pruned", "± standard deviation", "both / pruned", "shared"] {
+        assert!(table.contains(part), "{part}\n{table}");
+    }
+    let written = |name: &str| std::fs::read(folder.path().join("out").join(name)).unwrap();
+    let expected: Value = serde_json::from_slice(&written("report.json")).unwrap();
+    assert_eq!(expected["complete"], true);
+    assert!(text(&written("table.md")).starts_with("| arm |"));
+    assert!(text(&written("table.csv")).starts_with("arm,seed,digest,metric"));
+    assert!(
+        text(&written("bytes.svg")).starts_with("<svg") && written("bytes.png")[1..4] == *b"PNG"
+    );
+    assert!(!folder.path().join("out/latency.svg").exists(), "speed was not measured");
+    let csv = calm.run(&format!("compare {at}/compare.toml --format csv --request-id x"));
+    assert!(csv.starts_with("arm,seed,"), "{csv}");
+    calm.kill();
+
+    let data = folder.path().join("data");
+    let service = Service::start(&data, &[]);
+    prepare(&service);
+    let job = service.json(&format!("compare {at}/compare.toml --detach"));
+    let job = job["name"].as_str().unwrap().to_owned();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    // Killed while an arm is at work and another is finished.
+    loop {
+        let now = service.json(&format!("jobs show {job}"));
+        assert_ne!(now["done"], true, "the job is too short to be interrupted: {now}");
+        let message = now["metadata"]["message"].as_str().unwrap_or_default();
+        if message.contains("seed 1") {
+            let so_far = &now["comparison"];
+            assert_eq!(so_far["arms"][1]["runs"].as_array().map(Vec::len), Some(1), "{so_far}");
+            break;
+        }
+        assert!(Instant::now() < deadline, "the job does not get on: {now}");
+    }
+    service.kill();
+    let service = Service::start(&data, &[]);
+    service.run(&format!("jobs watch {job} --timeout 120s"));
+    let done = service.json(&format!("jobs show {job}"));
+    assert_eq!(done["metadata"]["attempt"], 2, "{done}");
+    let mut found = done["response"].clone();
+    found.as_object_mut().unwrap().remove("@type");
+    assert!(found["seconds"].as_f64() > Some(0.0));
+    assert_eq!(timeless(found), timeless(expected));
+}
+
+/// Largest resident memory of a process so far, in bytes.
+#[cfg(target_os = "linux")]
+fn peak(process: &Child) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", process.id())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap() * 1024
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn twelve_arms_take_the_memory_of_two_models() {
+    let folder = workshop(6, 512);
+    let at = folder.path().display().to_string();
+    let mut file = String::from("model = \"models/tiny\"\n[evaluation]\ncontext = 64\n");
+    file.push_str("dataset = \"datasets/words\"\nmax_tokens = 200\ncompare_with_base = true\n");
+    for i in 1..=12 {
+        let share = f64::from(i) / 16.0;
+        file.push_str(&format!("[[arms]]\nname = \"m{i}\"\n[[arms.steps]]\n"));
+        file.push_str(&format!(
+            "[arms.steps.magnitude.sparsity]\nshare = {share}\nvalues = \"VALUE_TYPE_F32\"\n"
+        ));
+    }
+    std::fs::write(folder.path().join("compare.toml"), file).unwrap();
+    let service = Service::start(&folder.path().join("data"), &[]);
+    let imported = service.json(&format!("models import {at}/tiny"));
+    let bytes: u64 = imported["response"]["weight_bytes"].as_str().unwrap().parse().unwrap();
+    assert!(bytes > 50_000_000, "large enough to be seen: {bytes}");
+    service.run(&format!("datasets import {at}/words.txt"));
+    let before = peak(&service.process);
+    let done = service.json(&format!("compare {at}/compare.toml"));
+    assert_eq!(done["response"]["complete"], true);
+    let more = peak(&service.process).saturating_sub(before);
+    assert!(more < 2 * bytes, "{more} more bytes for a model of {bytes}");
+}
+
+/// A claim about the tiny model that holds: half of the weights take less room.
+fn write_claim(folder: &Path, bound: f64) {
+    let digest = |path: &Path| {
+        let sum = expect(0, Command::new("sha256sum").arg(path));
+        format!("sha256:{}", text(&sum.stdout).split_whitespace().next().unwrap())
+    };
+    let at = folder.display();
+    let claim = format!(
+        r#"
+name = "half"
+system = "magnitude pruning"
+papers = ["none"]
+statement = "half of the weights take less room"
+model_source = "{at}/tiny"
+[[data]]
+dataset = "datasets/words"
+file = "words.txt"
+digest = "{}"
+[comparison]
+seeds = [0, 1]
+[comparison.evaluation]
+dataset = "datasets/words"
+context = 64
+max_tokens = 500
+[[comparison.arms]]
+name = "half"
+[[comparison.arms.steps]]
+[comparison.arms.steps.wanda.calibration]
+dataset = "datasets/words"
+sequences = 4
+sequence_length = 32
+[[expectations]]
+effect = "smaller than the base"
+metric = "weight_bytes"
+arm = "half"
+against = "base"
+relation = "RELATION_RATIO_AT_MOST"
+bound = {bound:?}
+headline = true
+[short]
+max_tokens = 128
+"#,
+        digest(&folder.join("words.txt"))
+    );
+    std::fs::create_dir_all(folder.join("claims/half")).unwrap();
+    std::fs::write(folder.join("claims/half/claim.toml"), claim).unwrap();
+}
+
+#[test]
+fn claims_are_run_checked_and_shown_without_a_server_of_ones_own() {
+    let folder = workshop(2, 64);
+    let at = folder.path();
+    write_claim(at, 0.9);
+    std::fs::create_dir(at.join("docs")).unwrap();
+    let claims = |code: i32, line: &str| {
+        let mut command = planish();
+        command.args(["claims"]).args(line.split_whitespace());
+        command.arg("--claims").arg(at.join("claims")).arg("--folder").arg(at.join("service"));
+        let out = expect(code, &mut command);
+        text(&out.stdout) + &text(&out.stderr)
+    };
+    let data = at.display();
+    let said = claims(1, "check");
+    assert!(said.contains("has no result"), "{said}");
+    let said = claims(0, &format!("run --all --short --data {data}"));
+    assert!(said.contains("ran (short form)"), "{said}");
+    assert!(!at.join("claims/half/result.json").exists(), "a short form writes no result");
+    // The data set is in the service by now, so its file is not looked for.
+    let said = claims(0, "run half");
+    assert!(said.contains("half: reproduced (full form"), "{said}");
+    for name in ["claims/half/result.json", "claims/half/bytes.svg"] {
+        assert!(at.join(name).metadata().unwrap().len() > 1000, "{name}");
+    }
+    // The same model, code and seeds: the same bytes.
+    let digests = || -> Vec<Value> {
+        let result = std::fs::read(at.join("claims/half/result.json")).unwrap();
+        let result: Value = serde_json::from_slice(&result).unwrap();
+        let runs = result["report"]["arms"][1]["runs"].as_array().unwrap().iter();
+        runs.map(|run| run["digest"].clone()).collect()
+    };
+    let before = digests();
+    assert_eq!(before.len(), 2);
+    claims(0, "run --all");
+    assert_eq!(digests(), before);
+
+    let said = claims(1, "check");
+    assert!(said.contains("claims table"), "the page is not written: {said}");
+    let said = claims(0, "table");
+    assert!(said.contains("reproduced"), "{said}");
+    let page = std::fs::read_to_string(at.join("docs/claims.md")).unwrap();
+    assert!(page.contains("half of the weights take less room"), "{page}");
+    claims(0, "check");
+
+    // By hand.
+    let result = at.join("claims/half/result.json");
+    let good = std::fs::read_to_string(&result).unwrap();
+    let mut edited: Value = serde_json::from_str(&good).unwrap();
+    edited["minutes"] = json!(0.5);
+    std::fs::write(&result, edited.to_string()).unwrap();
+    let said = claims(1, "check half");
+    assert!(said.contains("not as the program wrote it"), "{said}");
+    // Another layout of the same JSON is no edit.
+    let same: Value = serde_json::from_str(&good).unwrap();
+    std::fs::write(&result, same.to_string()).unwrap();
+    claims(0, "check half");
+    // Other code.
+    let mut stale = same.clone();
+    stale["provenance"]["method_code"]["wanda"] = json!("sha256:of other code");
+    let sealed: planish::proto::v1::ClaimResult = serde_json::from_value(stale).unwrap();
+    let seal = planish::recipe::claim::seal(&sealed).unwrap();
+    let sealed = planish::proto::v1::ClaimResult { seal, ..sealed };
+    std::fs::write(&result, serde_json::to_string(&sealed).unwrap()).unwrap();
+    let said = claims(1, "check half");
+    assert!(said.contains("the code of 'wanda' changed"), "{said}");
+    std::fs::write(&result, &good).unwrap();
+
+    // Another expectation is judged on the same runs, after a look.
+    write_claim(at, 0.01);
+    let said = claims(1, "check half");
+    assert!(said.contains("--rejudge"), "{said}");
+    let said = claims(0, "check half --rejudge");
+    assert!(said.contains("not"), "{said}");
+    claims(0, "check half");
+}
+
 #[test]
 fn the_recipes_of_the_repository_are_valid() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
@@ -384,11 +666,26 @@ fn the_recipes_of_the_repository_are_valid() {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             if path.extension().is_some_and(|e| e == "toml") {
-                let recipe = planish::recipe::file::read(&path);
+                let recipe = planish::recipe::file::read::<planish::proto::v1::Recipe>(&path);
                 assert!(recipe.is_ok(), "{}: {}", path.display(), recipe.unwrap_err());
                 count += 1;
             }
         }
     }
     assert!(count >= 10);
+}
+
+#[test]
+fn the_claims_of_the_repository_are_valid() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("claims");
+    let mut count = 0;
+    for entry in std::fs::read_dir(root).unwrap() {
+        let path = entry.unwrap().path().join("claim.toml");
+        let claim: planish::proto::v1::Claim =
+            planish::recipe::file::read(&path).unwrap_or_else(|e| panic!("{e}"));
+        planish::recipe::claim::check_text(&claim)
+            .unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        count += 1;
+    }
+    assert!(count >= 2);
 }

@@ -65,8 +65,11 @@ fn run_with(
     scratch: &Path,
 ) -> Result<Outcome> {
     let no_texts = |name: &str| Err(Error::not_found(name, "there are no data sets here"));
-    let environment = Environment { progress, texts: &no_texts, scratch };
-    run_step(recipe, index, model, &environment).map(|(_, outcome)| outcome)
+    let calibrations = &planish::calibrate::Shared::default();
+    let environment = Environment { progress, texts: &no_texts, calibrations, scratch };
+    let place = (recipe.seed, index);
+    run_step(&recipe.steps[index], place, (model, "a tiny model"), &environment)
+        .map(|(_, outcome)| outcome)
 }
 
 fn run(steps: &[v1::Step], mut model: Model) -> Result<Outcome> {
@@ -273,7 +276,7 @@ fn bad_options_are_refused_by_name() {
             };
             assert_eq!(error.reason(), Reason::InvalidOption, "{error}");
             let field = &error.violations()[0].field;
-            assert_eq!(field, &format!("recipe.steps[0].{}.{name}", card.name));
+            assert_eq!(field, &format!("steps[0].{}.{name}", card.name));
         }
         for (scope, text) in [("sparsity.scope", "lm_head*"), ("grid.scope", "*.k_prof.*")] {
             if options.iter().any(|o| o.name == scope) {
@@ -353,7 +356,7 @@ fn recipes_have_steps_and_not_too_many() {
         assert_eq!(error.reason(), Reason::InvalidRecipe);
     }
     let error = recipe::check(&recipe(vec![v1::Step::default()]), &info).err().expect("refused");
-    assert!(error.message().starts_with("recipe.steps[0]"), "{error}");
+    assert!(error.message().starts_with("steps[0]"), "{error}");
 }
 
 #[test]
@@ -362,6 +365,24 @@ fn a_data_set_needs_a_tokenizer() {
     let step = step("wanda", &json!({"calibration.dataset": "datasets/wiki"}));
     let error = recipe::check(&recipe(vec![step]), &info).err().expect("refused");
     assert_eq!(error.reason(), Reason::ModelUnsuitable);
+}
+
+#[test]
+fn only_seeded_steps_depend_on_the_seed() {
+    let bytes = |step: &v1::Step, seed: u64| {
+        let folder = tempfile::tempdir().expect("a folder");
+        let recipe = v1::Recipe { seed, ..recipe(vec![step.clone()]) };
+        let scratch = folder.path();
+        let outcome = run_with(&recipe, 0, model("llama"), &Progress::silent(), scratch);
+        let outcome = outcome.expect("runs");
+        let package = tempfile::tempdir().expect("a folder");
+        package_bytes(&outcome.model, package.path())
+    };
+    for card in registry::cards() {
+        let step = step(card.name, &json!({}));
+        let seeded = registry::method(&step).expect("a method").seeded();
+        assert_eq!(bytes(&step, 1) != bytes(&step, 2), seeded, "{}", card.name);
+    }
 }
 
 #[test]

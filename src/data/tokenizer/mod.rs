@@ -21,6 +21,12 @@ use pieces::Pieces;
 pub use pieces::byte_token;
 pub use stream::TextStream;
 
+/// Bytes of a text that the crate gets at once.
+const PIECE: usize = 256 << 10;
+/// Ends of lines that are tried for a cut, and the bytes round each that must agree.
+const CUTS: usize = 32;
+const NEAR: usize = 2048;
+
 /// Tokenizer with what a model's configuration says about its special tokens.
 ///
 /// Texts become ids by the `tokenizers` crate; ids become bytes by a table built once, so that text
@@ -140,8 +146,52 @@ impl Tokenizer {
             .map(|t| t.content.as_str())
     }
 
-    /// The crate's own steps without its post-processor: templates add what only callers may decide.
+    /// Long texts go piece by piece: the crate keeps some hundred bytes for each byte of its input.
     fn tokenize(&self, text: &str, parse_special: bool) -> tokenizers::Result<Vec<u32>> {
+        self.tokenize_in_pieces(text, parse_special, PIECE)
+    }
+
+    fn tokenize_in_pieces(
+        &self,
+        text: &str,
+        parse_special: bool,
+        piece: usize,
+    ) -> tokenizers::Result<Vec<u32>> {
+        let (mut ids, mut rest) = (Vec::new(), text);
+        while rest.len() > piece {
+            let Some(at) = self.cut(rest, parse_special, piece)? else { break };
+            ids.extend(self.tokenize_whole(&rest[..at], parse_special)?);
+            rest = &rest[at..];
+        }
+        ids.extend(self.tokenize_whole(rest, parse_special)?);
+        Ok(ids)
+    }
+
+    /// Where a piece of at most `piece` bytes may end so that the tokens of the parts are those of the
+    /// whole: after a line, if the lines round it say so. None for tokenizers to which the start of a
+    /// text means something (those that put a space in front), and for texts without lines.
+    fn cut(
+        &self,
+        text: &str,
+        parse_special: bool,
+        piece: usize,
+    ) -> tokenizers::Result<Option<usize>> {
+        let boundary = |at: usize| (at..=text.len()).find(|at| text.is_char_boundary(*at));
+        let ends = text.as_bytes()[..piece].iter().enumerate().rev().filter(|(_, b)| **b == b'\n');
+        for at in ends.map(|(i, _)| i + 1).take(CUTS) {
+            let from = boundary(at.saturating_sub(NEAR)).unwrap_or_default();
+            let to = boundary((at + NEAR).min(text.len())).unwrap_or(text.len());
+            let mut parts = self.tokenize_whole(&text[from..at], parse_special)?;
+            parts.extend(self.tokenize_whole(&text[at..to], parse_special)?);
+            if parts == self.tokenize_whole(&text[from..to], parse_special)? {
+                return Ok(Some(at));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The crate's own steps without its post-processor: templates add what only callers may decide.
+    fn tokenize_whole(&self, text: &str, parse_special: bool) -> tokenizers::Result<Vec<u32>> {
         let added = if parse_special { self.inner.get_added_vocabulary() } else { &self.plain };
         let mut parts = added.extract_and_normalize(self.inner.get_normalizer(), text);
         if let Some(pre) = self.inner.get_pre_tokenizer() {
@@ -218,5 +268,7 @@ fn malformed(error: impl fmt::Display) -> Error {
     )
 }
 
+#[cfg(test)]
+pub mod testing;
 #[cfg(test)]
 mod tests;

@@ -238,3 +238,34 @@ fn decoders_without_pieces_are_refused() {
     let far = json!({"model": {"vocab": {"a": u32::MAX}, "merges": []}});
     assert_eq!(Tokenizer::new(far.to_string()).unwrap_err().reason(), Reason::MalformedFile);
 }
+
+#[test]
+fn pieces_of_a_long_text_have_the_tokens_of_the_whole() {
+    let byte_level = byte_level();
+    let metaspace = json!({"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "always",
+        "split": true});
+    let vocab = json!({"\u{2581}": 0, "a": 1, "\u{2581}a": 2, "\n": 3, "?": 4});
+    let spaced = json!({"version": "1.0", "added_tokens": [], "pre_tokenizer": metaspace,
+        "decoder": metaspace, "model": {"type": "BPE", "vocab": vocab, "merges": [["\u{2581}", "a"]],
+        "unk_token": "?"}});
+    let spaced = Tokenizer::new(spaced.to_string()).unwrap();
+    let lines =
+        ["hello = title = \n", " \n", "\n", "\n\n  hello\u{1F600} \n", "hello\n", "x\t\n y"];
+    let mut text = String::new();
+    for i in 0..400 {
+        text += lines[i * 7 % 11 % lines.len()];
+        let whole = byte_level.tokenize_whole(&text, false).unwrap();
+        for piece in [16, 64, 301] {
+            assert_eq!(byte_level.tokenize_in_pieces(&text, false, piece).unwrap(), whole);
+        }
+    }
+    assert!(byte_level.cut(&text, false, 301).unwrap().is_some(), "it is really cut");
+    // A start of a text that gets a space in front is no place to cut.
+    let text = "a a\n".repeat(100);
+    assert_eq!(spaced.cut(&text, false, 64).unwrap(), None);
+    let whole = spaced.tokenize_whole(&text, false).unwrap();
+    assert_eq!(spaced.tokenize_in_pieces(&text, false, 64).unwrap(), whole);
+    // No lines, no cuts.
+    let line = "hello ".repeat(100);
+    assert_eq!(byte_level.cut(&line, false, 64).unwrap(), None);
+}

@@ -17,7 +17,7 @@ use super::grid::{Codes, Grid, value};
 use super::hessian::Factor;
 use super::mask::Mask;
 use super::sparsegpt::correct_rest;
-use super::{calibrated, cost, options, quantise_each};
+use super::{calibrated, cost, options, quantise_each, seeded};
 use crate::calibrate;
 use crate::error::Result;
 use crate::methods::{Card, Estimate, Method, Outcome, StepContext};
@@ -128,6 +128,10 @@ impl Method for v1::Gptq {
 
     fn datasets(&self) -> Vec<&str> {
         self.calibration.iter().map(|c| c.dataset.as_str()).collect()
+    }
+
+    fn seeded(&self) -> bool {
+        seeded(self.calibration.as_ref())
     }
 
     fn check(&self, model: &ModelInfo) -> Result<(Estimate, ModelInfo)> {

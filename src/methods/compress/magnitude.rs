@@ -45,6 +45,10 @@ impl Method for v1::Magnitude {
         Vec::new()
     }
 
+    fn seeded(&self) -> bool {
+        false
+    }
+
     fn check(&self, model: &ModelInfo) -> Result<(Estimate, ModelInfo)> {
         let sparsity = Sparsity::read(self.sparsity.as_ref())?;
         let after = sparsity.check(model, &|rows, cols| sparsity.amount.of(rows * cols))?;

@@ -30,6 +30,7 @@ use crate::calibrate::{self, walk};
 use crate::error::{Error, Reason, Result};
 use crate::models::Model;
 use crate::nn::weight::{GroupedSpec, Weight};
+use crate::proto::v1;
 
 /// What a method without text makes of a weight, from its name, its values `[rows, cols]` and its
 /// columns.
@@ -68,13 +69,13 @@ fn calibrated(
     gram: bool,
     change: &mut Change<'_>,
 ) -> Result<Outcome> {
-    let windows = calibrate::windows(
-        &model,
-        options,
-        cx.texts,
-        &cx.random.child("calibration"),
-        cx.progress,
-    )?;
+    let sources = calibrate::Sources {
+        model: &model,
+        texts: cx.texts,
+        stream: &cx.random.child("calibration"),
+        progress: cx.progress,
+    };
+    let windows = cx.calibrations.windows(options, cx.digest, &sources)?;
     let mut report = Report::default();
     windows.warnings.iter().for_each(|w| report.warn(w.clone()));
     let plan = walk::Plan { windows: &windows, names, gram, progress: cx.progress };
@@ -89,6 +90,11 @@ fn calibrated(
         Ok(changed)
     })?;
     Ok(report.outcome(model, options.tokens()))
+}
+
+/// Whether what calibration sees depends on random numbers; options that are wrong are refused later.
+fn seeded(calibration: Option<&v1::Calibration>) -> bool {
+    calibrate::Options::read(calibration).is_ok_and(|options| options.seeded())
 }
 
 /// The stored form of `[rows, cols]` values without their pruned elements.

@@ -55,6 +55,10 @@ impl Method for v1::RoundToNearest {
         Vec::new()
     }
 
+    fn seeded(&self) -> bool {
+        false
+    }
+
     fn check(&self, model: &ModelInfo) -> Result<(Estimate, ModelInfo)> {
         let after = Grid::read(self.grid.as_ref())?.check(model)?;
         Ok((cost::alone(model, &after), after))

@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use super::hessian::Factor;
 use super::mask::{Mask, mark_smallest};
 use super::sparsity::{Amount, Sparsity};
-use super::{calibrated, cost, options, prune_each};
+use super::{calibrated, cost, options, prune_each, seeded};
 use crate::calibrate;
 use crate::error::Result;
 use crate::methods::{Card, Estimate, Method, Outcome, StepContext};
@@ -156,6 +156,10 @@ impl Method for v1::SparseGpt {
 
     fn datasets(&self) -> Vec<&str> {
         self.calibration.iter().map(|c| c.dataset.as_str()).collect()
+    }
+
+    fn seeded(&self) -> bool {
+        seeded(self.calibration.as_ref())
     }
 
     fn check(&self, model: &ModelInfo) -> Result<(Estimate, ModelInfo)> {

@@ -7,7 +7,7 @@
 
 use super::mask::Mask;
 use super::sparsity::{Amount, Sparsity};
-use super::{calibrated, cost, prune_each};
+use super::{calibrated, cost, prune_each, seeded};
 use crate::calibrate;
 use crate::error::Result;
 use crate::methods::{Card, Estimate, Method, Outcome, StepContext};
@@ -48,6 +48,10 @@ impl Method for v1::Wanda {
 
     fn datasets(&self) -> Vec<&str> {
         self.calibration.iter().map(|c| c.dataset.as_str()).collect()
+    }
+
+    fn seeded(&self) -> bool {
+        seeded(self.calibration.as_ref())
     }
 
     fn check(&self, model: &ModelInfo) -> Result<(Estimate, ModelInfo)> {

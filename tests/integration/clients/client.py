@@ -14,6 +14,10 @@ from google.longrunning import operations_pb2, operations_pb2_grpc  # noqa: E402
 from google.rpc import error_details_pb2  # noqa: E402
 from grpc_status import rpc_status  # noqa: E402
 from planish.v1 import (  # noqa: E402
+    claim_pb2,
+    claim_service_pb2,
+    claim_service_pb2_grpc,
+    comparison_pb2,
     compress_pb2,
     dataset_service_pb2,
     dataset_service_pb2_grpc,
@@ -33,6 +37,7 @@ channel = grpc.insecure_channel(endpoint)
 models = model_service_pb2_grpc.ModelServiceStub(channel)
 datasets = dataset_service_pb2_grpc.DatasetServiceStub(channel)
 jobs = job_service_pb2_grpc.JobServiceStub(channel)
+claims = claim_service_pb2_grpc.ClaimServiceStub(channel)
 operations = operations_pb2_grpc.OperationsStub(channel)
 generation = generation_service_pb2_grpc.GenerationServiceStub(channel)
 
@@ -120,6 +125,107 @@ metrics = {m.metric: m for m in report.after.measurements}
 assert metrics["perplexity"].value > 1 and metrics["perplexity"].protocol
 assert "kl_divergence" in metrics and "top1_agreement" in metrics
 operations.DeleteOperation(operations_pb2.DeleteOperationRequest(name=operation.name))
+
+# Arms side by side: plan, run, read, render.
+def wanda(share):
+    step = compress_pb2.Wanda(sparsity=compress_pb2.Sparsity(share=share), calibration=calibration)
+    return recipe_pb2.Step(wanda=step)
+
+
+comparison = comparison_pb2.Comparison(
+    display_name="python compares",
+    model=version.name,
+    seeds=[0, 1],
+    evaluation=recipe.evaluation,
+    arms=[
+        comparison_pb2.Arm(name="half", steps=[wanda(0.5)]),
+        comparison_pb2.Arm(name="most", steps=[wanda(0.9)]),
+    ],
+    contrasts=[comparison_pb2.Contrast(metric="perplexity", arm="most", against="half")],
+)
+planned = jobs.Compare(job_service_pb2.CompareRequest(comparison=comparison, validate_only=True))
+plan = comparison_pb2.ComparisonPlan()
+assert planned.done and planned.response.Unpack(plan)
+assert (plan.runs, plan.steps, plan.steps_shared) == (4, 4, 0), plan
+compared = jobs.Compare(job_service_pb2.CompareRequest(comparison=comparison, request_id="compare-1"))
+found = finish(compared, comparison_pb2.ComparisonReport)
+assert found.complete and [len(arm.runs) for arm in found.arms] == [1, 2, 2], found
+assert (found.shared.calibrations_made, found.shared.calibrations_shared) == (2, 2), found.shared
+assert (found.shared.base_passes, found.shared.base_passes_shared) == (1, 4), found.shared
+assert found.contrasts[0].HasField("ratio") and found.contrasts[0].ratio.HasField("low")
+assert jobs.GetComparison(job_service_pb2.GetComparisonRequest(name=compared.name)) == found
+
+
+def render(view, **source):
+    request = job_service_pb2.RenderComparisonRequest(view=view, **source)
+    return jobs.RenderComparison(request)
+
+
+text = render(job_service_pb2.COMPARISON_VIEW_TEXT, name=compared.name).content.decode()
+assert "perplexity" in text and "most" in text, text
+csv = render(job_service_pb2.COMPARISON_VIEW_CSV, report=found).content.decode()
+assert csv.startswith("arm,seed,") and csv.count("\n") > 20, csv
+png = render(job_service_pb2.COMPARISON_VIEW_BYTES_PNG, report=found)
+assert (png.media_type, png.content[:4]) == ("image/png", b"\x89PNG"), png.media_type
+try:
+    render(job_service_pb2.COMPARISON_VIEW_LATENCY_SVG, report=found)
+    raise AssertionError("a picture without latencies was drawn")
+except grpc.RpcError as error:
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT, error
+
+# A claim: run it, check it, see an edit.
+claim = claim_pb2.Claim(
+    name="python-claim",
+    system="Wanda, by a Python client",
+    statement="more zeros, more perplexity",
+    model_source="upload",
+    model_digest=version.digest,
+    data=[claim_pb2.ClaimData(dataset=dataset.name, file="fox.txt", digest=dataset.digest)],
+    comparison=comparison_pb2.Comparison(
+        seeds=[0, 1], evaluation=recipe.evaluation, arms=comparison.arms
+    ),
+    expectations=[
+        claim_pb2.Expectation(
+            effect="90 % of zeros are smaller than 50 %",
+            metric="weight_bytes",
+            arm="most",
+            against="half",
+            relation=claim_pb2.RELATION_RATIO_AT_MOST,
+            bound=0.9,
+            headline=True,
+        )
+    ],
+)
+result = finish(
+    claims.RunClaim(claim_service_pb2.RunClaimRequest(claim=claim, model=version.name)),
+    claim_pb2.ClaimResult,
+)
+assert result.verdict == claim_pb2.CLAIM_VERDICT_REPRODUCED, result.findings
+assert result.seal.startswith("sha256:") and "wanda" in result.provenance.method_code
+
+
+def check(result):
+    return claims.CheckClaim(claim_service_pb2.CheckClaimRequest(claim=claim, result=result))
+
+
+assert not check(result).problems, check(result)
+edited = claim_pb2.ClaimResult()
+edited.CopyFrom(result)
+edited.report.arms[1].runs[0].measurements[0].value += 1
+kinds = [problem.kind for problem in check(edited).problems]
+assert claim_service_pb2.CLAIM_PROBLEM_KIND_EDITED in kinds, kinds
+page = claims.RenderClaims(
+    claim_service_pb2.RenderClaimsRequest(
+        claims=[claim_service_pb2.MeasuredClaim(claim=claim, result=result)]
+    )
+).markdown
+assert "python-claim" in page and "reproduced" in page, page
+claim.model_digest = "sha256:" + "0" * 64
+try:
+    claims.RunClaim(claim_service_pb2.RunClaimRequest(claim=claim, model=version.name))
+    raise AssertionError("a claim ran on another model")
+except grpc.RpcError as error:
+    assert error.code() == grpc.StatusCode.FAILED_PRECONDITION, error
 
 # Tokens, streamed.
 request = generation_service_pb2.GenerateRequest(

@@ -48,7 +48,15 @@ pub struct Decoder {
     hidden: Vec<f32>,
     wanted: Vec<f32>,
     buffers: Buffers,
-    logits: Vec<f32>,
+    out: Vec<f32>,
+}
+
+/// What a forward gives for each wanted row.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Output {
+    Logits,
+    /// What the head makes logits of.
+    States,
 }
 
 impl Decoder {
@@ -70,7 +78,7 @@ impl Decoder {
             hidden: Vec::new(),
             wanted: Vec::new(),
             buffers: Buffers::default(),
-            logits: Vec::new(),
+            out: Vec::new(),
         })
     }
 
@@ -82,12 +90,25 @@ impl Decoder {
     /// chunk by chunk. Caches grow by their tokens. Token ids must be below the vocabulary size and
     /// caches must have room (checked, errors name the chunk; then no cache has changed).
     pub fn forward(&mut self, chunks: &mut [Chunk<'_>]) -> Result<&[f32]> {
+        self.run(chunks, Output::Logits)
+    }
+
+    /// Like [`Decoder::forward`], but gives the final hidden states `[wanted, hidden]`, of which a
+    /// [`Head`] makes the logits.
+    pub fn states(&mut self, chunks: &mut [Chunk<'_>]) -> Result<&[f32]> {
+        self.run(chunks, Output::States)
+    }
+
+    fn run(&mut self, chunks: &mut [Chunk<'_>], output: Output) -> Result<&[f32]> {
         for (i, chunk) in chunks.iter().enumerate() {
             self.check(chunk).map_err(|error| error.within(&format!("chunk {i}")))?;
         }
-        let vocab = self.config.vocab;
+        let width = match output {
+            Output::Logits => self.config.vocab,
+            Output::States => self.config.hidden,
+        };
         let wanted: usize = chunks.iter().map(|c| c.logits.len()).sum();
-        let total = sized(&mut self.logits, wanted * vocab).len();
+        let total = sized(&mut self.out, wanted * width).len();
 
         let mut step = Vec::new();
         let mut done = 0;
@@ -107,11 +128,11 @@ impl Decoder {
                 }
             }
             if rows > 0 {
-                done += self.step(chunks, &step, rows, done);
+                done += self.step(chunks, &step, rows, done, output);
             }
         }
         debug_assert_eq!(done, wanted);
-        Ok(&self.logits[..total])
+        Ok(&self.out[..total])
     }
 
     fn check(&self, chunk: &Chunk<'_>) -> Result<()> {
@@ -140,13 +161,15 @@ impl Decoder {
         Ok(())
     }
 
-    /// Runs some tokens of some chunks; writes their wanted logits from row `first` on, returns how many.
+    /// Runs some tokens of some chunks; writes their wanted output from row `first` on, returns how many
+    /// rows.
     fn step(
         &mut self,
         chunks: &mut [Chunk<'_>],
         parts: &[(usize, Range<usize>)],
         rows: usize,
         first: usize,
+        output: Output,
     ) -> usize {
         let width = self.config.hidden;
         let hidden = sized(&mut self.hidden, rows * width);
@@ -187,10 +210,17 @@ impl Decoder {
             wanted[count * width..][..from.len()].copy_from_slice(from);
             count += high - low;
         }
-        if count > 0 {
-            let vocab = self.config.vocab;
-            let logits = &mut self.logits[first * vocab..(first + count) * vocab];
-            self.head.finish(&mut wanted[..count * width], logits);
+        let wanted = &mut wanted[..count * width];
+        match output {
+            _ if count == 0 => {}
+            Output::Logits => {
+                let vocab = self.config.vocab;
+                let logits = &mut self.out[first * vocab..(first + count) * vocab];
+                self.head.finish(wanted, logits);
+            }
+            Output::States => {
+                self.out[first * width..(first + count) * width].copy_from_slice(wanted);
+            }
         }
         count
     }

@@ -1,0 +1,668 @@
+//! Multiple choice without examples: the likeliest answer to a question, by the model's own words.
+//!
+//! A question is put as `Question: ...\nAnswer:`, and each choice, with a space in front, is what may
+//! follow. The score of a choice is the log-probability of its tokens divided by the bytes of its text,
+//! so that long choices stand a chance; the highest wins, the lower index of equal ones.
+
+use rayon::prelude::*;
+
+use super::likelihood::{LOGIT_BYTES, log_sum};
+use crate::data::choices::Item;
+use crate::data::tokenizer::Tokenizer;
+use crate::error::{Error, Reason, Result};
+use crate::models::Model;
+use crate::models::decoder::Config;
+use crate::models::decoder::plan::{Cache, CacheFormat, Chunk, Decoder};
+use crate::progress::Progress;
+
+/// Questions that run side by side: enough rows for the matrix kernels when choices have a token or two.
+const AT_ONCE: usize = 64;
+/// Memory that the keys and values of questions side by side may take (a single one may take more).
+const CACHE_BYTES: usize = 256 << 20;
+/// Tokens that run between two looks at whether the work was cancelled.
+const TOKENS: usize = 512;
+
+/// What was measured, question by question.
+#[derive(Debug)]
+pub struct Found {
+    /// Index of the choice with the highest score.
+    pub predicted: Vec<usize>,
+    pub correct: Vec<bool>,
+    /// Number of classes, when every question has the same list of choices.
+    pub classes: Option<usize>,
+    /// Questions whose start was cut off to fit into the context.
+    pub cut: usize,
+}
+
+impl Found {
+    /// Mean F1 of the classes that `answers` or predictions name, where the choices are classes.
+    /// `answers` are those of the items measured, in their order.
+    pub fn macro_f1(&self, answers: &[usize]) -> Option<f64> {
+        let classes = self.classes?;
+        let scores: Vec<f64> = (0..classes)
+            .filter_map(|class| {
+                let count = |of: &[usize]| of.iter().filter(|c| **c == class).count();
+                let pairs = self.predicted.iter().zip(answers);
+                let hits = pairs.filter(|(p, a)| **p == class && **a == class).count();
+                // 2 TP + FP + FN: the predicted and the true members.
+                let members = count(&self.predicted) + count(answers);
+                (members > 0).then(|| 2.0 * hits as f64 / members as f64)
+            })
+            .collect();
+        (!scores.is_empty()).then(|| scores.iter().sum::<f64>() / scores.len() as f64)
+    }
+}
+
+/// Answers `items` with the model; `context` is the longest sequence in tokens. A question that does
+/// not fit together with its longest choice loses tokens at its start, but not the start token.
+///
+/// # Errors
+/// `MODEL_UNSUITABLE` without a tokenizer or with one that does not fit, `DATASET_UNSUITABLE` without
+/// items and for a choice that leaves no room for its question, `NON_FINITE` for scores that are not.
+pub fn measure(
+    model: &Model,
+    items: &[Item],
+    context: usize,
+    progress: &Progress,
+) -> Result<Found> {
+    let tokenizer = model.tokenizer.as_deref().ok_or_else(super::no_tokenizer)?;
+    let config = model.decoder()?;
+    let Some(first) = items.first() else {
+        return Err(Error::new(
+            Reason::DatasetUnsuitable,
+            "there is no question to answer; take a larger data set or more of its items",
+        ));
+    };
+    let writer = Writer::new(tokenizer, config.vocab, context)?;
+    let mut scorer = Scorer::new(model)?;
+    let same = items.iter().all(|item| item.choices == first.choices);
+    let mut found = Found {
+        predicted: Vec::with_capacity(items.len()),
+        correct: Vec::with_capacity(items.len()),
+        classes: same.then_some(first.choices.len()),
+        cut: 0,
+    };
+    let mut questions = items
+        .iter()
+        .enumerate()
+        .map(|(i, item)| {
+            progress.check()?;
+            writer.question(item).map_err(|error| error.within(&format!("question {}", i + 1)))
+        })
+        .peekable();
+    while questions.peek().is_some() {
+        let batch = take_batch(&mut questions, config)?;
+        let done = found.predicted.len();
+        let part = progress.part(
+            done as f64 / items.len() as f64,
+            (done + batch.len()) as f64 / items.len() as f64,
+        );
+        let label = format!("question {} of {}", done + 1, items.len());
+        let sums = scorer.sums(&batch, &part, &label)?;
+        for (i, (item, sums)) in items[done..].iter().zip(&sums).enumerate() {
+            let choice = choose(item, sums)
+                .map_err(|error| error.within(&format!("question {}", done + i + 1)))?;
+            found.predicted.push(choice);
+            found.correct.push(choice == item.answer);
+        }
+        found.cut += batch.iter().filter(|question| question.cut).count();
+    }
+    Ok(found)
+}
+
+/// The choice with the highest score, from the sums of its tokens' log-probabilities.
+fn choose(item: &Item, sums: &[f64]) -> Result<usize> {
+    let mut best = (0, f64::NEG_INFINITY);
+    for (i, (choice, sum)) in item.choices.iter().zip(sums).enumerate() {
+        let score = sum / choice.len().max(1) as f64;
+        if !score.is_finite() {
+            return Err(Error::new(
+                Reason::NonFinite,
+                format!("the likelihood of choice {i} is not finite; the model is broken"),
+            ));
+        }
+        if score > best.1 {
+            best = (i, score);
+        }
+    }
+    // The same text gets the same score but for rounding, which must not break the tie.
+    let same = |choice: &String| *choice == item.choices[best.0];
+    Ok(item.choices.iter().position(same).unwrap_or(best.0))
+}
+
+/// A question in tokens.
+struct Question {
+    /// At least one.
+    prompt: Vec<u32>,
+    /// At least one each.
+    choices: Vec<Vec<u32>>,
+    /// Whether the prompt lost its start.
+    cut: bool,
+}
+
+impl Question {
+    /// Positions that run at most: the last token of a choice is only predicted.
+    fn positions(&self) -> usize {
+        self.prompt.len() + self.choices.iter().map(Vec::len).max().unwrap_or(1) - 1
+    }
+}
+
+/// Turns questions into tokens.
+struct Writer<'a> {
+    tokenizer: &'a Tokenizer,
+    vocab: usize,
+    context: usize,
+    /// What stands in front of a choice.
+    space: &'static str,
+}
+
+impl<'a> Writer<'a> {
+    fn new(tokenizer: &'a Tokenizer, vocab: usize, context: usize) -> Result<Self> {
+        // Sentencepiece vocabularies put a space in front of every text; a second one would be wrong.
+        let first =
+            tokenizer.encode("a", false, false)?.first().and_then(|id| tokenizer.token(*id));
+        let spaced = first.is_some_and(|token| token.starts_with('\u{2581}'));
+        Ok(Self { tokenizer, vocab, context, space: if spaced { "" } else { " " } })
+    }
+
+    fn question(&self, item: &Item) -> Result<Question> {
+        let prompt = format!("Question: {}\nAnswer:", item.question);
+        let mut prompt = self.tokens(&prompt, true).map_err(|error| error.within("the prompt"))?;
+        let choices = item
+            .choices
+            .iter()
+            .enumerate()
+            .map(|(i, choice)| {
+                self.tokens(&format!("{}{choice}", self.space), false)
+                    .map_err(|error| error.within(&format!("choice {i}")))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let longest = choices.iter().map(Vec::len).max().unwrap_or(0);
+        let room = self.context.saturating_sub(longest);
+        let cut = prompt.len() > room;
+        if cut {
+            let start = self.tokenizer.bos.filter(|_| self.tokenizer.add_bos);
+            let kept = usize::from(start.is_some() && prompt.first() == start.as_ref());
+            if room <= kept {
+                return Err(Error::new(
+                    Reason::DatasetUnsuitable,
+                    format!(
+                        "a choice has {longest} tokens, which leave no room for the question in a \
+                         context of {}; raise the context or shorten the choice",
+                        self.context
+                    ),
+                ));
+            }
+            prompt.drain(kept..kept + prompt.len() - room);
+        }
+        Ok(Question { prompt, choices, cut })
+    }
+
+    /// Tokens of a text, which must be some and inside the vocabulary.
+    fn tokens(&self, text: &str, start: bool) -> Result<Vec<u32>> {
+        let tokens = self.tokenizer.encode(text, start, false)?;
+        let unsuitable = |what: String| {
+            Err(Error::new(
+                Reason::ModelUnsuitable,
+                format!("{what}; import the model with the tokenizer that belongs to it"),
+            ))
+        };
+        if tokens.is_empty() {
+            return unsuitable("the tokenizer has no token for any part of the text".into());
+        }
+        match tokens.iter().find(|token| **token as usize >= self.vocab) {
+            Some(token) => unsuitable(format!(
+                "the tokenizer gives token {token}, but the model knows only {}",
+                self.vocab
+            )),
+            None => Ok(tokens),
+        }
+    }
+}
+
+/// The next questions that run side by side: as many as the caches' memory allows, at least one.
+fn take_batch(
+    questions: &mut std::iter::Peekable<impl Iterator<Item = Result<Question>>>,
+    config: &Config,
+) -> Result<Vec<Question>> {
+    let mut batch = Vec::new();
+    let mut bytes = 0usize;
+    while batch.len() < AT_ONCE {
+        let next = questions.next_if(|question| match question {
+            Ok(question) => {
+                let need = Cache::bytes_for(config, question.positions(), CacheFormat::default());
+                bytes = bytes.saturating_add(need);
+                batch.is_empty() || bytes <= CACHE_BYTES
+            }
+            Err(_) => true,
+        });
+        match next {
+            Some(question) => batch.push(question?),
+            None => break,
+        }
+    }
+    Ok(batch)
+}
+
+/// A question while it runs.
+struct Lane {
+    /// The prompt and what follows it; those that `cache` holds have run.
+    tokens: Vec<u32>,
+    cache: Cache,
+    /// First position whose logits are wanted.
+    from: usize,
+}
+
+/// A model that scores questions side by side.
+struct Scorer {
+    decoder: Decoder,
+    /// Most tokens of one forward.
+    tokens: usize,
+    /// Most rows of logits of one forward.
+    rows: usize,
+}
+
+impl Scorer {
+    fn new(model: &Model) -> Result<Self> {
+        let rows = (LOGIT_BYTES / 4 / model.decoder()?.vocab.max(1)).max(1);
+        Ok(Self { decoder: Decoder::new(model)?, tokens: TOKENS, rows })
+    }
+
+    /// Sums of the log-probabilities of each choice's tokens, question by question. Each prompt runs
+    /// once; the choices run one after the other behind its keys and values, all questions together.
+    /// Progress goes by `label`.
+    fn sums(
+        &mut self,
+        batch: &[Question],
+        progress: &Progress,
+        label: &str,
+    ) -> Result<Vec<Vec<f64>>> {
+        progress.report(0.0, label)?;
+        let config = self.decoder.config();
+        let mut lanes: Vec<Lane> = batch
+            .iter()
+            .map(|question| Lane {
+                tokens: question.prompt.clone(),
+                cache: Cache::new(config, question.positions()),
+                from: question.prompt.len() - 1,
+            })
+            .collect();
+        // A prompt's last logits predict the first token of every choice.
+        let firsts = self.run(&mut lanes, progress, |lane, _, row| {
+            let total = log_sum(row);
+            let choices = batch[lane].choices.iter();
+            choices.map(|choice| f64::from(row[choice[0] as usize]) - total).collect::<Vec<_>>()
+        })?;
+        let mut sums = vec![Vec::new(); batch.len()];
+        for (lane, first) in firsts {
+            sums[lane] = first;
+        }
+        let rounds = batch.iter().map(|question| question.choices.len()).max().unwrap_or(0);
+        for round in 0..rounds {
+            progress.report((round + 1) as f64 / (rounds + 1) as f64, label)?;
+            for (lane, Question { prompt, choices, .. }) in lanes.iter_mut().zip(batch) {
+                let leading =
+                    choices.get(round).map_or(&[][..], |choice| &choice[..choice.len() - 1]);
+                // A choice of one token has its score.
+                if leading.is_empty() {
+                    continue;
+                }
+                lane.tokens.truncate(prompt.len());
+                lane.tokens.extend_from_slice(leading);
+                lane.from = prompt.len();
+                // Local layers may have forgotten the prompt behind a long choice; then it runs again.
+                lane.cache.truncate(prompt.len());
+            }
+            let terms = self.run(&mut lanes, progress, |lane, position, row| {
+                let Question { prompt, choices, .. } = &batch[lane];
+                // The logits at a position predict the next token.
+                let token = choices[round][position - prompt.len() + 1];
+                f64::from(row[token as usize]) - log_sum(row)
+            })?;
+            for (lane, term) in terms {
+                sums[lane][round] += term;
+            }
+        }
+        Ok(sums)
+    }
+
+    /// Runs what has not run of every lane; gives what `read` makes of the wanted logits, with the
+    /// lane, a lane's in the order of positions. `read` takes the lane, the position and its logits.
+    fn run<T: Send>(
+        &mut self,
+        lanes: &mut [Lane],
+        progress: &Progress,
+        read: impl Fn(usize, usize, &[f32]) -> T + Sync,
+    ) -> Result<Vec<(usize, T)>> {
+        let vocab = self.decoder.config().vocab;
+        let mut out = Vec::new();
+        loop {
+            progress.check()?;
+            let (mut tokens, mut rows) = (self.tokens, self.rows);
+            let (mut chunks, mut wanted) = (Vec::new(), Vec::new());
+            for (i, lane) in lanes.iter_mut().enumerate() {
+                let held = lane.cache.len();
+                let silent = lane.from.saturating_sub(held);
+                let take = (lane.tokens.len() - held).min(tokens).min(silent + rows);
+                if take == 0 {
+                    continue;
+                }
+                let logits = silent.min(take)..take;
+                tokens -= take;
+                rows -= logits.len();
+                wanted.extend(logits.clone().map(|row| (i, held + row)));
+                let tokens = &lane.tokens[held..held + take];
+                chunks.push(Chunk { tokens, cache: &mut lane.cache, logits });
+            }
+            if chunks.is_empty() {
+                return Ok(out);
+            }
+            let logits = self.decoder.forward(&mut chunks)?;
+            out.par_extend(
+                wanted
+                    .par_iter()
+                    .zip(logits.par_chunks(vocab))
+                    .map(|((lane, position), row)| (*lane, read(*lane, *position, row))),
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::data::tokenizer::testing::bytes;
+    use crate::models::decoder::random;
+    use crate::nn::dtype::Dtype;
+    use crate::nn::weight::{Dense, Weight};
+
+    fn model(vocab: usize) -> Model {
+        let mut config = random::tiny("llama");
+        config["vocab_size"] = json!(vocab);
+        let mut model = random::model(config, 5).unwrap();
+        model.tokenizer = Some(Arc::new(bytes()));
+        model
+    }
+
+    fn item(question: &str, choices: &[&str], answer: usize) -> Item {
+        let choices = choices.iter().map(|choice| (*choice).to_owned()).collect();
+        Item { question: question.into(), choices, answer }
+    }
+
+    /// Items of different lengths.
+    fn items(count: usize) -> Vec<Item> {
+        let words = ["red", "a long answer", "x", "blue", "yes"];
+        (0..count)
+            .map(|i| {
+                let choices: Vec<_> =
+                    (0..2 + i % 3).map(|c| words[(i + c) % words.len()]).collect();
+                item(&"what? ".repeat(1 + i % 4), &choices, i % 2)
+            })
+            .collect()
+    }
+
+    /// The sum of the log-probabilities of a choice's tokens from one forward without a shared cache.
+    fn reference(model: &Model, prompt: &[u32], choice: &[u32]) -> f64 {
+        let tokens = [prompt, choice].concat();
+        let config = model.decoder().unwrap();
+        let mut cache = Cache::new(config, tokens.len());
+        let mut decoder = Decoder::new(model).unwrap();
+        let chunk = Chunk { tokens: &tokens, cache: &mut cache, logits: 0..tokens.len() };
+        let logits = decoder.forward(&mut [chunk]).unwrap().to_vec();
+        (prompt.len()..tokens.len())
+            .map(|at| {
+                let row = &logits[(at - 1) * config.vocab..at * config.vocab];
+                let total: f64 = row.iter().map(|logit| f64::from(*logit).exp()).sum();
+                f64::from(row[tokens[at] as usize]) - total.ln()
+            })
+            .sum()
+    }
+
+    fn ids(length: usize, salt: usize) -> Vec<u32> {
+        (0..length).map(|i| ((i * 37 + salt * 11 + i * i) % 96) as u32).collect()
+    }
+
+    /// A question with a prompt and choices of these lengths.
+    fn question(prompt: usize, choices: &[usize]) -> Question {
+        let choices = choices.iter().enumerate().map(|(i, n)| ids(*n, prompt + i + 1)).collect();
+        Question { prompt: ids(prompt, prompt), choices, cut: false }
+    }
+
+    fn assert_sums(model: &Model, scorer: &mut Scorer, batch: &[Question]) {
+        let sums = scorer.sums(batch, &Progress::silent(), "").unwrap();
+        for (question, sums) in batch.iter().zip(&sums) {
+            assert_eq!(sums.len(), question.choices.len());
+            for (choice, sum) in question.choices.iter().zip(sums) {
+                let expected = reference(model, &question.prompt, choice);
+                assert!((sum - expected).abs() < 1e-4, "{sum} is not {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn sums_are_those_of_whole_sequences() {
+        let batch = [
+            question(7, &[1, 4, 2]),
+            question(1, &[3, 1]),
+            question(20, &[1, 1, 6, 2, 9]),
+            question(12, &[8, 1]),
+        ];
+        for architecture in ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"] {
+            let model = random::model(random::tiny(architecture), 3).unwrap();
+            let mut scorer = Scorer::new(&model).unwrap();
+            assert_sums(&model, &mut scorer, &batch);
+            // Cut into parts wherever that can be.
+            for (tokens, rows) in [(3, 2), (1, 1), (50, 1), (4, 50)] {
+                (scorer.tokens, scorer.rows) = (tokens, rows);
+                assert_sums(&model, &mut scorer, &batch);
+            }
+        }
+    }
+
+    #[test]
+    fn local_layers_may_forget_the_prompt() {
+        let mut config = random::tiny("mistral");
+        config["max_position_embeddings"] = json!(2048);
+        let model = random::model(config, 3).unwrap();
+        let batch = [question(9, &[600, 3, 560, 2]), question(4, &[2, 3])];
+        assert_sums(&model, &mut Scorer::new(&model).unwrap(), &batch);
+    }
+
+    #[test]
+    fn measures_like_whole_sequences() {
+        let model = model(257);
+        let tokenizer = bytes();
+        // More than run at once.
+        let items = items(AT_ONCE + 6);
+        let found = measure(&model, &items, 256, &Progress::silent()).unwrap();
+        for i in [0, 1, 2, 3, AT_ONCE - 1, AT_ONCE, AT_ONCE + 5] {
+            let item = &items[i];
+            let text = format!("Question: {}\nAnswer:", item.question);
+            let prompt = tokenizer.encode(&text, true, false).unwrap();
+            assert_eq!(prompt[0], 256);
+            let scores: Vec<f64> = item
+                .choices
+                .iter()
+                .map(|choice| {
+                    let tokens = tokenizer.encode(&format!(" {choice}"), true, false).unwrap();
+                    reference(&model, &prompt, &tokens[1..]) / choice.len() as f64
+                })
+                .collect();
+            let best = (0..scores.len()).fold(0, |a, b| if scores[b] > scores[a] { b } else { a });
+            assert_eq!(found.predicted[i], best, "{i}: {scores:?}");
+            assert_eq!(found.correct[i], best == item.answer);
+        }
+        assert_eq!((found.predicted.len(), found.classes, found.cut), (items.len(), None, 0));
+        assert!(found.macro_f1(&[]).is_none());
+    }
+
+    #[test]
+    fn long_prompts_lose_their_start_but_not_the_start_token() {
+        let tokenizer = bytes();
+        let writer = Writer::new(&tokenizer, 257, 20).unwrap();
+        let long = item("where is the very long question?", &["a", "four"], 0);
+        let question = writer.question(&long).unwrap();
+        assert_eq!(question.choices.iter().map(Vec::len).collect::<Vec<_>>(), [2, 5]);
+        assert_eq!((question.cut, question.prompt.len(), question.prompt[0]), (true, 15, 256));
+        let text = tokenizer.decode(&question.prompt[1..], false).unwrap();
+        assert_eq!(text, "stion?\nAnswer:");
+        // "Question: q\nAnswer:" and the start token are 20 tokens.
+        for (context, cut) in [(25, false), (24, true)] {
+            let writer = Writer::new(&tokenizer, 257, context).unwrap();
+            let question = writer.question(&item("q", &["a", "four"], 0)).unwrap();
+            assert_eq!((question.cut, question.positions()), (cut, context - 1));
+        }
+
+        let model = model(257);
+        let items = [long.clone(), item("q", &["a", "b"], 0), long];
+        let found = measure(&model, &items, 40, &Progress::silent()).unwrap();
+        assert_eq!(found.cut, 2);
+        assert_eq!(measure(&model, &items, 7, &Progress::silent()).unwrap().cut, 3);
+        // A start token and the longest choice take 6.
+        let error = measure(&model, &items, 6, &Progress::silent()).unwrap_err();
+        assert_eq!(error.reason(), Reason::DatasetUnsuitable);
+        assert!(error.message().starts_with("question 1: a choice has 5 tokens"), "{error}");
+    }
+
+    #[test]
+    fn spaces_in_front_are_not_doubled() {
+        let mut spelled = serde_json::Map::new();
+        for (id, token) in ["<unk>", "\u{2581}", "a", "b", "\u{2581}a"].iter().enumerate() {
+            spelled.insert((*token).into(), json!(id));
+        }
+        let json = json!({
+            "version": "1.0",
+            "normalizer": { "type": "Sequence", "normalizers": [
+                { "type": "Prepend", "prepend": "\u{2581}" },
+                { "type": "Replace", "pattern": { "String": " " }, "content": "\u{2581}" },
+            ]},
+            "decoder": { "type": "Sequence", "decoders": [
+                { "type": "Replace", "pattern": { "String": "\u{2581}" }, "content": " " },
+                { "type": "Fuse" },
+                { "type": "Strip", "content": " ", "start": 1, "stop": 0 },
+            ]},
+            "model": { "type": "BPE", "vocab": spelled, "merges": [["\u{2581}", "a"]], "unk_token": "<unk>" },
+        });
+        let tokenizer = Tokenizer::new(json.to_string()).unwrap();
+        let writer = Writer::new(&tokenizer, 5, 99).unwrap();
+        let question = writer.question(&item("q", &["a", "b", "ab"], 0)).unwrap();
+        assert_eq!(question.choices, [vec![4], vec![1, 3], vec![4, 3]]);
+        assert_eq!(Writer::new(&bytes(), 257, 99).unwrap().space, " ");
+    }
+
+    #[test]
+    fn scores_are_per_byte_and_ties_go_to_the_lower_index() {
+        let words = item("q", &["ab", "abcd", "xy", "é", "abcd"], 0);
+        assert_eq!(choose(&words, &[-3.0, -4.0, -2.5, -9.0, -9.0]).unwrap(), 1);
+        assert_eq!(choose(&words, &[-2.0, -4.0, -2.0, -2.0, -4.0]).unwrap(), 0);
+        assert_eq!(choose(&words, &[-2.5, -4.0, -2.0, -2.0, -4.5]).unwrap(), 1);
+        // Rounding set the two equal texts apart.
+        assert_eq!(choose(&words, &[-9.0, -4.0, -9.0, -9.0, -3.999_999]).unwrap(), 1);
+        for bad in [f64::NAN, f64::NEG_INFINITY, f64::INFINITY] {
+            let error = choose(&words, &[-1.0, -1.0, bad, -1.0, -1.0]).unwrap_err();
+            assert_eq!(error.reason(), Reason::NonFinite);
+            assert!(error.message().contains("choice 2"), "{error}");
+        }
+    }
+
+    #[test]
+    fn macro_f1_by_hand() {
+        let found = |predicted: &[usize], classes| Found {
+            predicted: predicted.to_vec(),
+            correct: Vec::new(),
+            classes,
+            cut: 0,
+        };
+        // Class 0: TP 2, FP 1, FN 1: 4/6. Class 1: TP 1, FP 1, FN 0: 2/3. Class 2: only missed: 0.
+        // Class 3 is neither predicted nor true and does not count.
+        let answers = [0, 0, 0, 1, 2];
+        let score = found(&[0, 0, 1, 1, 0], Some(4)).macro_f1(&answers).unwrap();
+        assert!((score - (4.0 / 6.0 + 2.0 / 3.0) / 3.0).abs() < 1e-12);
+        // A class that is only predicted counts as 0.
+        let score = found(&[3, 0], Some(4)).macro_f1(&[0, 0]).unwrap();
+        assert!((score - (2.0 / 3.0) / 2.0).abs() < 1e-12);
+        assert_eq!(found(&answers, Some(3)).macro_f1(&answers), Some(1.0));
+        assert_eq!(found(&[0], None).macro_f1(&[0]), None);
+        assert_eq!(found(&[], Some(2)).macro_f1(&[]), None);
+    }
+
+    #[test]
+    fn classes_are_choices_that_all_questions_share() {
+        let model = model(257);
+        let mut items: Vec<_> = ["one", "two", "three"].map(|q| item(q, &["yes", "no"], 1)).into();
+        let found = measure(&model, &items, 128, &Progress::silent()).unwrap();
+        assert_eq!(found.classes, Some(2));
+        assert!(found.macro_f1(&[1, 1, 1]).is_some());
+        items[2].choices.swap(0, 1);
+        let found = measure(&model, &items, 128, &Progress::silent()).unwrap();
+        assert_eq!(found.classes, None);
+    }
+
+    #[test]
+    fn unsuitable_models_and_data_are_refused() {
+        let items = items(3);
+        let refusal = |model: &Model, items: &[Item]| {
+            let error = measure(model, items, 128, &Progress::silent()).unwrap_err();
+            (error.reason(), error.message().to_owned())
+        };
+        let mut without = model(257);
+        without.tokenizer = None;
+        assert_eq!(refusal(&without, &items).0, Reason::ModelUnsuitable);
+        // The start token is one more than the model knows.
+        let (reason, message) = refusal(&model(256), &items);
+        assert_eq!(reason, Reason::ModelUnsuitable);
+        assert!(message.starts_with("question 1: the prompt: the tokenizer gives token 256"));
+        assert_eq!(refusal(&model(257), &[]).0, Reason::DatasetUnsuitable);
+
+        let mut broken = model(257);
+        let norm = "model.norm.weight";
+        let width = broken.weights[norm].shape()[0];
+        let nan = Dense::from_f32(vec![width], &vec![f32::NAN; width], Dtype::F32).unwrap();
+        broken.weights.insert(norm.into(), Arc::new(Weight::Dense(nan)));
+        let (reason, message) = refusal(&broken, &items);
+        assert_eq!(reason, Reason::NonFinite);
+        assert!(message.starts_with("question 1: the likelihood of choice 0"), "{message}");
+    }
+
+    #[test]
+    fn cancelling_stops_it() {
+        let (model, items) = (model(257), items(3 * AT_ONCE));
+        for after in [0, 1, 2, 5] {
+            let cancelled = Arc::new(AtomicBool::new(after == 0));
+            let reports = Arc::new(AtomicUsize::new(0));
+            let (flag, count) = (cancelled.clone(), reports.clone());
+            let sink = move |done: f64, _: &str| {
+                assert!((0.0..=1.0).contains(&done));
+                if count.fetch_add(1, Ordering::Relaxed) + 1 == after {
+                    flag.store(true, Ordering::Relaxed);
+                }
+            };
+            let progress = Progress::new(Arc::new(sink), cancelled);
+            let error = measure(&model, &items, 128, &progress).unwrap_err();
+            assert_eq!(error.reason(), Reason::Cancelled);
+            assert_eq!(reports.load(Ordering::Relaxed), after);
+        }
+    }
+
+    #[test]
+    fn batches_keep_to_the_memory() {
+        let model = model(257);
+        let config = model.decoder().unwrap();
+        let positions = CACHE_BYTES / Cache::bytes_per_position(config);
+        let lengths = [5, positions / 2, positions / 3, positions / 2, 2 * positions, 5];
+        let mut questions = lengths.iter().map(|n| Ok(question(*n, &[1]))).peekable();
+        let mut sizes = Vec::new();
+        while questions.peek().is_some() {
+            sizes.push(take_batch(&mut questions, config).unwrap().len());
+        }
+        assert_eq!(sizes, [3, 1, 1, 1]);
+        let mut many = (0..AT_ONCE + 1).map(|_| Ok(question(3, &[1, 2]))).peekable();
+        assert_eq!(take_batch(&mut many, config).unwrap().len(), AT_ONCE);
+        assert_eq!(take_batch(&mut many, config).unwrap().len(), 1);
+    }
+}
