@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use planish::error::Result;
-use planish::models::decoder::plan::{Cache, CacheFormat, Chunk, Decoder};
+use planish::models::decoder::plan::{Arithmetic, Cache, CacheFormat, Chunk, Decoder};
 use planish::models::{Model, decoder::random, import};
 
 /// Tokens and seconds of one run.
@@ -22,7 +22,11 @@ fn main() -> Result<()> {
         None => smol()?,
     };
     let repetitions = arguments.next().and_then(|n| n.parse().ok()).unwrap_or(5_usize).max(1);
-    let mut decoder = Decoder::new(&model)?;
+    let arithmetic = match std::env::var_os("EXACT") {
+        Some(_) => Arithmetic::Exact,
+        None => Arithmetic::Integer,
+    };
+    let mut decoder = Decoder::with(&model, arithmetic)?;
     let vocab = decoder.config().vocab as u32;
     let tokens: Vec<u32> = (0..512).map(|i| (i * 7919 + 13) % vocab).collect();
 

@@ -114,6 +114,7 @@ impl Context {
 
 /// Runs the command line.
 pub fn main() -> ExitCode {
+    crate::kernels::memory::give_back_freed();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

@@ -233,13 +233,18 @@ unsafe fn q3_k<S: Simd, K: Sink<S>>(p: *const u8, at: usize, sink: &mut K) {
 
 /// Scale and minimum `j` of the eight pairs of 6 bits in 12 bytes.
 #[inline(always)]
+pub(super) fn factors(p: &[u8], j: usize) -> (u8, u8) {
+    if j < 4 {
+        return (p[j] & 63, p[j + 4] & 63);
+    }
+    let low = p[j + 4];
+    ((low & 15) | (p[j - 4] >> 6 << 4), (low >> 4) | (p[j] >> 6 << 4))
+}
+
+/// [`factors`] as numbers.
+#[inline(always)]
 unsafe fn scale_min(p: *const u8, j: usize) -> (f32, f32) {
-    let (scale, min) = if j < 4 {
-        (*p.add(j) & 63, *p.add(j + 4) & 63)
-    } else {
-        let low = *p.add(j + 4);
-        ((low & 15) | (*p.add(j - 4) >> 6 << 4), (low >> 4) | (*p.add(j) >> 6 << 4))
-    };
+    let (scale, min) = factors(&*p.cast::<[u8; 12]>(), j);
     (f32::from(scale), f32::from(min))
 }
 
@@ -299,19 +304,11 @@ unsafe fn q6_k<S: Simd, K: Sink<S>>(p: *const u8, at: usize, sink: &mut K) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::dot;
-    use super::super::simd::Level;
-    use super::*;
+pub(super) mod testing {
+    use super::GgmlType;
 
-    fn fnv(bytes: impl IntoIterator<Item = u8>) -> u64 {
-        bytes.into_iter().fold(0xcbf2_9ce4_8422_2325, |h, b| {
-            (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3)
-        })
-    }
-
-    /// Three blocks of pseudo-random bytes with harmless scales.
-    fn blocks(kind: GgmlType) -> Vec<u8> {
+    /// Blocks of pseudo-random bytes with harmless scales.
+    pub fn blocks(kind: GgmlType, count: usize) -> Vec<u8> {
         let scales: &[usize] = match kind {
             GgmlType::Q4_0 | GgmlType::Q5_0 | GgmlType::Q8_0 => &[0],
             GgmlType::Q4_1 | GgmlType::Q5_1 | GgmlType::Q4K | GgmlType::Q5K => &[0, 2],
@@ -324,15 +321,29 @@ mod tests {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (state >> 24) as u8
         })
-        .take(3 * kind.block_bytes())
+        .take(count * kind.block_bytes())
         .collect();
         for (i, block) in bytes.chunks_exact_mut(kind.block_bytes()).enumerate() {
             for (j, &at) in scales.iter().enumerate() {
-                let half = 0x2c00 + i as u16 * 0x123 + j as u16 * 0x8055;
+                let half = 0x2c00 + (i % 8) as u16 * 0x123 + j as u16 * 0x8055;
                 block[at..at + 2].copy_from_slice(&half.to_le_bytes());
             }
         }
         bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::dot;
+    use super::super::simd::Level;
+    use super::testing::blocks;
+    use super::*;
+
+    fn fnv(bytes: impl IntoIterator<Item = u8>) -> u64 {
+        bytes.into_iter().fold(0xcbf2_9ce4_8422_2325, |h, b| {
+            (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3)
+        })
     }
 
     // The digests (FNV-1a of the little-endian values) and the values 0, 17 and last were computed with
@@ -369,7 +380,7 @@ mod tests {
             (GgmlType::Q6K, 0x0bf1_f9d6_b1c5_592b, [106.3125, -177.1875, -33.7197265625]),
         ];
         for (kind, digest, [first, eighteenth, last]) in expected {
-            let (bytes, cols) = (blocks(kind), 3 * kind.block_elements());
+            let (bytes, cols) = (blocks(kind, 3), 3 * kind.block_elements());
             let rows = GgmlRows::new(&bytes, 1, cols, kind);
             for level in Level::available() {
                 let mut out = vec![f32::NAN; cols];

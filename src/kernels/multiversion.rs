@@ -31,7 +31,7 @@ macro_rules! multiversion {
                 match $crate::kernels::simd::Level::best() {
                     // SAFETY: the level was detected on this processor.
                     #[cfg(target_arch = "x86_64")]
-                    $crate::kernels::simd::Level::Avx512 => unsafe { avx512($($arg),*) },
+                    $crate::kernels::simd::Level::Avx512 | $crate::kernels::simd::Level::Vnni => unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     #[cfg(target_arch = "x86_64")]
                     $crate::kernels::simd::Level::Avx2 => unsafe { avx2($($arg),*) },

@@ -12,18 +12,24 @@ use std::sync::OnceLock;
 
 use half::{bf16, f16};
 
+use super::integer::Integer;
+
 /// Instruction sets, from least to most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
     Arrays,
     Avx2,
     Avx512,
+    /// AVX-512 with products of bytes.
+    Vnni,
 }
 
 impl Level {
     /// The levels this processor has.
     pub fn available() -> impl Iterator<Item = Self> {
-        [Self::Arrays, Self::Avx2, Self::Avx512].into_iter().filter(|l| *l <= Self::best())
+        [Self::Arrays, Self::Avx2, Self::Avx512, Self::Vnni]
+            .into_iter()
+            .filter(|l| *l <= Self::best())
     }
 
     /// The best level of this processor.
@@ -44,9 +50,10 @@ fn detect() -> Level {
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl");
-    match (avx2, avx512) {
-        (true, true) => Level::Avx512,
-        (true, false) => Level::Avx2,
+    match (avx2, avx512, is_x86_feature_detected!("avx512vnni")) {
+        (true, true, true) => Level::Vnni,
+        (true, true, false) => Level::Avx512,
+        (true, false, _) => Level::Avx2,
         _ => Level::Arrays,
     }
 }
@@ -73,6 +80,9 @@ pub fn run<T: Task>(level: Level, task: T) -> T::Out {
     match level {
         // SAFETY: the level was detected on this processor.
         #[cfg(target_arch = "x86_64")]
+        Level::Vnni => unsafe { x86::with_vnni(task) },
+        // SAFETY: the level was detected on this processor.
+        #[cfg(target_arch = "x86_64")]
         Level::Avx512 => unsafe { x86::with_avx512(task) },
         // SAFETY: the level was detected on this processor.
         #[cfg(target_arch = "x86_64")]
@@ -87,7 +97,7 @@ pub fn run<T: Task>(level: Level, task: T) -> T::Out {
 /// # Safety
 /// All functions ask that the processor has the instructions, and that pointers are valid for 16
 /// elements (`load_f16` and `load_bf16`: 32 bytes), aligned or not.
-pub trait Simd: Copy {
+pub trait Simd: Integer {
     type F: Copy;
     type B: Copy;
 
@@ -104,6 +114,10 @@ pub trait Simd: Copy {
 
     /// Lane 0.
     unsafe fn first(v: Self::F) -> f32;
+
+    /// `a * b + c` rounded once, at every level.
+    unsafe fn fused(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    unsafe fn from_i32(v: Self::I) -> Self::F;
 
     unsafe fn load_f16(p: *const u8) -> Self::F;
     unsafe fn load_bf16(p: *const u8) -> Self::F;
@@ -175,6 +189,14 @@ impl Simd for Arrays {
         v[0]
     }
     #[inline(always)]
+    unsafe fn fused(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    unsafe fn from_i32(v: Self::I) -> Self::F {
+        v.map(|v| v as f32)
+    }
+    #[inline(always)]
     unsafe fn load_f16(p: *const u8) -> Self::F {
         let bits = p.cast::<[u16; 16]>().read_unaligned();
         std::array::from_fn(|i| f16::from_bits(bits[i]).to_f32_const())
@@ -241,14 +263,21 @@ impl Simd for Arrays {
 }
 
 #[cfg(target_arch = "x86_64")]
-mod x86 {
+pub(super) mod x86 {
     use std::arch::x86_64::*;
 
     use super::{Simd, Task};
 
+    #[target_feature(
+        enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,popcnt,bmi1"
+    )]
+    pub(super) unsafe fn with_vnni<T: Task>(task: T) -> T::Out {
+        task.run::<Avx512<true>>()
+    }
+
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt,bmi1")]
     pub(super) unsafe fn with_avx512<T: Task>(task: T) -> T::Out {
-        task.run::<Avx512>()
+        task.run::<Avx512<false>>()
     }
 
     #[target_feature(enable = "avx2,fma,f16c,popcnt,bmi1")]
@@ -294,10 +323,11 @@ mod x86 {
         _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
     }
 
+    /// With or without products of bytes.
     #[derive(Clone, Copy)]
-    pub struct Avx512;
+    pub struct Avx512<const VNNI: bool>;
 
-    impl Simd for Avx512 {
+    impl<const VNNI: bool> Simd for Avx512<VNNI> {
         type F = __m512;
         common!();
 
@@ -336,6 +366,14 @@ mod x86 {
         #[inline(always)]
         unsafe fn first(v: Self::F) -> f32 {
             _mm512_cvtss_f32(v)
+        }
+        #[inline(always)]
+        unsafe fn fused(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+            _mm512_fmadd_ps(a, b, c)
+        }
+        #[inline(always)]
+        unsafe fn from_i32(v: Self::I) -> Self::F {
+            _mm512_cvtepi32_ps(v)
         }
         // Spread first: a single half would be inserted into a register that a slower instruction of the
         // iteration before still has to write.
@@ -455,6 +493,14 @@ mod x86 {
         #[inline(always)]
         unsafe fn first(v: Self::F) -> f32 {
             _mm256_cvtss_f32(v[0])
+        }
+        #[inline(always)]
+        unsafe fn fused(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+            Self::mul_add(a, b, c)
+        }
+        #[inline(always)]
+        unsafe fn from_i32(v: Self::I) -> Self::F {
+            [_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])]
         }
         #[inline(always)]
         unsafe fn splat_f16(bits: u16) -> Self::F {

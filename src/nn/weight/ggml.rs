@@ -4,6 +4,7 @@ use half::f16;
 
 use super::*;
 use crate::kernels::ggml::GgmlRows;
+use crate::kernels::packed::{Packed, Source};
 use crate::kernels::{dot, product};
 
 pub use crate::kernels::ggml::GgmlType;
@@ -108,6 +109,12 @@ impl Ggml {
 
     pub fn multiply_transposed(&self, g: &[f32], dx: &mut [f32]) {
         product::multiply_transposed(&self.view(), g, dx);
+    }
+
+    /// Packed for products with 8-bit activations, if there is a kernel for the block type.
+    pub fn packed(&self) -> Option<Packed> {
+        let source = Source::Ggml { kind: self.kind, blocks: &self.data };
+        Packed::new(source, self.shape[0], self.shape[1])
     }
 
     /// One part: `blocks`, bytes by row.

@@ -4,6 +4,7 @@ use half::f16;
 
 use super::*;
 use crate::kernels::grouped::{Grid, GroupedRows};
+use crate::kernels::packed::{Packed, Source};
 use crate::kernels::{dot, product};
 
 /// The grid: `weight = (code - zero) * scale`, codes in `0 .. 2^bits`. A symmetric grid has the fixed
@@ -245,6 +246,15 @@ impl Grouped {
 
     pub fn read_rows(&self, first: usize, out: &mut [f32]) {
         dot::read(&self.view(), first, out);
+    }
+
+    /// Packed for products with 8-bit activations, if groups are whole blocks of 32 columns.
+    pub fn packed(&self) -> Option<Packed> {
+        let zeros = (!self.spec.symmetric).then_some(&self.zeros[..]);
+        let (bits, group) = (self.spec.bits, self.spec.group);
+        let (codes, scales) = (&self.codes, &self.scales);
+        let source = Source::Grouped { bits, group, codes, scales, zeros };
+        Packed::new(source, self.shape[0], self.shape[1])
     }
 
     pub fn multiply(&self, x: &[f32], y: &mut [f32]) {

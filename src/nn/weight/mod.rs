@@ -19,6 +19,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Reason, Result};
+use crate::kernels::packed::Packed;
 use crate::nn::dtype::Dtype;
 
 pub use dense::Dense;
@@ -141,6 +142,16 @@ impl Weight {
     pub fn multiply_transposed(&self, g: &[f32], dx: &mut [f32]) {
         debug_assert_eq!(g.len() / self.rows(), dx.len() / self.cols());
         each!(self, w => w.multiply_transposed(g, dx));
+    }
+
+    /// The same numbers packed for products with 8-bit activations; `None` where the layout has no such
+    /// kernel.
+    pub fn packed(&self) -> Option<Packed> {
+        match self {
+            Self::Ggml(weight) => weight.packed(),
+            Self::Grouped(weight) => weight.packed(),
+            Self::Dense(_) | Self::Sparse(_) => None,
+        }
     }
 
     /// The plain tensors the weight is stored as.

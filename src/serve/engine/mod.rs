@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::sample::Sampling;
 use crate::error::{Error, Reason, Result};
 use crate::models::Model;
-use crate::models::decoder::plan::Decoder;
+use crate::models::decoder::plan::{Arithmetic, Decoder};
 
 /// Events a client may lag behind before its sequence skips steps.
 const LAG: usize = 64;
@@ -98,6 +98,8 @@ enum Job {
 /// What handles and the thread share.
 struct Shared {
     model: Arc<Model>,
+    /// Of the weights in memory.
+    bytes: u64,
     limits: Limits,
     queue: Mutex<Queue>,
     wake: Condvar,
@@ -133,12 +135,16 @@ impl Drop for Handle {
 }
 
 impl Engine {
-    /// Loads the model on a thread of its own.
-    pub fn start(model: Model, limits: Limits) -> Result<Self> {
-        let decoder = Decoder::new(&model)?;
+    /// Packs the model's weights and serves it on a thread of its own.
+    pub fn start(mut model: Model, limits: Limits) -> Result<Self> {
+        let decoder = Decoder::with(&model, Arithmetic::Integer)?;
+        let bytes = decoder.weight_bytes();
+        // The decoder has what it needs of them; the rest would stay in memory twice.
+        model.weights.clear();
         let context = limits.context.min(decoder.config().max_positions);
         let shared = Arc::new(Shared {
             model: Arc::new(model),
+            bytes,
             limits: Limits { context, slots: limits.slots.max(1), ..limits },
             queue: Mutex::default(),
             wake: Condvar::new(),
@@ -176,7 +182,7 @@ impl Engine {
         answer.await.unwrap_or_else(|_| Err(gone()))
     }
 
-    /// The model as it was loaded.
+    /// The model without its weights.
     pub fn model(&self) -> &Arc<Model> {
         &self.shared().model
     }
@@ -194,7 +200,7 @@ impl Engine {
 
     /// Bytes the weights take in memory.
     pub fn resident_bytes(&self) -> u64 {
-        self.shared().model.bytes()
+        self.shared().bytes
     }
 
     fn shared(&self) -> &Shared {

@@ -8,8 +8,12 @@ use crate::models::decoder::random;
 
 const LIMITS: Limits = Limits { slots: 3, queue: 4, context: 200 };
 
+fn model(architecture: &str) -> Model {
+    random::model(random::tiny(architecture), 3).unwrap()
+}
+
 fn engine(architecture: &str, limits: Limits) -> Engine {
-    Engine::start(random::model(random::tiny(architecture), 3).unwrap(), limits).unwrap()
+    Engine::start(model(architecture), limits).unwrap()
 }
 
 fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
@@ -61,7 +65,7 @@ async fn requests_in_one_batch_answer_as_if_alone() {
             prompts.iter().map(|p| engine.generate(request(p.clone(), 12)).unwrap()).collect();
         for (prompt, answer) in prompts.iter().zip(answers) {
             let (ids, done) = collect(answer).await;
-            assert_eq!(ids, alone(engine.model(), prompt, 12), "{architecture} {prompt:?}");
+            assert_eq!(ids, alone(&model(architecture), prompt, 12), "{architecture} {prompt:?}");
             let Event::Done { finish, prompt_tokens, generated_tokens, .. } = done else {
                 panic!()
             };
@@ -76,7 +80,7 @@ async fn requests_in_one_batch_answer_as_if_alone() {
 #[tokio::test]
 async fn end_tokens_and_the_context_end_an_answer() {
     let engine = engine("llama", LIMITS);
-    let ids = alone(engine.model(), &[1, 2, 3], 4);
+    let ids = alone(&model("llama"), &[1, 2, 3], 4);
     let first = ids.iter().position(|id| *id == ids[3]).unwrap();
     let ends = Request { end: vec![ids[3]], ..request(vec![1, 2, 3], 50) };
     let (got, done) = collect(engine.generate(ends).unwrap()).await;
@@ -110,7 +114,7 @@ async fn a_slow_client_does_not_stall_others_and_loses_nothing() {
     let (ids, _) = collect(engine.generate(request(vec![2], 150)).unwrap()).await;
     assert_eq!(ids.len(), 150);
     let (ids, _) = collect(slow).await;
-    assert_eq!(ids, alone(engine.model(), &[1], 150));
+    assert_eq!(ids, alone(&model("llama"), &[1], 150));
 }
 
 #[tokio::test]

@@ -3,14 +3,15 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
 use super::super::rotary::{Rotary, Table};
 use super::super::{Activation, Config, LayerKind};
 use super::attention::{self, Span, Store};
 use super::cache::Cache;
-use super::{Tap, tensor, vector};
+use super::linear::{self, Arithmetic, Linear};
+use super::{Tap, vector};
 use crate::error::Result;
+use crate::kernels::quantize::Activations;
+use crate::kernels::threads::for_rows;
 use crate::kernels::{activation, norm, rope};
 use crate::nn::weight::Weight;
 
@@ -44,35 +45,6 @@ impl Rotaries {
     }
 }
 
-/// A product with its bias.
-struct Linear {
-    weight: Arc<Weight>,
-    bias: Option<Vec<f32>>,
-}
-
-impl Linear {
-    fn new(
-        weights: &BTreeMap<String, Arc<Weight>>,
-        name: &str,
-        shape: [usize; 2],
-        biased: bool,
-    ) -> Result<Self> {
-        let weight = Arc::clone(tensor(weights, &format!("{name}.weight"), &shape)?);
-        let bias = match biased {
-            true => Some(vector(weights, &format!("{name}.bias"), shape[0])?),
-            false => None,
-        };
-        Ok(Self { weight, bias })
-    }
-
-    fn run(&self, x: &[f32], y: &mut [f32]) {
-        self.weight.multiply(x, y);
-        if let Some(bias) = &self.bias {
-            y.chunks_exact_mut(bias.len()).for_each(|row| norm::add(row, bias));
-        }
-    }
-}
-
 /// Activations of a step, kept between steps so that decoding allocates nothing. Each holds rows of
 /// the width that [`Layer::forward`] gives it.
 #[derive(Default)]
@@ -85,6 +57,8 @@ pub(super) struct Buffers {
     delta: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
+    /// The input of products, in 8 bits.
+    pub rounded: Activations,
 }
 
 /// The first `len` elements of a buffer that grows but never shrinks.
@@ -104,17 +78,7 @@ fn each_row(
     b_width: usize,
     f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
 ) {
-    let grain = (GRAIN / (a_width + b_width)).max(1);
-    if a.len() / a_width <= grain {
-        let rows = a.chunks_exact_mut(a_width).zip(b.chunks_exact_mut(b_width));
-        rows.enumerate().for_each(|(i, (a, b))| f(i, a, b));
-    } else {
-        a.par_chunks_exact_mut(a_width)
-            .zip(b.par_chunks_exact_mut(b_width))
-            .enumerate()
-            .with_min_len(grain)
-            .for_each(|(i, (a, b))| f(i, a, b));
-    }
+    for_rows(a, a_width, b, b_width, (GRAIN / (a_width + b_width)).max(1), f);
 }
 
 /// The weights of one block, ready to run.
@@ -143,11 +107,13 @@ impl Layer {
         weights: &BTreeMap<String, Arc<Weight>>,
         index: usize,
         rotaries: &Rotaries,
+        arithmetic: Arithmetic,
     ) -> Result<Self> {
         let (hidden, wide) = (config.hidden, config.intermediate);
         let (q, kv) = (config.query_channels(), config.key_channels());
         let linear = |name: &str, rows: usize, cols: usize, biased: bool| {
-            Linear::new(weights, &format!("model.layers.{index}.{name}"), [rows, cols], biased)
+            let name = format!("model.layers.{index}.{name}");
+            Linear::new(weights, &name, [rows, cols], biased, arithmetic)
         };
         let norm = |name: &str, len: usize| {
             let mut weight = vector(weights, &format!("model.layers.{index}.{name}.weight"), len)?;
@@ -185,6 +151,12 @@ impl Layer {
         })
     }
 
+    /// Bytes of the matrices.
+    pub fn weight_bytes(&self) -> u64 {
+        let linears = [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down];
+        linears.iter().map(|linear| linear.matrix.bytes()).sum()
+    }
+
     /// Runs the block over `hidden` (`[rows, hidden]`, in place). `spans` tile the rows. With caches
     /// (one a span) keys and values are appended to them; without, every span is a sequence of its own.
     pub fn forward(
@@ -218,9 +190,9 @@ impl Layer {
             norm::rms_norm(h, &self.before_attention, eps, x);
         });
         tap(0, x);
-        self.q.run(x, q);
-        self.k.run(x, k);
-        self.v.run(x, v);
+        let rounded = &mut buffers.rounded;
+        let outputs = [(&self.q, &mut *q), (&self.k, &mut *k), (&self.v, &mut *v)];
+        linear::run(x, width, rounded, outputs);
         let end = spans.iter().map(|s| s.first + s.rows.len()).max().unwrap_or(0);
         self.place(&self.rotary.upto(end), spans, q, k);
         match caches {
@@ -238,22 +210,21 @@ impl Layer {
             }
         }
         tap(1, attended);
-        self.o.run(attended, delta);
+        linear::run(attended, q_width, rounded, [(&self.o, &mut *delta)]);
         each_row(hidden, width, x, width, |i, h, x| {
             let delta = &delta[i * width..][..width];
             add_normed(h, delta, self.after_attention.as_deref(), eps, x);
             norm::rms_norm(h, &self.before_mlp, eps, x);
         });
         tap(2, x);
-        self.gate.run(x, gate);
-        self.up.run(x, up);
+        linear::run(x, width, rounded, [(&self.gate, &mut *gate), (&self.up, &mut *up)]);
         let gated = match config.activation {
             Activation::Silu => activation::silu_gated,
             Activation::GeluTanh => activation::gelu_gated,
         };
         each_row(gate, wide, up, wide, |_, gate, up| gated(gate, up));
         tap(3, gate);
-        self.down.run(gate, delta);
+        linear::run(gate, wide, rounded, [(&self.down, &mut *delta)]);
         each_row(hidden, width, x, width, |i, h, x| {
             add_normed(h, &delta[i * width..][..width], self.after_mlp.as_deref(), eps, x);
         });
@@ -324,7 +295,9 @@ impl Block {
             )));
         }
         let rotaries = Rotaries::new(config);
-        Ok(Self { layer: Layer::new(&Arc::new(config.clone()), weights, layer, &rotaries)? })
+        let config = Arc::new(config.clone());
+        let layer = Layer::new(&config, weights, layer, &rotaries, Arithmetic::Exact)?;
+        Ok(Self { layer })
     }
 
     /// Hidden states in, hidden states out, in place: `hidden` is `[sequences * length, hidden]`, each

@@ -3,6 +3,7 @@
 mod attention;
 mod block;
 mod cache;
+mod linear;
 #[cfg(test)]
 mod tests;
 
@@ -14,12 +15,15 @@ use rayon::prelude::*;
 
 pub use block::Block;
 pub use cache::{Cache, CacheFormat};
+pub use linear::Arithmetic;
 
 use self::attention::Span;
 use self::block::{Buffers, Layer, Rotaries, sized};
+use self::linear::Matrix;
 use super::Config;
 use super::config::{EMBEDDING, FINAL_NORM};
 use crate::error::{Error, Reason, Result};
+use crate::kernels::quantize::Activations;
 use crate::kernels::{activation, norm};
 use crate::models::Model;
 use crate::nn::weight::Weight;
@@ -39,10 +43,11 @@ pub struct Chunk<'a> {
     pub logits: Range<usize>,
 }
 
-/// A decoder ready to run. Weights are shared with the model; buffers are its own.
+/// A decoder ready to run. Weights are shared with the model unless they were packed; buffers are its
+/// own.
 pub struct Decoder {
     config: Arc<Config>,
-    embedding: Arc<Weight>,
+    embedding: Matrix,
     layers: Vec<Layer>,
     head: Head,
     hidden: Vec<f32>,
@@ -60,16 +65,26 @@ enum Output {
 }
 
 impl Decoder {
-    /// Checks that every tensor is there and has its shape.
+    /// A decoder that computes in f32. Checks that every tensor is there and has its shape.
     pub fn new(model: &Model) -> Result<Self> {
+        Self::with(model, Arithmetic::Exact)
+    }
+
+    /// A decoder that computes as asked. Checks that every tensor is there and has its shape.
+    pub fn with(model: &Model, arithmetic: Arithmetic) -> Result<Self> {
         let config = Arc::new(model.decoder()?.clone());
         let rotaries = Rotaries::new(&config);
-        let embedding =
-            Arc::clone(tensor(&model.weights, EMBEDDING, &[config.vocab, config.hidden])?);
         let layers = (0..config.layers.len())
-            .map(|i| Layer::new(&config, &model.weights, i, &rotaries))
+            .map(|i| Layer::new(&config, &model.weights, i, &rotaries, arithmetic))
             .collect::<Result<_>>()?;
-        let head = Head::new(&config, &model.weights)?;
+        let head = Head::with(&config, &model.weights, arithmetic)?;
+        let embedding = match config.tied {
+            true => head.matrix.clone(),
+            false => {
+                let shape = [config.vocab, config.hidden];
+                Matrix::Plain(Arc::clone(tensor(&model.weights, EMBEDDING, &shape)?))
+            }
+        };
         Ok(Self {
             config,
             embedding,
@@ -84,6 +99,13 @@ impl Decoder {
 
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Bytes of the weights as they are multiplied with.
+    pub fn weight_bytes(&self) -> u64 {
+        let layers: u64 = self.layers.iter().map(Layer::weight_bytes).sum();
+        let embedding = if self.config.tied { 0 } else { self.embedding.bytes() };
+        layers + embedding + self.head.matrix.bytes()
     }
 
     /// Runs the new tokens of several sequences at once; returns the wanted logits `[wanted, vocab]`,
@@ -180,7 +202,8 @@ impl Decoder {
             let span = row..row + tokens.len();
             row = span.end;
             let out = &mut hidden[span.start * width..span.end * width];
-            embed(&self.config, &self.embedding, &chunk.tokens[tokens.clone()], out);
+            let tokens = &chunk.tokens[tokens.clone()];
+            embed_rows(&self.config, tokens, out, |row, out| self.embedding.read_row(row, out));
             spans.push(Span { rows: span, first: chunk.cache.len() });
         }
         {
@@ -216,7 +239,7 @@ impl Decoder {
             Output::Logits => {
                 let vocab = self.config.vocab;
                 let logits = &mut self.out[first * vocab..(first + count) * vocab];
-                self.head.finish(wanted, logits);
+                self.head.finish_with(wanted, logits, &mut self.buffers.rounded);
             }
             Output::States => {
                 self.out[first * width..(first + count) * width].copy_from_slice(wanted);
@@ -229,7 +252,7 @@ impl Decoder {
 /// The final norm and the output matrix.
 pub struct Head {
     norm: Vec<f32>,
-    weight: Arc<Weight>,
+    matrix: Matrix,
     eps: f32,
     softcap: Option<f32>,
 }
@@ -237,6 +260,14 @@ pub struct Head {
 impl Head {
     /// Takes the final norm and the head (the embedding where they are tied) from the map of a model.
     pub fn new(config: &Config, weights: &BTreeMap<String, Arc<Weight>>) -> Result<Self> {
+        Self::with(config, weights, Arithmetic::Exact)
+    }
+
+    fn with(
+        config: &Config,
+        weights: &BTreeMap<String, Arc<Weight>>,
+        arithmetic: Arithmetic,
+    ) -> Result<Self> {
         let mut norm = vector(weights, FINAL_NORM, config.hidden)?;
         if config.norm_offset {
             norm.iter_mut().for_each(|w| *w += 1.0);
@@ -244,7 +275,7 @@ impl Head {
         let shape = [config.vocab, config.hidden];
         Ok(Self {
             norm,
-            weight: Arc::clone(tensor(weights, config.head_name(), &shape)?),
+            matrix: Matrix::new(tensor(weights, config.head_name(), &shape)?, arithmetic),
             eps: config.norm_eps,
             softcap: config.final_softcap,
         })
@@ -252,10 +283,15 @@ impl Head {
 
     /// Logits `[rows, vocab]` of final hidden states `[rows, hidden]`, which are left normed.
     pub fn finish(&self, hidden: &mut [f32], logits: &mut [f32]) {
+        self.finish_with(hidden, logits, &mut Activations::default());
+    }
+
+    fn finish_with(&self, hidden: &mut [f32], logits: &mut [f32], rounded: &mut Activations) {
         for row in hidden.chunks_exact_mut(self.norm.len()) {
             norm::rms_norm_in_place(row, &self.norm, self.eps);
         }
-        self.weight.multiply(hidden, logits);
+        let width = self.norm.len();
+        linear::multiply(hidden, width, rounded, [(&self.matrix, &mut *logits)]);
         if let Some(cap) = self.softcap {
             logits.par_chunks_mut(1 << 14).for_each(|part| activation::softcap(part, cap));
         }
@@ -265,8 +301,12 @@ impl Head {
 /// Embeddings of tokens (scaled as the config asks), `[tokens, hidden]`. Tokens must be below the
 /// vocabulary size, see [`check_tokens`].
 pub fn embed(config: &Config, embedding: &Weight, tokens: &[u32], out: &mut [f32]) {
+    embed_rows(config, tokens, out, |row, out| embedding.read_rows(row, out));
+}
+
+fn embed_rows(config: &Config, tokens: &[u32], out: &mut [f32], read: impl Fn(usize, &mut [f32])) {
     for (token, row) in tokens.iter().zip(out.chunks_exact_mut(config.hidden)) {
-        embedding.read_rows(*token as usize, row);
+        read(*token as usize, row);
         if config.embedding_scale != 1.0 {
             row.iter_mut().for_each(|v| *v *= config.embedding_scale);
         }

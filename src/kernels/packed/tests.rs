@@ -1,0 +1,187 @@
+use super::super::ggml::{GgmlRows, testing::blocks};
+use super::super::grouped::{Grid, GroupedRows};
+use super::super::quantize::{Activations, Grain};
+use super::super::simd::Level;
+use super::super::{dot, dot::Rows};
+use super::product::{Job, multiply, multiply_at};
+use super::*;
+
+/// Every source that has a kernel: name, rows, columns, bytes.
+fn each(mut check: impl FnMut(&str, Source<'_>, usize, usize, &[f32])) {
+    for (rows, blocks_each) in [(1, 1), (16, 3), (17, 2), (37, 5)] {
+        for kind in GgmlType::ALL {
+            let cols = blocks_each * kind.block_elements();
+            let bytes = blocks(kind, rows * blocks_each);
+            let mut dense = vec![0.0; rows * cols];
+            dot::read(&GgmlRows::new(&bytes, rows, cols, kind), 0, &mut dense);
+            let source = Source::Ggml { kind, blocks: &bytes };
+            check(&format!("{kind:?} {rows}"), source, rows, cols, &dense);
+        }
+        for bits in [2, 3, 4, 8] {
+            for group in [32, 64, 96] {
+                let cols = blocks_each * group;
+                let noise = |n: usize, k: usize| -> Vec<u8> {
+                    (0..n).map(|i| (i * k + i * i * 7) as u8).collect()
+                };
+                let codes = noise(rows * (cols * bits as usize).div_ceil(8), 101);
+                let scales: Vec<u8> = (0..rows * cols / group)
+                    .flat_map(|i| half::f16::from_f32(0.01 * (i % 9) as f32 - 0.03).to_le_bytes())
+                    .collect();
+                let zeros: Vec<u8> =
+                    noise(rows * cols / group, 59).iter().map(|z| z % (1 << (bits - 1))).collect();
+                for zeros in [None, Some(&zeros[..])] {
+                    let grid = Grid::new(bits, group, [rows, cols], &scales, zeros);
+                    let mut dense = vec![0.0; rows * cols];
+                    dot::read(&GroupedRows::new(&codes, rows, cols, grid), 0, &mut dense);
+                    let (codes, scales) = (&codes, &scales);
+                    let source = Source::Grouped { bits, group, codes, scales, zeros };
+                    check(&format!("{bits} bits by {group}"), source, rows, cols, &dense);
+                }
+            }
+        }
+        for cols in [32 * blocks_each, 64 * blocks_each] {
+            let codes: Vec<i8> = (0..rows * cols)
+                .map(|i| ((i * 89 + i * i) % 255) as i8)
+                .map(|c| c.max(-127))
+                .collect();
+            let scales: Vec<f32> = (0..rows).map(|i| 0.01 + 0.002 * i as f32).collect();
+            let dense: Vec<f32> =
+                codes.iter().enumerate().map(|(i, c)| f32::from(*c) * scales[i / cols]).collect();
+            let source = Source::Rows { codes: &codes, scales: &scales };
+            check(&format!("rows of {cols}"), source, rows, cols, &dense);
+
+            // (code - zero) * factor fits into a signed byte.
+            let group = cols / blocks_each;
+            let groups = rows * blocks_each;
+            let zeros: Vec<u8> = (0..groups).map(|i| (i * 5 % 16) as u8).collect();
+            let factors: Vec<u8> = zeros
+                .iter()
+                .enumerate()
+                .map(|(i, z)| 1 + (i % (127 / usize::from(*z.max(&(15 - z))))) as u8)
+                .collect();
+            let codes: Vec<u8> = (0..rows * cols).map(|i| ((i * 7 + i / 13) % 16) as u8).collect();
+            let of = |i: usize| i / cols * blocks_each + i % cols / group;
+            let dense: Vec<f32> = (0..rows * cols)
+                .map(|i| {
+                    let (code, zero) = (f32::from(codes[i]), f32::from(zeros[of(i)]));
+                    (code - zero) * (scales[i / cols] * f32::from(factors[of(i)]))
+                })
+                .collect();
+            let (codes, zeros, factors) = (&codes, &zeros, &factors);
+            let source = Source::DualGrained { group, codes, factors, zeros, scales: &scales };
+            check(&format!("dual grained {cols} by {group}"), source, rows, cols, &dense);
+        }
+    }
+}
+
+/// Every way a product can be computed here.
+fn paths() -> impl Iterator<Item = (Level, bool)> {
+    Level::available().map(|level| (level, false)).chain([(Level::best(), true)])
+}
+
+#[test]
+fn packed_elements_are_those_of_the_layout_to_the_bit() {
+    let mut count = 0;
+    each(|what, source, rows, cols, dense| {
+        let Some(packed) = Packed::new(source, rows, cols) else {
+            assert!(what.starts_with("Q2K") || what.starts_with("Q3K"), "{what}");
+            return;
+        };
+        count += 1;
+        let mut row = vec![0.0; cols];
+        for r in 0..rows {
+            packed.read_row(r, &mut row);
+            assert_eq!(row, dense[r * cols..(r + 1) * cols], "{what} row {r}");
+        }
+    });
+    assert_eq!(count, 4 * (8 + 4 * 3 * 2 + 2 * 2));
+}
+
+#[test]
+fn products_are_those_of_rounded_activations_at_every_level() {
+    each(|what, source, rows, cols, dense| {
+        let Some(packed) = Packed::new(source, rows, cols) else { return };
+        for tokens in [1, 2, 3, 4, 7, 9, 16, 31, 45] {
+            let x: Vec<f32> =
+                (0..tokens * cols).map(|i| ((i * 7919) % 1013) as f32 / 300.0 - 1.6).collect();
+            let mut rounded = Activations::default();
+            rounded.set(&x, cols, packed.grain());
+            let x = rounded.to_f32();
+            let mut first = None;
+            for (level, tiles) in paths() {
+                let mut y = vec![f32::NAN; tokens * rows];
+                multiply_at(
+                    level,
+                    tiles,
+                    &rounded,
+                    &mut [Some(Job { weight: &packed, y: &mut y })],
+                );
+                for (i, y) in y.iter().enumerate() {
+                    let x = &x[i / rows * cols..][..cols];
+                    let w = &dense[i % rows * cols..][..cols];
+                    let terms = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w));
+                    let (exact, size) = terms.fold((0.0, 0.0), |(s, a), t| (s + t, a + t.abs()));
+                    // Weights with a minimum are added apart from it.
+                    let error = (f64::from(*y) - exact).abs();
+                    assert!(error <= 1e-5 * size + 1e-6, "{what} {level:?}: {y} not {exact}");
+                }
+                let y: Vec<u32> = y.iter().map(|y| y.to_bits()).collect();
+                assert_eq!(*first.get_or_insert_with(|| y.clone()), y, "{what} {level:?}");
+            }
+        }
+    });
+}
+
+#[test]
+fn the_largest_codes_do_not_overflow() {
+    let cols = 4096;
+    for (kind, byte) in [(GgmlType::Q8_0, 0x80), (GgmlType::Q8_0, 0x7f), (GgmlType::Q5_0, 0xff)] {
+        let mut bytes = vec![byte; cols / 32 * kind.block_bytes()];
+        for block in bytes.chunks_exact_mut(kind.block_bytes()) {
+            block[..2].copy_from_slice(&half::f16::ONE.to_le_bytes());
+        }
+        let rows = GgmlRows::new(&bytes, 1, cols, kind);
+        assert_eq!(rows.cols(), cols);
+        let mut dense = vec![0.0; cols];
+        dot::read(&rows, 0, &mut dense);
+        let packed = Packed::new(Source::Ggml { kind, blocks: &bytes }, 1, cols).unwrap();
+        for sign in [1.0, -1.0] {
+            let mut x = Activations::default();
+            x.set(&vec![127.0 * sign; cols], cols, Grain::Block);
+            let expected: f32 = dense.iter().sum::<f32>() * 127.0 * sign;
+            for (level, tiles) in paths() {
+                let mut y = [0.0];
+                multiply_at(level, tiles, &x, &mut [Some(Job { weight: &packed, y: &mut y })]);
+                assert_eq!(y, [expected], "{kind:?} {level:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn several_matrices_share_their_input() {
+    let weights: Vec<Packed> = [(5, 2), (40, 2), (16, 2)]
+        .map(|(rows, n)| {
+            let bytes = blocks(GgmlType::Q4_1, rows * n);
+            let source = Source::Ggml { kind: GgmlType::Q4_1, blocks: &bytes };
+            Packed::new(source, rows, 32 * n).unwrap()
+        })
+        .into();
+    let mut x = Activations::default();
+    x.set(&(0..3 * 64).map(|i| i as f32 / 64.0 - 1.0).collect::<Vec<_>>(), 64, Grain::Block);
+    let alone = |w: &Packed| {
+        let mut y = vec![f32::NAN; 3 * w.rows()];
+        multiply(&x, &mut [Some(Job { weight: w, y: &mut y })]);
+        y
+    };
+    let mut together: Vec<Vec<f32>> =
+        weights.iter().map(|w| vec![f32::NAN; 3 * w.rows()]).collect();
+    let mut jobs: Vec<_> =
+        weights.iter().zip(&mut together).map(|(weight, y)| Some(Job { weight, y })).collect();
+    multiply(&x, &mut jobs);
+    for (weight, y) in weights.iter().zip(&together) {
+        assert_eq!(*y, alone(weight));
+    }
+    // Codes and scales as the file has them: 20 bytes for 32 weights.
+    assert_eq!(weights[2].bytes(), 16 * 2 * 20);
+}

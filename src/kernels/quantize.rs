@@ -1,0 +1,226 @@
+//! Rounding of activations to 8 bits, for products in integers.
+
+use super::multiversion::multiversion;
+use super::threads::{self, Shared};
+
+/// Columns that share a scale.
+pub const BLOCK: usize = 32;
+/// Columns whose sum is kept: the finest group of weights with a zero point of its own.
+pub const SUM: usize = 16;
+
+/// Blocks that are worth a thread of their own: a few microseconds.
+const GRAIN: usize = 1 << 10;
+
+/// What shares a scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Grain {
+    /// [`BLOCK`] columns of a token.
+    #[default]
+    Block,
+    /// A token: coarser, but sums run over all columns without leaving the integers.
+    Token,
+}
+
+/// Rows of activations as `q * scale` with signed bytes. The buffers are kept from one use to the next.
+#[derive(Debug, Default)]
+pub struct Activations {
+    cols: usize,
+    tokens: usize,
+    grain: Grain,
+    codes: Vec<i8>,
+    scales: Vec<f32>,
+    /// Sums of `q` over [`SUM`] columns.
+    sums: Vec<i32>,
+    /// Sums of `q * scale` over [`BLOCK`] columns.
+    weighted: Vec<f32>,
+    /// Sums of `q` over a token, where it shares a scale.
+    totals: Vec<i32>,
+}
+
+impl Activations {
+    /// Rounds the rows `x` (`[tokens, cols]`). The largest magnitude of what shares a scale takes code 127;
+    /// the rest goes to the nearest code, ties to even. Where a value is not finite the scale is not
+    /// finite either, so that products show it. Panics if `cols` is not a multiple of [`BLOCK`].
+    pub fn set(&mut self, x: &[f32], cols: usize, grain: Grain) {
+        assert!(cols > 0 && cols.is_multiple_of(BLOCK) && x.len().is_multiple_of(cols));
+        (self.cols, self.tokens, self.grain) = (cols, x.len() / cols, grain);
+        let width = match grain {
+            Grain::Block => BLOCK,
+            Grain::Token => cols,
+        };
+        // Room for whole vectors to be read from any place.
+        self.codes.resize((x.len() + 64).max(self.codes.len()), 0);
+        self.scales.resize((x.len() / BLOCK).max(self.scales.len()), 0.0);
+        self.weighted.resize((x.len() / BLOCK).max(self.weighted.len()), 0.0);
+        self.sums.resize((x.len() / SUM).max(self.sums.len()), 0);
+        let codes = Shared::new(&mut self.codes[..x.len()]);
+        let scales = Shared::new(&mut self.scales);
+        let sums = Shared::new(&mut self.sums);
+        let weighted = Shared::new(&mut self.weighted);
+        threads::for_ranges(x.len() / width, GRAIN * BLOCK / width + 1, |units| {
+            let columns = units.start * width..units.end * width;
+            let blocks = columns.start / BLOCK..columns.end / BLOCK;
+            // SAFETY: ranges are disjoint.
+            let (codes, scales, sums, weighted) = unsafe {
+                (
+                    codes.slice(columns.clone()),
+                    scales.slice(blocks.clone()),
+                    sums.slice(2 * blocks.start..2 * blocks.end),
+                    weighted.slice(blocks),
+                )
+            };
+            round(&x[columns], width, codes, scales, sums, weighted);
+        });
+        self.totals.clear();
+        if grain == Grain::Token {
+            let sums = self.sums.chunks_exact(cols / SUM).take(self.tokens);
+            self.totals.extend(sums.map(|sums| sums.iter().sum::<i32>()));
+        }
+    }
+
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// `[tokens, cols]`, followed by at least 64 elements of no meaning.
+    pub(super) fn codes(&self) -> &[i8] {
+        &self.codes
+    }
+
+    pub fn grain(&self) -> Grain {
+        self.grain
+    }
+
+    /// `[tokens, cols / BLOCK]`, also where a whole token shares one.
+    pub(super) fn scales(&self) -> &[f32] {
+        &self.scales
+    }
+
+    /// `[tokens, cols / SUM]`
+    pub(super) fn sums(&self) -> &[i32] {
+        &self.sums
+    }
+
+    /// `[tokens, cols / BLOCK]`
+    pub(super) fn weighted(&self) -> &[f32] {
+        &self.weighted
+    }
+
+    /// `[tokens]`; empty where tokens do not share a scale.
+    pub(super) fn totals(&self) -> &[i32] {
+        &self.totals
+    }
+
+    /// The rounded values, `[tokens, cols]`.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let codes = self.codes[..self.tokens * self.cols].chunks_exact(BLOCK);
+        codes
+            .zip(&self.scales)
+            .flat_map(|(q, d)| q.iter().map(move |q| f32::from(*q) * d))
+            .collect()
+    }
+}
+
+multiversion! {
+    fn round(
+        x: &[f32],
+        width: usize,
+        codes: &mut [i8],
+        scales: &mut [f32],
+        sums: &mut [i32],
+        weighted: &mut [f32],
+    ) {
+        for (unit, x) in x.chunks_exact(width).enumerate() {
+            let mut top = [0.0_f32; 16];
+            // Zero, unless a value is not finite.
+            let mut poison = [0.0_f32; 16];
+            for half in x.as_chunks::<16>().0 {
+                for i in 0..16 {
+                    top[i] = top[i].max(half[i].abs());
+                    poison[i] += half[i] * 0.0;
+                }
+            }
+            let top = top.iter().fold(0.0_f32, |m, v| m.max(*v));
+            let poison: f32 = poison.iter().sum();
+            let scale = top / 127.0;
+            // Of a scale too small to divide by, the values are lost: all are below 1e-36.
+            let inverse = if scale > 1e-38 { 1.0 / scale } else { 0.0 };
+            let scale = scale + poison;
+            for (inside, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
+                let b = unit * (width / BLOCK) + inside;
+                let codes = &mut codes[b * BLOCK..][..BLOCK];
+                for i in 0..BLOCK {
+                    // The magic constant leaves the nearest integer, ties to even, in the low bits.
+                    let shifted = (x[i] * inverse).clamp(-127.0, 127.0) + 12_582_912.0;
+                    codes[i] = (shifted.to_bits() as i32 - 0x4b40_0000) as i8;
+                }
+                let sum = |q: &[i8]| q.iter().map(|q| i32::from(*q)).sum::<i32>();
+                let (low, high) = codes.split_at(SUM);
+                (sums[2 * b], sums[2 * b + 1]) = (sum(low), sum(high));
+                scales[b] = scale;
+                weighted[b] = scale * (sums[2 * b] + sums[2 * b + 1]) as f32;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_by_hand() {
+        let mut x = vec![0.0; 64];
+        // Scale 2: 254 -> 127, 5 -> 2.5 -> 2, 7 -> 3.5 -> 4, -254 -> -127.
+        (x[0], x[1], x[2], x[31]) = (254.0, 5.0, 7.0, -254.0);
+        let mut a = Activations::default();
+        a.set(&x, 64, Grain::Block);
+        assert_eq!(a.codes()[..3], [127, 2, 4]);
+        assert_eq!(a.codes()[31], -127);
+        assert_eq!(a.scales()[..2], [2.0, 0.0]);
+        assert_eq!(a.sums()[..4], [133, -127, 0, 0]);
+        assert_eq!(a.weighted()[..2], [12.0, 0.0]);
+        assert_eq!(a.to_f32()[..3], [254.0, 4.0, 8.0]);
+        assert_eq!((a.tokens(), a.cols()), (1, 64));
+    }
+
+    #[test]
+    fn rounding_is_within_half_a_step() {
+        let x: Vec<f32> = (0..320).map(|i| ((i * 7919) % 1009) as f32 / 17.0 - 30.0).collect();
+        let mut a = Activations::default();
+        a.set(&x, 160, Grain::Block);
+        for (i, (x, y)) in x.iter().zip(a.to_f32()).enumerate() {
+            assert!((x - y).abs() <= a.scales()[i / 32] * 0.5001, "{i}: {x} {y}");
+        }
+    }
+
+    #[test]
+    fn a_token_shares_a_scale() {
+        let mut x = vec![0.0; 128];
+        (x[0], x[40], x[64]) = (254.0, -127.0, 1.0);
+        let mut a = Activations::default();
+        a.set(&x, 64, Grain::Token);
+        assert_eq!(a.scales()[..4], [2.0, 2.0, 1.0 / 127.0, 1.0 / 127.0]);
+        // -63.5 goes to the even neighbour.
+        assert_eq!((a.codes()[0], a.codes()[40], a.codes()[64]), (127, -64, 127));
+        assert_eq!(a.sums()[..4], [127, 0, -64, 0]);
+    }
+
+    #[test]
+    fn what_is_not_finite_shows() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = vec![1.0; 64];
+            x[40] = bad;
+            let mut a = Activations::default();
+            a.set(&x, 64, Grain::Block);
+            assert!(a.scales()[0].is_finite() && !a.scales()[1].is_finite(), "{bad}");
+        }
+        let mut a = Activations::default();
+        a.set(&[1e-40; 32], 32, Grain::Block);
+        assert_eq!(a.codes()[..32], [0; 32]);
+    }
+}

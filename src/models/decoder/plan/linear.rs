@@ -1,0 +1,129 @@
+//! The products of a plan: as the layout has them, or packed and with 8-bit activations.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::{tensor, vector};
+use crate::error::Result;
+use crate::kernels::norm;
+use crate::kernels::packed::{self, Job, Packed};
+use crate::kernels::quantize::{Activations, Grain};
+use crate::nn::weight::Weight;
+
+/// The numbers in which products run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Arithmetic {
+    /// Activations stay f32: what evaluation and calibration use.
+    #[default]
+    Exact,
+    /// Activations are rounded to 8 bits wherever the layout of a weight has a kernel in integers: what
+    /// serves. The weights are the same numbers.
+    Integer,
+}
+
+/// A matrix, ready to multiply.
+#[derive(Clone)]
+pub(super) enum Matrix {
+    Plain(Arc<Weight>),
+    Packed(Arc<Packed>),
+}
+
+impl Matrix {
+    pub fn new(weight: &Arc<Weight>, arithmetic: Arithmetic) -> Self {
+        let packed = match arithmetic {
+            Arithmetic::Exact => None,
+            Arithmetic::Integer => weight.packed(),
+        };
+        match packed {
+            Some(packed) => Self::Packed(Arc::new(packed)),
+            None => Self::Plain(Arc::clone(weight)),
+        }
+    }
+
+    /// Bytes in memory.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::Plain(weight) => weight.bytes(),
+            Self::Packed(packed) => packed.bytes() as u64,
+        }
+    }
+
+    /// Writes a row as f32.
+    pub fn read_row(&self, row: usize, out: &mut [f32]) {
+        match self {
+            Self::Plain(weight) => weight.read_rows(row, out),
+            Self::Packed(packed) => packed.read_row(row, out),
+        }
+    }
+}
+
+/// A product with its bias.
+pub(super) struct Linear {
+    pub matrix: Matrix,
+    bias: Option<Vec<f32>>,
+}
+
+impl Linear {
+    pub fn new(
+        weights: &BTreeMap<String, Arc<Weight>>,
+        name: &str,
+        shape: [usize; 2],
+        biased: bool,
+        arithmetic: Arithmetic,
+    ) -> Result<Self> {
+        let weight = tensor(weights, &format!("{name}.weight"), &shape)?;
+        let bias = match biased {
+            true => Some(vector(weights, &format!("{name}.bias"), shape[0])?),
+            false => None,
+        };
+        Ok(Self { matrix: Matrix::new(weight, arithmetic), bias })
+    }
+
+    fn add_bias(&self, y: &mut [f32]) {
+        if let Some(bias) = &self.bias {
+            y.chunks_exact_mut(bias.len()).for_each(|row| norm::add(row, bias));
+        }
+    }
+}
+
+/// `y = x w^T + bias` for up to four linears that share their input, `[tokens, width]`; `rounded` is
+/// scratch.
+pub(super) fn run<const N: usize>(
+    x: &[f32],
+    width: usize,
+    rounded: &mut Activations,
+    mut outputs: [(&Linear, &mut [f32]); N],
+) {
+    let products = outputs.each_mut().map(|(linear, y)| (&linear.matrix, &mut **y));
+    multiply(x, width, rounded, products);
+    for (linear, y) in outputs {
+        linear.add_bias(y);
+    }
+}
+
+/// `y = x w^T` for up to four matrices that share their input, `[tokens, width]`; `rounded` is scratch.
+pub(super) fn multiply<const N: usize>(
+    x: &[f32],
+    width: usize,
+    rounded: &mut Activations,
+    products: [(&Matrix, &mut [f32]); N],
+) {
+    let mut jobs = products.map(|(matrix, y)| match matrix {
+        Matrix::Plain(weight) => {
+            weight.multiply(x, y);
+            None
+        }
+        Matrix::Packed(packed) => Some(Job { weight: packed, y }),
+    });
+    // Layouts differ in what shares a scale among the activations.
+    for grain in [Grain::Block, Grain::Token] {
+        let mut some = [const { None }; N];
+        for (job, some) in jobs.iter_mut().zip(&mut some) {
+            *some = job.take_if(|job| job.weight.grain() == grain);
+        }
+        if some.iter().any(Option::is_some) {
+            rounded.set(x, width, grain);
+            packed::multiply(rounded, &mut some);
+        }
+    }
+}
