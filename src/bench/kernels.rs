@@ -76,7 +76,7 @@ pub enum Bound {
 
 impl Settings {
     fn check(&self) -> Result<()> {
-        let elements = |[rows, cols]: [usize; 2]| rows.checked_mul(cols).unwrap_or(usize::MAX);
+        let elements = |[rows, cols]: [usize; 2]| rows.saturating_mul(cols);
         if let Some(shape) =
             self.shapes.iter().find(|s| !(1..=MOST_ELEMENTS).contains(&elements(**s)))
         {

@@ -30,6 +30,10 @@ pub struct Limits {
     /// bf16, where the processor multiplies it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bf16: Option<Rate>,
+    /// Products of 8-bit integers in matrix tiles (AMX), where they can be had. Shares are not taken of
+    /// this peak.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tiles: Option<Rate>,
 }
 
 /// Bandwidth of reading.
@@ -68,6 +72,7 @@ impl Limits {
             integer: limits::integer(threads, REPETITIONS).into(),
             single: limits::single(threads, REPETITIONS).into(),
             bf16: limits::brain(threads, REPETITIONS).map(Rate::from),
+            tiles: limits::tiles(threads, REPETITIONS).map(Rate::from),
         }
     }
 
@@ -169,6 +174,7 @@ mod tests {
             integer: rate(100.0),
             single: rate(50.0),
             bf16: None,
+            tiles: None,
         };
         assert_eq!(limits.reading(40_000_000_000), 2.0);
         assert_eq!(limits.computing(50_000_000_000), 0.5);

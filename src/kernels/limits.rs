@@ -128,6 +128,11 @@ pub fn brain(threads: usize, repetitions: usize) -> Option<Peak> {
     brain_spin().map(|spin| measure(spin, threads, repetitions))
 }
 
+/// Products of 8-bit integers in matrix tiles, where the processor has them and the system lets us use them.
+pub fn tiles(threads: usize, repetitions: usize) -> Option<Peak> {
+    tile_spin().map(|spin| measure(spin, threads, repetitions))
+}
+
 #[cfg(target_arch = "x86_64")]
 fn integer_spin() -> Spin {
     if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni") {
@@ -171,13 +176,29 @@ fn single_spin() -> Spin {
 #[cfg(target_arch = "x86_64")]
 fn brain_spin() -> Option<Spin> {
     let there = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
-    // SAFETY: the instructions were detected.
+    // SAFETY: only handed out where the instructions were detected.
     let run: fn(usize) = |spins| unsafe { x86::dot_bf16(spins) };
     there.then_some(Spin { instruction: "vdpbf16ps zmm", run, operations: CHAINS * 64 })
 }
 
 #[cfg(not(target_arch = "x86_64"))]
 fn brain_spin() -> Option<Spin> {
+    None
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn tile_spin() -> Option<Spin> {
+    // SAFETY: only handed out where the instructions were detected and permitted.
+    let run: fn(usize) = |spins| unsafe { x86::tiles(spins) };
+    x86::may_use_tiles().then_some(Spin {
+        instruction: "tdpbssd tmm",
+        run,
+        operations: x86::TILES * 2 * 16 * 16 * 64,
+    })
+}
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+fn tile_spin() -> Option<Spin> {
     None
 }
 
@@ -292,6 +313,64 @@ mod x86 {
         }
         black_box(chains);
     }
+
+    /// Tiles that are summed into.
+    #[cfg(target_os = "linux")]
+    pub const TILES: usize = 4;
+
+    /// Whether the processor has tiles of 8-bit integers, and Linux, which must be asked, gives them to
+    /// this process.
+    #[cfg(target_os = "linux")]
+    pub fn may_use_tiles() -> bool {
+        const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+        const XFEATURE_XTILEDATA: libc::c_long = 18;
+        const TILE_AND_INT8: u32 = 1 << 24 | 1 << 25;
+        let there = __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & TILE_AND_INT8 == TILE_AND_INT8;
+        // SAFETY: asks for a permission; no memory is passed.
+        there
+            && unsafe {
+                libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
+            }
+    }
+
+    /// # Safety
+    /// [`may_use_tiles`] said yes.
+    #[cfg(target_os = "linux")]
+    pub unsafe fn tiles(spins: usize) {
+        // Palette 1; eight tiles of 16 rows of 64 bytes.
+        let mut config = [0_u8; 64];
+        config[0] = 1;
+        for tile in 0..8 {
+            config[16 + 2 * tile] = 64;
+            config[48 + tile] = 16;
+        }
+        // SAFETY: the instructions are there by the caller's promise; the configuration is a whole one of
+        // 64 bytes; all tiles are declared changed and are released before the end.
+        unsafe {
+            asm!(
+                "ldtilecfg [{config}]",
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "tilezero tmm4",
+                "tilezero tmm5",
+                "2:",
+                "tdpbssd tmm0, tmm4, tmm5",
+                "tdpbssd tmm1, tmm4, tmm5",
+                "tdpbssd tmm2, tmm4, tmm5",
+                "tdpbssd tmm3, tmm4, tmm5",
+                "dec {spins}",
+                "jnz 2b",
+                "tilerelease",
+                config = in(reg) config.as_ptr(),
+                spins = inout(reg) spins.max(1) => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
 }
 
 #[cfg(test)]
@@ -321,7 +400,7 @@ mod tests {
     fn limits_are_positive_numbers_with_a_name() {
         let read = read_rates(&vec![1; 1 << 12], 2, 3, 2);
         assert_eq!(read.len(), 2);
-        let peaks = [Some(integer(1, 1)), Some(single(1, 1)), brain(1, 1)];
+        let peaks = [Some(integer(1, 1)), Some(single(1, 1)), brain(1, 1), tiles(1, 1)];
         for peak in peaks.into_iter().flatten() {
             assert!(!peak.instruction.is_empty() && peak.rates.len() == 1);
             assert!(peak.rates[0].is_finite() && peak.rates[0] > 1e6, "{peak:?}");

@@ -345,6 +345,7 @@ fn limits_text(limits: &Limits) -> String {
         ("integer peak", peak(&limits.integer)),
         ("f32 peak", peak(&limits.single)),
         ("bf16 peak", limits.bf16.as_ref().map(peak).unwrap_or_default()),
+        ("integer peak of tiles", limits.tiles.as_ref().map(peak).unwrap_or_default()),
     ])
 }
 
