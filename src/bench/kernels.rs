@@ -214,7 +214,7 @@ mod tests {
             layout: layout.to_owned(),
             shapes: vec![[4096, 4096]],
             tokens: vec![1, 2],
-            repetitions: 2,
+            repetitions: 3,
         }
     }
 
@@ -233,7 +233,7 @@ mod tests {
             let operations = 2.0 * 4096.0 * 4096.0 * row.tokens as f64;
             let rate = operations / seconds / 1e9;
             assert!((row.gigaoperations_per_second.median / rate - 1.0).abs() < 1e-9);
-            assert_eq!(row.microseconds.values.len(), 2);
+            assert_eq!(row.microseconds.values.len(), 3);
         }
         // Half of the products of a 2:4 weight are not there.
         let sparse = Layout::NOfM { keep: 2, of: 4, values: crate::nn::weight::ValueFormat::F16 };

@@ -14,7 +14,8 @@ pub enum Layout {
     Dense(Dtype),
     Ggml(GgmlType),
     Grouped(GroupedSpec),
-    /// The `keep` largest of each `of` consecutive inputs, with their places.
+    /// The `keep` largest of each `of` consecutive inputs, with their places or, where that is not larger (as
+    /// for 2 of 4), a bit for each input.
     NOfM {
         keep: u8,
         of: u8,
@@ -50,6 +51,7 @@ impl Layout {
             ("4", ValueFormat::Grouped(grid(4, false))),
         ] {
             all.push((format!("sparse-2:4-{name}"), Self::NOfM { keep: 2, of: 4, values }));
+            all.push((format!("sparse-3:4-{name}"), Self::NOfM { keep: 1, of: 4, values }));
             all.push((format!("sparse-bitmap-{name}"), Self::Bitmap(values)));
         }
         all
@@ -164,6 +166,7 @@ fn scale_places(kind: GgmlType) -> &'static [usize] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nn::weight::SparsePattern;
 
     #[test]
     fn every_layout_can_be_made_and_holds_small_numbers() {
@@ -184,12 +187,15 @@ mod tests {
         for name in ["dense-bf16", "ggml-q4_0", "ggml-q6k", "grouped-3", "sparse-2:4-bf16"] {
             assert!(names.iter().any(|n| n == name), "{name} of {names:?}");
         }
-        let list = Layout::NOfM { keep: 2, of: 4, values: ValueFormat::BF16 };
-        let weight = list.build([4, 64], &Stream::root(2)).expect("a weight");
-        assert_eq!(weight.zeros(), 4 * 64 / 2);
-        let Weight::Sparse(sparse) = &weight else { panic!("not sparse") };
-        let kept = crate::nn::weight::SparsePattern::NOfM { keep: 2, of: 4 };
-        assert_eq!(sparse.pattern(), kept);
+        for (keep, zeros, pattern) in
+            [(2, 128, SparsePattern::Bitmap), (1, 192, SparsePattern::NOfM { keep: 1, of: 4 })]
+        {
+            let layout = Layout::NOfM { keep, of: 4, values: ValueFormat::BF16 };
+            let weight = layout.build([4, 64], &Stream::root(2)).expect("a weight");
+            assert_eq!(weight.zeros(), zeros);
+            let Weight::Sparse(sparse) = &weight else { panic!("not sparse") };
+            assert_eq!(sparse.pattern(), pattern);
+        }
         let mut group = [1.0, -3.0, 2.0, 2.0];
         prune(&mut group, 2, 4);
         assert_eq!(group, [0.0, -3.0, 2.0, 0.0]);
