@@ -1,6 +1,7 @@
 //! Planish makes models smaller, faster and more specialised, proves what that cost, and serves the
 //! result over gRPC. `ARCHITECTURE.md` walks through the modules.
 
+pub mod bench;
 pub mod calibrate;
 pub mod cli;
 pub mod code;

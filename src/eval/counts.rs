@@ -29,7 +29,7 @@ pub fn measure(model: &Model) -> Result<Vec<v1::Measurement>> {
 }
 
 /// Elements that a layout multiplies: zeros are skipped only where it leaves them out.
-fn stored(weight: &Weight) -> u64 {
+pub fn stored(weight: &Weight) -> u64 {
     let elements = (weight.rows() * weight.cols()) as u64;
     match weight {
         Weight::Sparse(_) => elements - weight.zeros(),

@@ -3,7 +3,7 @@
 //! [`metrics`] says what can be measured; the other files measure it.
 
 mod choice;
-mod counts;
+pub mod counts;
 pub mod format;
 mod likelihood;
 pub mod metrics;

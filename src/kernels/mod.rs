@@ -11,6 +11,7 @@ pub mod gemm;
 pub mod ggml;
 pub mod grouped;
 pub mod integer;
+pub mod limits;
 pub mod memory;
 mod multiversion;
 pub mod norm;

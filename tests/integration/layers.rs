@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 const ROOMS: &[&str] = &[
     "main",
     "cli",
+    "bench",
     "server",
     "jobs",
     "recipe",

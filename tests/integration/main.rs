@@ -3,6 +3,7 @@
 //! journey.
 
 mod api;
+mod bench;
 mod cli;
 mod clients;
 mod contract;

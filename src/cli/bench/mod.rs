@@ -1,0 +1,471 @@
+//! `planish bench`: what a model, the kernels and a server reach, beside what the machine can do.
+//!
+//! All but `serve` measure inside this process and need no server. What each number means is said in
+//! `docs/performance.md`.
+
+mod serve;
+
+use clap::{Args, Subcommand, ValueEnum};
+use serde::Serialize;
+
+use super::Context;
+use super::error::{CliError, Result};
+use super::output::{self, Output, facts, significant, size, table};
+use crate::bench::kernels::{self, Bound, Row, SHAPES, Settings, TOKENS};
+use crate::bench::limits::Limits;
+use crate::bench::model::{Decode, Prefill, Run, Subject};
+use crate::bench::stats::Spread;
+use crate::bench::{Machine, set_threads};
+use crate::models::decoder::plan::CacheFormat;
+use crate::models::import::{self, Source};
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// One sequence, token by token
+    Decode(DecodeArgs),
+    /// Many tokens of one sequence at once
+    Prefill(PrefillArgs),
+    /// Several sequences that decode in the same steps
+    Batch(BatchArgs),
+    /// The products of every weight layout
+    Kernels(KernelsArgs),
+    /// Load on a running server
+    Serve(serve::Args),
+}
+
+/// How everything inside this process is measured.
+#[derive(Debug, Args)]
+struct Common {
+    /// Threads that compute [default: one a core, or RAYON_NUM_THREADS]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Measured repetitions, after one that warms up
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    repetitions: u16,
+    /// Do not measure what the machine can do at most
+    #[arg(long)]
+    no_limits: bool,
+}
+
+/// The model that is measured.
+#[derive(Debug, Args)]
+struct ModelArgs {
+    /// File or folder of the model, pypi:package or hf:owner/name
+    model: String,
+    /// How keys and values are kept
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = CacheArg::F32)]
+    cache: CacheArg,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum CacheArg {
+    F32,
+    F16,
+}
+
+#[derive(Debug, Args)]
+pub struct DecodeArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Tokens that are decoded
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    tokens: usize,
+    /// Tokens before them
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    prompt: usize,
+}
+
+#[derive(Debug, Args)]
+pub struct PrefillArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Tokens that are run at once
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    tokens: usize,
+    /// Tokens before them
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    prompt: usize,
+}
+
+#[derive(Debug, Args)]
+pub struct BatchArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Numbers of sequences
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "1,2,4,8,16")]
+    sequences: Vec<usize>,
+    /// Tokens that each sequence decodes
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    tokens: usize,
+    /// Tokens before them
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    prompt: usize,
+}
+
+#[derive(Debug, Args)]
+pub struct KernelsArgs {
+    /// Only layouts whose name contains this
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
+    layout: String,
+    /// Shapes, outputs x inputs [default: the linear layers of SmolLM2-135M]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = shape)]
+    shape: Vec<[usize; 2]>,
+    /// Numbers of tokens
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_values_t = TOKENS)]
+    tokens: Vec<usize>,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Reads `576x1536`.
+fn shape(text: &str) -> Result<[usize; 2], String> {
+    let parts = text.split_once('x').and_then(|(a, b)| Some([a.parse().ok()?, b.parse().ok()?]));
+    parts.ok_or_else(|| "write outputs x inputs, for instance 576x1536".to_owned())
+}
+
+/// What is printed as JSON: what was measured, where, and against what.
+#[derive(Serialize)]
+struct Document<'a, T> {
+    bench: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model: Option<&'a str>,
+    machine: Machine,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    limits: Option<&'a Limits>,
+    #[serde(flatten)]
+    result: T,
+}
+
+#[derive(Serialize)]
+struct Rows<T> {
+    rows: Vec<T>,
+}
+
+impl Command {
+    pub(super) async fn run(self, context: &Context) -> Result<()> {
+        match self {
+            Self::Serve(args) => args.run(context).await,
+            Self::Decode(DecodeArgs { model, tokens, prompt }) => {
+                model.measure(context.output, move |bench| bench.decode(prompt, tokens)).await
+            }
+            Self::Prefill(PrefillArgs { model, tokens, prompt }) => {
+                model.measure(context.output, move |bench| bench.prefill(prompt, tokens)).await
+            }
+            Self::Batch(BatchArgs { model, sequences, tokens, prompt }) => {
+                let work = move |bench: &mut Bench| bench.batch(prompt, tokens, &sequences);
+                model.measure(context.output, work).await
+            }
+            Self::Kernels(args) => {
+                let form = context.output;
+                blocking(move || args.run(form)).await
+            }
+        }
+    }
+}
+
+/// Heavy work stays off the runtime's threads, so that Ctrl-C is heard.
+async fn blocking(work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| CliError::failure(format!("the measurement broke off: {e}")))?
+}
+
+impl Common {
+    fn apply(&self) -> Result<()> {
+        match self.threads {
+            Some(threads) if !set_threads(threads.into()) => Err(CliError::failure(
+                "the process computes with another number of threads already; leave --threads out",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn limits(&self, working_set: u64) -> Option<Limits> {
+        (!self.no_limits).then(|| Limits::measure(working_set))
+    }
+}
+
+/// A model being measured.
+struct Bench {
+    form: Output,
+    name: String,
+    subject: Subject,
+    limits: Option<Limits>,
+    repetitions: usize,
+    cache: CacheFormat,
+}
+
+impl ModelArgs {
+    async fn measure(
+        self,
+        form: Output,
+        work: impl FnOnce(&mut Bench) -> Result<()> + Send + 'static,
+    ) -> Result<()> {
+        // Belongs to this future: it is removed also when the user interrupts.
+        let folder = tempfile::tempdir().map_err(|e| CliError::file("making a folder", &e))?;
+        let place = folder.path().to_owned();
+        blocking(move || {
+            self.common.apply()?;
+            let source = Source::parse(&self.model)?;
+            let say = |message: &str| {
+                if !form.is_json() {
+                    eprintln!("{message}");
+                }
+            };
+            let model = import::open(&source.fetch(&place, &say, &|| false)?)?;
+            let subject = Subject::new(&model)?;
+            let mut bench = Bench {
+                form,
+                limits: self.common.limits(subject.costs().bytes()),
+                subject,
+                name: self.model,
+                repetitions: self.common.repetitions.into(),
+                cache: match self.cache {
+                    CacheArg::F32 => CacheFormat::F32,
+                    CacheArg::F16 => CacheFormat::F16,
+                },
+            };
+            work(&mut bench)
+        })
+        .await
+    }
+}
+
+impl Bench {
+    fn settings(&self, prompt_tokens: usize, tokens: usize) -> Run {
+        Run { prompt_tokens, tokens, repetitions: self.repetitions, cache: self.cache }
+    }
+
+    fn print<T: Serialize>(
+        &self,
+        bench: &'static str,
+        result: T,
+        text: impl FnOnce(&T) -> String,
+    ) -> Result<()> {
+        let (model, limits) = (Some(self.name.as_str()), self.limits.as_ref());
+        print(self.form, bench, model, limits, result, text)
+    }
+
+    fn decode(&mut self, prompt: usize, tokens: usize) -> Result<()> {
+        let run = self.settings(prompt, tokens);
+        let found = self.subject.decode(run, 1, self.limits.as_ref())?;
+        self.print("decode", found, decode_text)
+    }
+
+    fn prefill(&mut self, prompt: usize, tokens: usize) -> Result<()> {
+        let run = self.settings(prompt, tokens);
+        let found = self.subject.prefill(run, self.limits.as_ref())?;
+        self.print("prefill", found, prefill_text)
+    }
+
+    fn batch(&mut self, prompt: usize, tokens: usize, sequences: &[usize]) -> Result<()> {
+        let run = self.settings(prompt, tokens);
+        let rows = sequences
+            .iter()
+            .map(|count| self.subject.decode(run, *count, self.limits.as_ref()))
+            .collect::<Result<Vec<_>, _>>()?;
+        self.print("batch", Rows { rows }, |found| batch_text(&found.rows))
+    }
+}
+
+impl KernelsArgs {
+    fn run(self, form: Output) -> Result<()> {
+        self.common.apply()?;
+        let limits = self.common.limits(kernels::WORKING_SET);
+        let settings = Settings {
+            layout: self.layout,
+            shapes: if self.shape.is_empty() { SHAPES.to_vec() } else { self.shape },
+            tokens: self.tokens,
+            repetitions: self.common.repetitions.into(),
+        };
+        let mut rows = Vec::new();
+        kernels::measure(&settings, limits.as_ref(), |row| {
+            rows.push(row);
+            Ok::<_, CliError>(())
+        })?;
+        print(form, "kernels", None, limits.as_ref(), Rows { rows }, |found| {
+            kernels_text(&found.rows)
+        })
+    }
+}
+
+fn print<T: Serialize>(
+    form: Output,
+    bench: &'static str,
+    model: Option<&str>,
+    limits: Option<&Limits>,
+    result: T,
+    text: impl FnOnce(&T) -> String,
+) -> Result<()> {
+    let machine = Machine::here();
+    if form.is_json() {
+        return output::json(&Document { bench, model, machine, limits, result });
+    }
+    let mut lines = vec![format!(
+        "{}, {}, {} threads",
+        machine.processor, machine.instructions, machine.threads
+    )];
+    lines.extend(limits.map(limits_text));
+    lines.push(text(&result));
+    output::line(lines.join("\n\n"))
+}
+
+/// `115 (110 to 119)`
+fn spread(values: &Spread) -> String {
+    format!(
+        "{} ({} to {})",
+        significant(values.median),
+        significant(values.min),
+        significant(values.max)
+    )
+}
+
+fn percent(share: f64) -> String {
+    format!("{}%", significant(share * 100.0))
+}
+
+fn bytes(count: u64) -> String {
+    size(i64::try_from(count).unwrap_or(i64::MAX))
+}
+
+fn limits_text(limits: &Limits) -> String {
+    let read = |bandwidth: &crate::bench::limits::Bandwidth| {
+        let speed = spread(&bandwidth.gigabytes_per_second);
+        format!("{speed} GB/s, {} at a time", bytes(bandwidth.buffer_bytes))
+    };
+    let peak = |rate: &crate::bench::limits::Rate| {
+        format!("{} GOP/s, {}", spread(&rate.gigaoperations_per_second), rate.instruction)
+    };
+    facts(&[
+        ("last-level cache", limits.cache_bytes.map(bytes).unwrap_or_default()),
+        ("reading memory", read(&limits.memory)),
+        ("reading again", read(&limits.reread)),
+        ("integer peak", peak(&limits.integer)),
+        ("f32 peak", peak(&limits.single)),
+        ("bf16 peak", limits.bf16.as_ref().map(peak).unwrap_or_default()),
+        ("integer peak of tiles", limits.tiles.as_ref().map(peak).unwrap_or_default()),
+    ])
+}
+
+fn decode_text(found: &Decode) -> String {
+    let share = found.share.map(|share| {
+        let (memory, again) = (percent(share.of_memory), percent(share.of_reread));
+        format!("{memory} of reading memory, {again} of reading again")
+    });
+    facts(&[
+        ("decode", protocol(&found.run)),
+        ("tokens/s", spread(&found.tokens_per_second)),
+        ("ms a step", spread(&found.milliseconds_per_step)),
+        ("weights a token", bytes(found.weight_bytes)),
+        ("keys and values a token", bytes(found.cache_bytes)),
+        ("GB/s of weights", spread(&found.gigabytes_per_second)),
+        ("share", share.unwrap_or_default()),
+    ])
+}
+
+fn prefill_text(found: &Prefill) -> String {
+    let share = found.share.map(|share| {
+        let (integer, single) = (percent(share.of_integer), percent(share.of_single));
+        format!("{integer} of the integer peak, {single} of the f32 peak")
+    });
+    let operations = |count: u64| format!("{} GOP", significant(count as f64 / 1e9));
+    facts(&[
+        ("prefill", protocol(&found.run)),
+        ("tokens/s", spread(&found.tokens_per_second)),
+        ("ms", spread(&found.milliseconds)),
+        ("linear layers", operations(found.linear_operations)),
+        ("attention", operations(found.attention_operations)),
+        ("GOP/s of linear layers", spread(&found.gigaoperations_per_second)),
+        ("share", share.unwrap_or_default()),
+    ])
+}
+
+fn protocol(run: &Run) -> String {
+    format!(
+        "{} tokens after {}, median of {} (smallest to largest)",
+        run.tokens, run.prompt_tokens, run.repetitions
+    )
+}
+
+fn batch_text(rows: &[Decode]) -> String {
+    let header =
+        ["sequences", "tokens/s", "ms a step", "GB/s of weights", "of memory", "of reread"];
+    let cells = rows
+        .iter()
+        .map(|row| {
+            vec![
+                row.sequences.to_string(),
+                spread(&row.tokens_per_second),
+                spread(&row.milliseconds_per_step),
+                significant(row.gigabytes_per_second.median),
+                row.share.map(|s| percent(s.of_memory)).unwrap_or_default(),
+                row.share.map(|s| percent(s.of_reread)).unwrap_or_default(),
+            ]
+        })
+        .collect();
+    let protocol = rows.first().map(|row| protocol(&row.run)).unwrap_or_default();
+    format!("{protocol}\n{}", table(&header, &[0, 1, 2, 3, 4, 5], cells))
+}
+
+fn kernels_text(rows: &[Row]) -> String {
+    let header = ["layout", "shape", "tokens", "bytes", "us", "GB/s", "GOP/s", "of limit", "limit"];
+    let cells = rows
+        .iter()
+        .map(|row| {
+            vec![
+                row.layout.clone(),
+                format!("{}x{}", row.shape[0], row.shape[1]),
+                row.tokens.to_string(),
+                bytes(row.bytes),
+                spread(&row.microseconds),
+                significant(row.gigabytes_per_second.median),
+                significant(row.gigaoperations_per_second.median),
+                row.share.map(|s| percent(s.reached)).unwrap_or_default(),
+                row.share
+                    .map(|s| match s.limit {
+                        Bound::Reading => "reading",
+                        Bound::Computing => "computing",
+                    })
+                    .unwrap_or_default()
+                    .to_owned(),
+            ]
+        })
+        .collect();
+    table(&header, &[2, 3, 4, 5, 6, 7], cells)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_are_outputs_by_inputs() {
+        assert_eq!(shape("576x1536"), Ok([576, 1536]));
+        for bad in ["", "576", "x", "1x2x3", "-1x2", "axb"] {
+            assert!(shape(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn texts_show_the_median_and_its_spread() {
+        let values = Spread::of(vec![3.0, 1.0, 2.0]);
+        assert_eq!(spread(&values), "2.00 (1.00 to 3.00)");
+        assert_eq!(percent(0.4567), "45.7%");
+        let run = Run { prompt_tokens: 32, tokens: 128, repetitions: 3, cache: CacheFormat::F32 };
+        let found = Decode {
+            run,
+            sequences: 1,
+            tokens_per_second: values.clone(),
+            milliseconds_per_step: values.clone(),
+            weight_bytes: 85_000_000,
+            cache_bytes: 1000,
+            gigabytes_per_second: values,
+            share: None,
+        };
+        let text = decode_text(&found);
+        assert!(text.contains("128 tokens after 32, median of 3"), "{text}");
+        assert!(text.contains("85.0 MB") && !text.contains("share"), "{text}");
+    }
+}
