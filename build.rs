@@ -40,6 +40,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .compile_well_known_types(true)
         .extern_path(".google.protobuf", "::pbjson_types")
         .bytes(".planish.v1")
+        .bytes(".inference")
         .compile_fds_with_config(set, config)?;
     pbjson_build::Builder::new()
         .register_descriptors(&descriptors)?

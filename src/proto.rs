@@ -16,6 +16,11 @@ pub mod google {
     }
 }
 
+/// The Open Inference Protocol.
+pub mod inference {
+    include!(concat!(env!("OUT_DIR"), "/inference.rs"));
+}
+
 pub mod planish {
     pub mod v1 {
         include!(concat!(env!("OUT_DIR"), "/planish.v1.rs"));

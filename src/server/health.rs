@@ -1,6 +1,7 @@
 //! Health by the real state of the parts, for each service by name and for the whole (`""`).
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -19,6 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// What a service needs to be of use.
 const SERVICES: &[(&str, &[Part])] = {
     use crate::proto::google::longrunning::operations_server;
+    use crate::proto::inference::grpc_inference_service_server;
     use crate::proto::v1::{
         dataset_service_server, generation_service_server, job_service_server,
         method_service_server, model_service_server,
@@ -30,6 +32,7 @@ const SERVICES: &[(&str, &[Part])] = {
         (job_service_server::SERVICE_NAME, &[Part::Store]),
         (operations_server::SERVICE_NAME, &[Part::Store]),
         (generation_service_server::SERVICE_NAME, &[Part::Store, Part::Engines]),
+        (grpc_inference_service_server::SERVICE_NAME, &[Part::Store, Part::Engines]),
         (method_service_server::SERVICE_NAME, &[]),
     ]
 };
@@ -61,6 +64,9 @@ pub async fn report(state: &State, reporter: &HealthReporter) {
                 Part::Store => store,
                 Part::Engines => engines,
             });
+        if service.is_empty() {
+            state.well.store(well, Ordering::Relaxed);
+        }
         let status = if well { ServingStatus::Serving } else { ServingStatus::NotServing };
         reporter.set_service_status(service, status).await;
         let label = if service.is_empty() { "all" } else { service };

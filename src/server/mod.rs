@@ -13,6 +13,8 @@ mod download;
 mod gate;
 mod generation;
 mod health;
+mod idle;
+mod inference;
 mod jobs;
 mod methods;
 mod models;
@@ -38,6 +40,7 @@ use crate::config::Config;
 use crate::error::{Error, Reason, Result};
 use crate::proto::DESCRIPTORS;
 use crate::proto::google::longrunning::operations_server::OperationsServer;
+use crate::proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use crate::proto::v1::claim_service_server::ClaimServiceServer;
 use crate::proto::v1::dataset_service_server::DatasetServiceServer;
 use crate::proto::v1::generation_service_server::GenerationServiceServer;
@@ -85,6 +88,7 @@ impl Server {
         let (reporter, health_service) = tonic_health::server::health_reporter();
         health::report(&state, &reporter).await;
         tokio::spawn(health::watch(state.clone(), reporter, phases.clone()));
+        tokio::spawn(idle::watch(state.clone(), phases.clone()));
 
         let descriptors = reflection::descriptors();
         let gate = Gate::new(&descriptors, tokens, limits.concurrent_requests, phases.clone())?;
@@ -108,7 +112,11 @@ impl Server {
             .add_service(service!(JobServiceServer, jobs::Jobs(state.clone())))
             .add_service(service!(ClaimServiceServer, claims::Claims(state.clone())))
             .add_service(service!(OperationsServer, operations::Operations(state.clone())))
-            .add_service(service!(GenerationServiceServer, generation::Generation(state.clone())));
+            .add_service(service!(GenerationServiceServer, generation::Generation(state.clone())))
+            .add_service(service!(
+                GrpcInferenceServiceServer,
+                inference::Inference::new(state.clone())
+            ));
         let mut server = tonic::transport::Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE))
             .http2_keepalive_timeout(Some(KEEPALIVE_PATIENCE))

@@ -219,7 +219,7 @@ impl ModelService for Models {
     ) -> Result<Response<v1::LoadModelResponse>, Status> {
         let row = self.0.store.version(&request.into_inner().name).await?;
         let started = Instant::now();
-        let engine = self.0.engine(&row).await?;
+        let engine = self.0.load(&row).await?;
         Ok(Response::new(v1::LoadModelResponse {
             name: row.name(),
             resident_bytes: convert::signed(engine.resident_bytes()),
@@ -234,6 +234,28 @@ impl ModelService for Models {
         let row = self.0.store.version(&request.into_inner().name).await?;
         self.0.residency.unload(&row.digest);
         Ok(Response::new(pbjson_types::Empty {}))
+    }
+
+    async fn list_loaded_models(
+        &self,
+        _: Request<v1::ListLoadedModelsRequest>,
+    ) -> Result<Response<v1::ListLoadedModelsResponse>, Status> {
+        let mut names: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for version in self.0.store.version_index(None).await? {
+            let name = names::of_version(&version.model, version.version);
+            names.entry(version.digest).or_default().push(name);
+        }
+        let count = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
+        let loaded = self.0.residency.loaded().into_iter().map(|l| v1::LoadedModel {
+            versions: names.remove(&l.key).unwrap_or_default(),
+            digest: l.key,
+            resident_bytes: convert::signed(l.resident_bytes),
+            pinned: l.pinned,
+            running_requests: count(l.running),
+            waiting_requests: count(l.waiting),
+            idle_seconds: l.idle.as_secs_f64(),
+        });
+        Ok(Response::new(v1::ListLoadedModelsResponse { loaded_models: loaded.collect() }))
     }
 }
 

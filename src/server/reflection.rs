@@ -5,6 +5,7 @@ use tonic_reflection::server::{Builder, v1, v1alpha};
 use super::DESCRIPTORS;
 use crate::error::{Error, Result};
 use crate::proto::google::longrunning::operations_server;
+use crate::proto::inference::grpc_inference_service_server;
 use crate::proto::v1 as planish;
 
 /// Services by name: the descriptors also describe messages of services that we do not offer.
@@ -15,6 +16,7 @@ const SERVICES: &[&str] = &[
     planish::job_service_server::SERVICE_NAME,
     planish::claim_service_server::SERVICE_NAME,
     planish::generation_service_server::SERVICE_NAME,
+    grpc_inference_service_server::SERVICE_NAME,
     operations_server::SERVICE_NAME,
     "grpc.health.v1.Health",
     "grpc.reflection.v1.ServerReflection",

@@ -1,6 +1,7 @@
 //! What the services share.
 
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{Notify, Semaphore, watch};
@@ -35,6 +36,8 @@ pub struct State {
     pub phase: watch::Receiver<Phase>,
     /// Wakes the health watcher when a part has just failed.
     pub unwell: Notify,
+    /// What health last said of the whole server.
+    pub well: AtomicBool,
     pub exports: Semaphore,
     /// Folder for temporary files, on the disk of the store.
     pub scratch: PathBuf,
@@ -88,6 +91,7 @@ impl State {
             residency: Residency::new(engine_limits, max_bytes),
             phase,
             unwell: Notify::new(),
+            well: AtomicBool::new(false),
             exports: Semaphore::new(EXPORTS),
             scratch,
             tokenizers: Mutex::default(),
@@ -105,6 +109,18 @@ impl State {
                 self.unwell.notify_one();
             }
         })
+    }
+
+    /// Loads a version and keeps it in memory until it is unloaded.
+    pub async fn load(&self, row: &VersionRow) -> Result<Engine> {
+        let engine = self.engine(row).await?;
+        if self.residency.pin(&row.digest) {
+            return Ok(engine);
+        }
+        Err(Error::new(
+            Reason::LimitReached,
+            format!("{} was dropped again at once for the sake of others; try again", row.name()),
+        ))
     }
 
     /// The operation that a request id stands for already. Asked before anything is resolved: what the

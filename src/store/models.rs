@@ -134,6 +134,17 @@ impl ModelRow {
     }
 }
 
+/// A version by its name and content alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IndexRow {
+    pub model: String,
+    pub version: i64,
+    pub digest: String,
+}
+
+/// Versions that an index may have.
+const MAX_INDEX: usize = 100_000;
+
 /// A version whose files are stored and whose row is not yet.
 pub(super) struct NewVersion {
     pub model: String,
@@ -390,6 +401,33 @@ impl Store {
             .fetch_optional(&self.sql.reader)
             .await?;
         ModelRow::read(&row.ok_or_else(|| no_model(id))?)
+    }
+
+    /// The versions of `model`, or of all models, by model and newest first. TOO_LARGE beyond
+    /// 100,000.
+    pub async fn version_index(&self, model: Option<&str>) -> Result<Vec<IndexRow>> {
+        let rows = sqlx::query(
+            "SELECT model, version, digest FROM versions WHERE (?1 IS NULL OR model = ?1) \
+             ORDER BY model, version DESC LIMIT ?2",
+        )
+        .bind(model)
+        .bind(page(MAX_INDEX + 1))
+        .fetch_all(&self.sql.reader)
+        .await?;
+        if rows.len() > MAX_INDEX {
+            return Err(Error::new(
+                Reason::TooLarge,
+                format!("there are more than {MAX_INDEX} versions; list them model by model"),
+            ));
+        }
+        let read = |row: &SqliteRow| {
+            Ok(IndexRow {
+                model: row.try_get("model")?,
+                version: row.try_get("version")?,
+                digest: row.try_get("digest")?,
+            })
+        };
+        rows.iter().map(read).collect()
     }
 
     /// Models by id, after `after`, at most `limit`.

@@ -22,11 +22,16 @@ fn tools() -> &'static Path {
     static TOOLS: OnceLock<PathBuf> = OnceLock::new();
     TOOLS.get_or_init(|| {
         let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join("clients");
-        let ready = home.join("ready");
+        let ready = home.join("ready-2");
         if !ready.exists() {
             run(Command::new("python3").args(["-m", "venv"]).arg(&home), "python3 -m venv");
-            let packages =
-                ["grpcio==1.85.1", "grpcio-tools==1.85.1", "grpcio-status==1.85.1", "buf-bin"];
+            let packages = [
+                "grpcio==1.85.1",
+                "grpcio-tools==1.85.1",
+                "grpcio-status==1.85.1",
+                "tritonclient[grpc]==2.73.0",
+                "buf-bin",
+            ];
             run(
                 Command::new(home.join("bin/pip"))
                     .args(["install", "--quiet", "--disable-pip-version-check"])
@@ -76,6 +81,25 @@ async fn a_python_client_imports_runs_watches_and_streams() {
     .unwrap();
     assert!(said.contains("python client: ok"), "{said}");
     running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_triton_client_infers_streams_and_manages_models() {
+    let service = crate::harness::Service::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    service.import("tiny", &support::tiny_model(folder.path(), 2, 64)).await;
+    let endpoint = service.running.address().to_string();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/integration/clients/triton.py");
+    let said = tokio::task::spawn_blocking(move || {
+        run(
+            Command::new(tools().join("python")).arg(script).args([&endpoint, "tiny"]),
+            "the Triton client",
+        )
+    })
+    .await
+    .unwrap();
+    assert!(said.contains("triton client: ok"), "{said}");
+    service.running.stop().await.unwrap();
 }
 
 /// One call through `buf curl`, which learns the API from the server's reflection. Returns the stream of

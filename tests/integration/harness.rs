@@ -6,6 +6,7 @@ use std::time::Duration;
 use planish::config::{Config, Data, Limits};
 use planish::proto::google::longrunning as lro;
 use planish::proto::google::longrunning::operations_client::OperationsClient;
+use planish::proto::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
 use planish::proto::v1;
 use planish::proto::v1::dataset_service_client::DatasetServiceClient;
 use planish::proto::v1::generation_service_client::GenerationServiceClient;
@@ -81,6 +82,10 @@ impl Service {
 
     pub fn generation(&self) -> GenerationServiceClient<Channel> {
         GenerationServiceClient::new(self.channel.clone())
+    }
+
+    pub fn inference(&self) -> GrpcInferenceServiceClient<Channel> {
+        GrpcInferenceServiceClient::new(self.channel.clone())
     }
 
     /// Imports `text` as a data set.

@@ -92,7 +92,23 @@ pub enum Finish {
 /// What waits for a slot.
 enum Job {
     Generate { request: Request, events: mpsc::Sender<Result<Event>>, queued: Instant },
-    Score { tokens: Vec<u32>, reply: oneshot::Sender<Result<Vec<f32>>> },
+    Score { tokens: Vec<u32>, ask: Ask, queued: Instant, reply: oneshot::Sender<Result<Scores>> },
+}
+
+/// What is asked of a text that is given whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ask {
+    Logprobs,
+    Logits,
+    LastLogits,
+}
+
+/// What a text that was given whole gave.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Scores {
+    /// Log-probabilities `[tokens - 1]`, or logits `[rows, vocab]`.
+    pub values: Vec<f32>,
+    pub queue_seconds: f64,
 }
 
 /// What handles and the thread share.
@@ -177,8 +193,22 @@ impl Engine {
     /// As [`Engine::generate`].
     pub async fn score(&self, tokens: Vec<u32>) -> Result<Vec<f32>> {
         self.check("input", &tokens, self.shared().limits.context)?;
+        self.ask(tokens, Ask::Logprobs).await.map(|scores| scores.values)
+    }
+
+    /// Logits `[tokens, vocab]`, or `[1, vocab]` after the last token alone. They take four bytes each
+    /// until they are read: callers bound `tokens`.
+    ///
+    /// # Errors
+    /// As [`Engine::generate`], the field being `input_ids`.
+    pub async fn logits(&self, tokens: Vec<u32>, last_only: bool) -> Result<Scores> {
+        self.check("input_ids", &tokens, self.shared().limits.context)?;
+        self.ask(tokens, if last_only { Ask::LastLogits } else { Ask::Logits }).await
+    }
+
+    async fn ask(&self, tokens: Vec<u32>, ask: Ask) -> Result<Scores> {
         let (reply, answer) = oneshot::channel();
-        self.submit(Job::Score { tokens, reply })?;
+        self.submit(Job::Score { tokens, ask, queued: Instant::now(), reply })?;
         answer.await.unwrap_or_else(|_| Err(gone()))
     }
 

@@ -6,7 +6,7 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
 use super::stop::{Shown, Stops};
-use super::{Event, Finish, Job, Request, Token};
+use super::{Ask, Event, Finish, Job, Request, Scores, Token};
 use crate::data::tokenizer::{TextStream, Tokenizer};
 use crate::error::Result;
 use crate::models::decoder::Config;
@@ -23,7 +23,12 @@ pub struct Sequence<'a> {
 
 pub enum Task<'a> {
     Generate(Box<Generation<'a>>),
-    Score { tokens: Vec<u32>, scores: Vec<f32>, reply: Option<oneshot::Sender<Result<Vec<f32>>>> },
+    Score {
+        tokens: Vec<u32>,
+        ask: Ask,
+        scores: Scores,
+        reply: Option<oneshot::Sender<Result<Scores>>>,
+    },
 }
 
 pub struct Generation<'a> {
@@ -57,10 +62,18 @@ impl<'a> Sequence<'a> {
         tokenizer: Option<&'a Tokenizer>,
     ) -> Option<Self> {
         match job {
-            Job::Score { tokens, reply } => (!reply.is_closed()).then(|| Self {
+            Job::Score { tokens, ask, queued, reply } => (!reply.is_closed()).then(|| Self {
                 cache: Cache::new(config, tokens.len()),
                 pending: tokens.clone(),
-                task: Task::Score { tokens, scores: Vec::new(), reply: Some(reply) },
+                task: Task::Score {
+                    tokens,
+                    ask,
+                    scores: Scores {
+                        values: Vec::new(),
+                        queue_seconds: queued.elapsed().as_secs_f64(),
+                    },
+                    reply: Some(reply),
+                },
             }),
             Job::Generate { request, events, queued } => (!events.is_closed()).then(|| Self {
                 cache: Cache::new(
@@ -109,9 +122,9 @@ impl<'a> Sequence<'a> {
     /// Which of the next `count` tokens' logits are wanted.
     pub fn wanted(&self, count: usize) -> std::ops::Range<usize> {
         match self.task {
-            Task::Score { .. } => 0..count,
-            Task::Generate(_) if count == self.pending.len() => count - 1..count,
-            Task::Generate(_) => 0..0,
+            Task::Score { ask: Ask::Logprobs | Ask::Logits, .. } => 0..count,
+            _ if count == self.pending.len() => count - 1..count,
+            _ => 0..0,
         }
     }
 
@@ -120,11 +133,15 @@ impl<'a> Sequence<'a> {
         let start = self.cache.len() - count;
         self.pending.drain(..count);
         match &mut self.task {
-            Task::Score { tokens, scores, reply } => {
-                for (at, row) in logits.chunks_exact(vocab).enumerate() {
-                    if let Some(next) = tokens.get(start + at + 1) {
-                        scores.push(Logprobs::new(row).of(*next));
+            Task::Score { tokens, ask, scores, reply } => {
+                if *ask == Ask::Logprobs {
+                    for (at, row) in logits.chunks_exact(vocab).enumerate() {
+                        if let Some(next) = tokens.get(start + at + 1) {
+                            scores.values.push(Logprobs::new(row).of(*next));
+                        }
                     }
+                } else {
+                    scores.values.extend_from_slice(logits);
                 }
                 if !self.pending.is_empty() {
                     return Ok(Fate::Goes);

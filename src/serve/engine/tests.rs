@@ -139,6 +139,31 @@ async fn scores_are_the_logprobs_of_generation() {
 }
 
 #[tokio::test]
+async fn logits_are_those_of_the_decoder() {
+    let engine = engine("qwen3", LIMITS);
+    // Longer than one step, so that rows of several steps must come out in order.
+    let tokens: Vec<u32> = (0..150).map(|i| i * 7 % 90).collect();
+    let config = engine.model().decoder().unwrap();
+    let mut cache = Cache::new(config, tokens.len());
+    let mut decoder = Decoder::new(engine.model()).unwrap();
+    let chunk = Chunk { tokens: &tokens, cache: &mut cache, logits: 0..tokens.len() };
+    let expected = decoder.forward(&mut [chunk]).unwrap();
+    let all = engine.logits(tokens.clone(), false).await.unwrap();
+    assert_eq!(all.values.len(), 150 * config.vocab);
+    assert!(all.queue_seconds >= 0.0);
+    for (at, (got, want)) in all.values.iter().zip(expected).enumerate() {
+        assert!((got - want).abs() < 1e-4, "{at}: {got} {want}");
+    }
+    let last = engine.logits(tokens, true).await.unwrap();
+    assert_eq!(last.values.len(), config.vocab);
+    for (got, want) in last.values.iter().zip(&expected[149 * config.vocab..]) {
+        assert!((got - want).abs() < 1e-4, "{got} {want}");
+    }
+    let error = engine.logits(vec![96], false).await.unwrap_err();
+    assert_eq!(error.violations()[0].field, "input_ids");
+}
+
+#[tokio::test]
 async fn bad_requests_are_refused() {
     let engine = engine("llama", LIMITS);
     for prompt in [vec![], vec![96], vec![1; 200]] {
