@@ -3,6 +3,7 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
+use llguidance::toktrie::SimpleVob;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
@@ -69,6 +70,21 @@ impl Sampler {
     pub fn next(&mut self, logits: &[f32]) -> Result<u32> {
         self.pool.clear();
         self.pool.extend(logits.iter().copied().zip(0..));
+        self.choose()
+    }
+
+    /// The next token among those `allowed`, as if the model had no others.
+    ///
+    /// # Errors
+    /// As [`Sampler::next`]; no token is allowed that has a logit.
+    pub fn next_allowed(&mut self, logits: &[f32], allowed: &SimpleVob) -> Result<u32> {
+        self.pool.clear();
+        let pool = &mut self.pool;
+        allowed.iter_set_entries(|id| pool.extend(logits.get(id).map(|l| (*l, id as u32))));
+        self.choose()
+    }
+
+    fn choose(&mut self) -> Result<u32> {
         self.penalise();
         let best = *self
             .pool
@@ -89,7 +105,12 @@ impl Sampler {
     fn penalise(&mut self) {
         let Sampling { repetition_penalty, presence_penalty, frequency_penalty, .. } = self.options;
         for (&id, &count) in &self.seen {
-            let Some((logit, _)) = self.pool.get_mut(id as usize) else { continue };
+            // The pool is in the order of ids, and mostly it holds all of them.
+            let at = match self.pool.get(id as usize) {
+                Some((_, there)) if *there == id => Ok(id as usize),
+                _ => self.pool.binary_search_by_key(&id, |(_, there)| *there),
+            };
+            let Some((logit, _)) = at.ok().and_then(|at| self.pool.get_mut(at)) else { continue };
             *logit = if *logit > 0.0 {
                 *logit / repetition_penalty
             } else {
