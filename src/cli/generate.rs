@@ -74,7 +74,7 @@ impl FormArgs {
     fn constraint(self) -> Result<Option<Constraint>> {
         let read = |path: &Path| {
             std::fs::read_to_string(path)
-                .map_err(|e| CliError::file(format!("reading {}", path.display()).as_str(), &e))
+                .map_err(|e| CliError::file(&format!("reading {}", path.display()), &e))
         };
         Ok(match (self.json_schema, self.regex, self.grammar) {
             (Some(schema), ..) if schema.trim_start().starts_with('{') => {
@@ -397,6 +397,30 @@ mod tests {
     #[test]
     fn text_of_a_model_cannot_drive_the_terminal() {
         assert_eq!(printable("a\n\tb\u{1b}[2Jc"), "a\n\tb\u{fffd}[2Jc");
+    }
+
+    #[test]
+    fn a_form_is_a_schema_a_file_a_pattern_or_a_grammar() {
+        let none = || FormArgs { json_schema: None, regex: None, grammar: None };
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("form");
+        std::fs::write(&file, "start: \"x\"").unwrap();
+        let text = || "start: \"x\"".to_owned();
+        let name = file.to_str().unwrap().to_owned();
+        for (args, form) in [
+            (none(), None),
+            (
+                FormArgs { json_schema: Some(" {}".into()), ..none() },
+                Some(Constraint::JsonSchema(" {}".into())),
+            ),
+            (FormArgs { json_schema: Some(name), ..none() }, Some(Constraint::JsonSchema(text()))),
+            (FormArgs { regex: Some("a".into()), ..none() }, Some(Constraint::Regex("a".into()))),
+            (FormArgs { grammar: Some(file.clone()), ..none() }, Some(Constraint::Grammar(text()))),
+        ] {
+            assert_eq!(args.constraint().unwrap(), form);
+        }
+        let absent = FormArgs { grammar: Some(folder.path().join("absent")), ..none() };
+        assert!(absent.constraint().is_err());
     }
 
     #[test]
