@@ -1,6 +1,7 @@
 //! `planish generate`, `planish score`, `planish tokenize`.
 
 use std::io::{IsTerminal, Read};
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
@@ -9,6 +10,7 @@ use super::client::Client;
 use super::error::{CliError, Result};
 use super::names::ModelName;
 use super::output::{self, significant, table};
+use crate::proto::v1::generate_request::Constraint;
 use crate::proto::v1::{
     Chat, ChatMessage, FinishReason, GenerateRequest, GenerateResponse, SamplingOptions,
     ScoreRequest, Token, TokenIds, TokenizeRequest, generate_request, score_request,
@@ -46,8 +48,44 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     top_logprobs: u32,
     /// Do not stop at the model's end tokens
-    #[arg(long)]
+    #[arg(long, conflicts_with = "Form")]
     ignore_eos: bool,
+    #[command(flatten)]
+    form: FormArgs,
+}
+
+/// What the answer must look like.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Form of the answer")]
+#[group(id = "Form", multiple = false)]
+struct FormArgs {
+    /// Answer with JSON that satisfies this schema: a file, or the schema itself
+    #[arg(long, value_name = "FILE|JSON")]
+    json_schema: Option<String>,
+    /// Answer with a text that this regular expression matches as a whole
+    #[arg(long, value_name = "PATTERN")]
+    regex: Option<String>,
+    /// Answer with a text that the grammar in this file derives
+    #[arg(long, value_name = "FILE")]
+    grammar: Option<PathBuf>,
+}
+
+impl FormArgs {
+    fn constraint(self) -> Result<Option<Constraint>> {
+        let read = |path: &Path| {
+            std::fs::read_to_string(path)
+                .map_err(|e| CliError::file(&format!("reading {}", path.display()), &e))
+        };
+        Ok(match (self.json_schema, self.regex, self.grammar) {
+            (Some(schema), ..) if schema.trim_start().starts_with('{') => {
+                Some(Constraint::JsonSchema(schema))
+            }
+            (Some(file), ..) => Some(Constraint::JsonSchema(read(file.as_ref())?)),
+            (_, Some(pattern), _) => Some(Constraint::Regex(pattern)),
+            (.., Some(file)) => Some(Constraint::Grammar(read(&file)?)),
+            (None, None, None) => None,
+        })
+    }
 }
 
 /// How tokens are chosen.
@@ -133,6 +171,7 @@ pub struct TokenizeArgs {
 
 impl GenerateArgs {
     pub(super) async fn run(self, context: &Context) -> Result<()> {
+        let constraint = self.form.constraint()?;
         let prompt = match self.tokens {
             Some(ids) => generate_request::Prompt::Tokens(TokenIds { ids }),
             None => {
@@ -163,6 +202,7 @@ impl GenerateArgs {
             logprobs: self.logprobs || self.top_logprobs > 0,
             top_logprobs: self.top_logprobs,
             ignore_eos: self.ignore_eos,
+            constraint,
         };
         let client = context.connect().await?;
         if context.output.is_json() {
@@ -357,6 +397,30 @@ mod tests {
     #[test]
     fn text_of_a_model_cannot_drive_the_terminal() {
         assert_eq!(printable("a\n\tb\u{1b}[2Jc"), "a\n\tb\u{fffd}[2Jc");
+    }
+
+    #[test]
+    fn a_form_is_a_schema_a_file_a_pattern_or_a_grammar() {
+        let none = || FormArgs { json_schema: None, regex: None, grammar: None };
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("form");
+        std::fs::write(&file, "start: \"x\"").unwrap();
+        let text = || "start: \"x\"".to_owned();
+        let name = file.to_str().unwrap().to_owned();
+        for (args, form) in [
+            (none(), None),
+            (
+                FormArgs { json_schema: Some(" {}".into()), ..none() },
+                Some(Constraint::JsonSchema(" {}".into())),
+            ),
+            (FormArgs { json_schema: Some(name), ..none() }, Some(Constraint::JsonSchema(text()))),
+            (FormArgs { regex: Some("a".into()), ..none() }, Some(Constraint::Regex("a".into()))),
+            (FormArgs { grammar: Some(file.clone()), ..none() }, Some(Constraint::Grammar(text()))),
+        ] {
+            assert_eq!(args.constraint().unwrap(), form);
+        }
+        let absent = FormArgs { grammar: Some(folder.path().join("absent")), ..none() };
+        assert!(absent.constraint().is_err());
     }
 
     #[test]

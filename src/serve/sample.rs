@@ -3,6 +3,7 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
+use llguidance::toktrie::SimpleVob;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
@@ -69,6 +70,21 @@ impl Sampler {
     pub fn next(&mut self, logits: &[f32]) -> Result<u32> {
         self.pool.clear();
         self.pool.extend(logits.iter().copied().zip(0..));
+        self.choose()
+    }
+
+    /// The next token among those `allowed`, as if the model had no others.
+    ///
+    /// # Errors
+    /// As [`Sampler::next`]; no token is allowed that has a logit.
+    pub fn next_allowed(&mut self, logits: &[f32], allowed: &SimpleVob) -> Result<u32> {
+        self.pool.clear();
+        let pool = &mut self.pool;
+        allowed.iter_set_entries(|id| pool.extend(logits.get(id).map(|l| (*l, id as u32))));
+        self.choose()
+    }
+
+    fn choose(&mut self) -> Result<u32> {
         self.penalise();
         let best = *self
             .pool
@@ -89,7 +105,12 @@ impl Sampler {
     fn penalise(&mut self) {
         let Sampling { repetition_penalty, presence_penalty, frequency_penalty, .. } = self.options;
         for (&id, &count) in &self.seen {
-            let Some((logit, _)) = self.pool.get_mut(id as usize) else { continue };
+            // The pool is in the order of ids, and mostly it holds all of them.
+            let at = match self.pool.get(id as usize) {
+                Some((_, there)) if *there == id => Ok(id as usize),
+                _ => self.pool.binary_search_by_key(&id, |(_, there)| *there),
+            };
+            let Some((logit, _)) = at.ok().and_then(|at| self.pool.get_mut(at)) else { continue };
             *logit = if *logit > 0.0 {
                 *logit / repetition_penalty
             } else {
@@ -262,6 +283,62 @@ mod tests {
             Sampler::new(Sampling { presence_penalty: 1.0, ..Sampling::GREEDY }, &[0]);
         let chosen: Vec<_> = (0..3).map(|_| sampler.next(&[1.5, 1.0]).unwrap()).collect();
         assert_eq!(chosen, [0, 1, 0]);
+    }
+
+    /// A set of some of `vocab` tokens.
+    fn set(vocab: usize, ids: &[u32]) -> SimpleVob {
+        let mut set = SimpleVob::alloc(vocab);
+        ids.iter().for_each(|id| set.allow_token(*id));
+        set
+    }
+
+    #[test]
+    fn only_allowed_tokens_come_and_as_if_there_were_no_others() {
+        let logits = [9.0, 0.0, 3.0_f32.ln(), 8.0, f32::NAN, 0.0];
+        let allowed = set(6, &[1, 2]);
+        let mut greedy = Sampler::new(Sampling::GREEDY, &[]);
+        assert_eq!(greedy.next_allowed(&logits, &allowed).unwrap(), 2);
+        let count = |options: Sampling| {
+            let mut counts = [0; 6];
+            for seed in 0..4000 {
+                let mut sampler = Sampler::new(Sampling { seed, ..options }, &[]);
+                counts[sampler.next_allowed(&logits, &allowed).unwrap() as usize] += 1;
+            }
+            counts
+        };
+        let warm = Sampling { temperature: 1.0, ..Sampling::GREEDY };
+        let counts = count(warm);
+        // 1 : 3 within five standard deviations of 4000 draws.
+        assert!((863..=1137).contains(&counts[1]) && counts[1] + counts[2] == 4000, "{counts:?}");
+        // Cut after the mask: the likeliest allowed one is kept, not the likeliest of all.
+        assert_eq!(count(Sampling { top_k: 1, ..warm })[2], 4000);
+        assert_eq!(count(Sampling { top_p: 0.7, ..warm })[2], 4000);
+        assert_eq!(count(Sampling { min_p: 0.5, ..warm })[2], 4000);
+    }
+
+    #[test]
+    fn penalties_find_their_tokens_behind_a_mask() {
+        let options = Sampling { frequency_penalty: 1.0, ..Sampling::GREEDY };
+        let (logits, allowed) = ([7.0, 2.5, 7.0, 1.0], set(4, &[1, 3]));
+        let mut sampler = Sampler::new(options, &[]);
+        let chosen: Vec<_> =
+            (0..4).map(|_| sampler.next_allowed(&logits, &allowed).unwrap()).collect();
+        // 2.5, 1.5, then 0.5 < 1; after that 0.5 > 0.
+        assert_eq!(chosen, [1, 1, 3, 1]);
+        // A token that was seen and is not allowed changes nothing.
+        let options = Sampling { repetition_penalty: 2.0, ..Sampling::GREEDY };
+        assert_eq!(Sampler::new(options, &[2]).next_allowed(&logits, &allowed).unwrap(), 1);
+        assert_eq!(
+            Sampler::new(options, &[1]).next_allowed(&[0.0, 1.5, 0.0, 1.0], &allowed).unwrap(),
+            3
+        );
+    }
+
+    #[test]
+    fn allowed_tokens_without_a_logit_are_refused() {
+        let mut sampler = Sampler::new(Sampling::GREEDY, &[]);
+        assert!(sampler.next_allowed(&[1.0, 2.0], &set(9, &[5])).is_err());
+        assert_eq!(sampler.next_allowed(&[1.0, 2.0], &set(9, &[0, 5])).unwrap(), 0);
     }
 
     #[test]

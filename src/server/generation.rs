@@ -15,6 +15,7 @@ use crate::error::{Error, Reason, Result};
 use crate::proto::v1;
 use crate::proto::v1::generation_service_server::GenerationService;
 use crate::proto::v1::{generate_request, score_request, tokenize_request};
+use crate::serve::constraint::Form;
 use crate::serve::engine::{self, Event, Finish};
 use crate::serve::sample::Sampling;
 
@@ -39,6 +40,7 @@ impl GenerationService for Generation {
         let seed = request.sampling.and_then(|s| s.seed).unwrap_or_else(|| rand::rng().random());
         let sampling = sampling(&request.sampling.unwrap_or_default(), seed)?;
         check(&request)?;
+        let form = request.constraint.map(form);
         let prompt = match request.prompt {
             None => return Err(Error::field("prompt", "missing; give text, chat or tokens").into()),
             Some(generate_request::Prompt::Text(text)) => Input::Text { text, start: true },
@@ -56,7 +58,12 @@ impl GenerationService for Generation {
         } else {
             end_tokens(&engine.model().config, tokenizer.as_deref())
         };
-        let prompt = super::blocking(move || prompt.tokens(tokenizer.as_deref())).await?;
+        let compiler = engine.clone();
+        let (prompt, constraint) = super::blocking(move || {
+            let constraint = form.map(|form| compiler.vocabulary()?.compile(&form)).transpose()?;
+            Ok((prompt.tokens(tokenizer.as_deref())?, constraint))
+        })
+        .await?;
         let prompt_tokens = prompt.len() as u64;
         let events = engine.generate(engine::Request {
             prompt,
@@ -70,6 +77,7 @@ impl GenerationService for Generation {
             stop: request.stop,
             logprobs: request.logprobs,
             top_logprobs: as_size(request.top_logprobs),
+            constraint,
         })?;
         metrics::counter!("planish_prompt_tokens_total").increment(prompt_tokens);
         Ok(Response::new(Box::pin(answer(events, row.name(), seed))))
@@ -174,6 +182,14 @@ fn no_tokenizer() -> Error {
     )
 }
 
+fn form(constraint: generate_request::Constraint) -> Form {
+    match constraint {
+        generate_request::Constraint::JsonSchema(text) => Form::JsonSchema(text),
+        generate_request::Constraint::Regex(text) => Form::Regex(text),
+        generate_request::Constraint::Grammar(text) => Form::Grammar(text),
+    }
+}
+
 fn conversation(chat: v1::Chat) -> Result<Vec<chat::Message>> {
     if chat.messages.is_empty() || chat.messages.len() > MAX_MESSAGES {
         return Err(Error::field(
@@ -208,6 +224,10 @@ fn check(request: &v1::GenerateRequest) -> Result<()> {
     }
     if request.top_logprobs > 0 && !request.logprobs {
         return Err(Error::field("top_logprobs", "needs logprobs; set both"));
+    }
+    if request.ignore_eos && request.constraint.is_some() {
+        let problem = "an answer under json_schema, regex or grammar ends where its form does";
+        return Err(Error::field("ignore_eos", problem));
     }
     Ok(())
 }

@@ -13,5 +13,6 @@ mod journey;
 mod layers;
 mod residency;
 mod security;
+mod structured;
 mod support;
 mod telemetry;

@@ -116,6 +116,11 @@ impl Tokenizer {
         String::from_utf8_lossy(self.pieces.bytes(id)).into_owned()
     }
 
+    /// The token's bytes inside a text; empty for ids without a token.
+    pub fn token_bytes(&self, id: u32) -> &[u8] {
+        self.pieces.bytes(id)
+    }
+
     /// The token as the vocabulary spells it (`Ġthe`, `▁the`, `<|im_end|>`).
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)

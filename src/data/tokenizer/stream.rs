@@ -27,6 +27,15 @@ impl<'a> TextStream<'a> {
         }
     }
 
+    /// Takes the first id as one inside a text: its bytes are [`Tokenizer::token_bytes`], and nothing is
+    /// taken from their front.
+    #[must_use]
+    pub fn continuing(mut self) -> Self {
+        self.started = true;
+        self.strip = Strip::default();
+        self
+    }
+
     /// Writes special tokens too.
     #[must_use]
     pub fn with_special(mut self) -> Self {

@@ -12,11 +12,12 @@ mod worker;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::constraint::{Constraint, Vocabulary};
 use super::sample::Sampling;
 use crate::error::{Error, Reason, Result};
 use crate::models::Model;
@@ -47,6 +48,8 @@ pub struct Request {
     pub stop: Vec<String>,
     pub logprobs: bool,
     pub top_logprobs: usize,
+    /// What the answer must look like, made by the engine's own [`Engine::vocabulary`].
+    pub constraint: Option<Constraint>,
 }
 
 /// What the engine says of a request.
@@ -141,6 +144,8 @@ pub struct Engine(Arc<Handle>);
 
 struct Handle {
     shared: Arc<Shared>,
+    /// Made at the first request with a constraint.
+    vocabulary: OnceLock<Result<Vocabulary>>,
 }
 
 impl Drop for Handle {
@@ -171,7 +176,7 @@ impl Engine {
         std::thread::Builder::new()
             .name("engine".to_owned())
             .spawn(move || worker::run(&for_thread, decoder))?;
-        Ok(Self(Arc::new(Handle { shared })))
+        Ok(Self(Arc::new(Handle { shared, vocabulary: OnceLock::new() })))
     }
 
     /// Queues a request. The receiver gets events, the last of them `Done`, or one error; dropping it
@@ -215,6 +220,23 @@ impl Engine {
     /// The model without its weights.
     pub fn model(&self) -> &Arc<Model> {
         &self.shared().model
+    }
+
+    /// The model's tokens, for compiling constraints; the first call takes up to a second.
+    ///
+    /// # Errors
+    /// MODEL_UNSUITABLE without a tokenizer, and what [`Vocabulary::new`] finds.
+    pub fn vocabulary(&self) -> Result<&Vocabulary> {
+        let model = &self.shared().model;
+        let made = self.0.vocabulary.get_or_init(|| match model.tokenizer.as_deref() {
+            Some(tokenizer) => Vocabulary::new(tokenizer, model.decoder()?.vocab),
+            None => Err(Error::new(
+                Reason::ModelUnsuitable,
+                "the model has no tokenizer; leave out json_schema, regex and grammar, or import it \
+                 with one",
+            )),
+        });
+        made.as_ref().map_err(|e| Error::new(e.reason(), e.message()))
     }
 
     /// Requests running and waiting now.

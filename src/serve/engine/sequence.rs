@@ -84,7 +84,11 @@ impl<'a> Sequence<'a> {
                 task: Task::Generate(Box::new(Generation {
                     sampler: Sampler::new(request.sampling, &request.prompt),
                     stops: Stops::new(request.stop.clone()),
-                    text: tokenizer.map(TextStream::new),
+                    text: tokenizer.map(|tokenizer| {
+                        let stream = TextStream::new(tokenizer);
+                        // A constraint counts every byte.
+                        if request.constraint.is_some() { stream.continuing() } else { stream }
+                    }),
                     request,
                     events,
                     outbox: Vec::new(),
@@ -188,11 +192,18 @@ impl Generation<'_> {
     /// for another position.
     fn take(&mut self, logits: &[f32], full: bool) -> Result<Option<u32>> {
         let first = *self.first_logits.get_or_insert_with(Instant::now);
-        let id = self.sampler.next(logits)?;
+        let id = match &mut self.request.constraint {
+            Some(constraint) => self.sampler.next_allowed(logits, constraint.allowed()?)?,
+            None => self.sampler.next(logits)?,
+        };
         if self.request.end.contains(&id) {
             self.end(Finish::Eos, first)?;
             return Ok(None);
         }
+        let complete = match &mut self.request.constraint {
+            Some(constraint) => constraint.advance(id)?,
+            None => false,
+        };
         self.generated += 1;
         let token = self.token(id, logits);
         let new_text = match &mut self.text {
@@ -206,6 +217,10 @@ impl Generation<'_> {
         self.outbox.push(Event::Tokens { tokens: vec![token], text });
         if stopped {
             self.done(Finish::Stop, String::new(), first);
+            return Ok(None);
+        }
+        if complete {
+            self.end(Finish::Eos, first)?;
             return Ok(None);
         }
         if full || self.generated >= self.request.max_tokens {

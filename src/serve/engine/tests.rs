@@ -25,6 +25,7 @@ fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
         stop: Vec::new(),
         logprobs: true,
         top_logprobs: 2,
+        constraint: None,
     }
 }
 
