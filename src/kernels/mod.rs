@@ -14,6 +14,7 @@ mod multiversion;
 pub mod norm;
 pub mod product;
 pub mod rope;
+pub mod row_groups;
 pub mod simd;
 pub mod softmax;
 pub mod sparse;
