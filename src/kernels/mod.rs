@@ -5,8 +5,11 @@
 
 pub mod activation;
 pub mod attention;
+pub mod bf16;
 pub mod cast;
 pub mod dot;
+mod expand;
+pub mod few;
 pub mod gemm;
 pub mod ggml;
 pub mod grouped;
