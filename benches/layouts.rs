@@ -3,12 +3,14 @@
 //! For one token the bound is memory bandwidth: GB/s counts stored bytes, and tokens/s is what a model of
 //! 134.5 million weights in that layout (SmolLM2-135M) would reach if products were all it did. For
 //! 512 tokens the bound is arithmetic: GFLOP/s counts two operations a weight and token, zeros included.
+//! A token finds no weight in a cache near the processor: products go round copies of it, as through a model.
 
 use std::time::Instant;
 
 use planish::nn::dtype::Dtype;
 use planish::nn::weight::{
-    Dense, Ggml, GgmlType, Grouped, GroupedSpec, Sparse, ValueFormat, Weight,
+    Dense, Ggml, GgmlType, Grouped, GroupedSpec, Part, RowGroupValues, RowGroups, Sparse,
+    ValueFormat, Weight,
 };
 
 const MODEL: f64 = 134.5e6;
@@ -17,14 +19,24 @@ fn main() {
     let wanted = std::env::args().skip(1).find(|a| !a.starts_with('-')).unwrap_or_default();
     println!("{} threads", rayon::current_num_threads());
     println!(
-        "{:<16}{:>14}{:>9}{:>10}{:>8}{:>8}{:>11}{:>11}{:>10}",
-        "layout", "shape", "MB", "t=1 us", "spread", "GB/s", "tokens/s", "t=512 ms", "GFLOP/s"
+        "{:<18}{:>12}{:>8}{:>10}{:>8}{:>7}{:>10}{:>10}{:>10}{:>10}{:>9}",
+        "layout",
+        "shape",
+        "MB",
+        "t=1 us",
+        "spread",
+        "GB/s",
+        "tokens/s",
+        "t=8 us",
+        "t=64 us",
+        "t=512 ms",
+        "GFLOP/s"
     );
-    for shape in [[1536, 576], [49152, 576]] {
+    for shape in [[576, 576], [1536, 576], [576, 1536], [49152, 576]] {
         let values = noise(shape[0] * shape[1]);
         for (name, build) in layouts() {
             if name.contains(&wanted) {
-                report(name, &build(shape, &values));
+                report(&name, &build(shape, &values));
             }
         }
     }
@@ -32,13 +44,13 @@ fn main() {
 
 type Build = Box<dyn Fn([usize; 2], &[f32]) -> Weight>;
 
-fn layouts() -> Vec<(&'static str, Build)> {
-    let mut all: Vec<(&'static str, Build)> = Vec::new();
+fn layouts() -> Vec<(String, Build)> {
+    let mut all: Vec<(String, Build)> = Vec::new();
     for (name, dtype) in
         [("dense f32", Dtype::F32), ("dense f16", Dtype::F16), ("dense bf16", Dtype::BF16)]
     {
         all.push((
-            name,
+            name.to_owned(),
             Box::new(move |shape, v| {
                 Weight::Dense(Dense::from_f32(shape.to_vec(), v, dtype).unwrap())
             }),
@@ -57,7 +69,7 @@ fn layouts() -> Vec<(&'static str, Build)> {
         ("ggml q6_k", GgmlType::Q6K),
     ] {
         all.push((
-            name,
+            name.to_owned(),
             Box::new(move |[rows, cols], _| {
                 // Any bytes are blocks; 576 is not a multiple of 256, so those types get rows of 768. Every
                 // pair of bytes is a normal f16, as scales are: others are slow to convert.
@@ -79,7 +91,7 @@ fn layouts() -> Vec<(&'static str, Build)> {
     ] {
         let spec = GroupedSpec { bits, group, symmetric };
         all.push((
-            name,
+            name.to_owned(),
             Box::new(move |shape, v| {
                 let (codes, scales, zeros) = round(spec, v);
                 Weight::Grouped(Grouped::pack(shape, spec, &codes, &scales, &zeros).unwrap())
@@ -92,23 +104,41 @@ fn layouts() -> Vec<(&'static str, Build)> {
         ("50% bf16", ValueFormat::BF16),
     ] {
         all.push((
-            name,
+            name.to_owned(),
             Box::new(move |shape, v| {
                 Weight::Sparse(Sparse::from_dense(shape, &prune(v, 2, 4), format, None).unwrap())
             }),
         ));
     }
     all.push((
-        "1:4 places bf16",
+        "1:4 places bf16".to_owned(),
         Box::new(|shape, v| {
             let v = prune(v, 1, 4);
             Weight::Sparse(Sparse::from_dense(shape, &v, ValueFormat::BF16, Some((3, 4))).unwrap())
         }),
     ));
+    for (name, format) in [("i8", RowGroupValues::Int8), ("bf16", RowGroupValues::BF16)] {
+        for group in [8, 16] {
+            for percent in [100, 50] {
+                all.push((
+                    format!("rows {group} {percent}% {name}"),
+                    Box::new(move |shape, v| {
+                        let groups = shape[0].div_ceil(group);
+                        let units: Vec<bool> = noise(groups * shape[1])
+                            .iter()
+                            .map(|v| percent == 100 || *v > 0.0)
+                            .collect();
+                        let w = RowGroups::from_units(shape, v, &units, group, format);
+                        Weight::RowGroups(w.unwrap())
+                    }),
+                ));
+            }
+        }
+    }
     for (name, bits) in [("50% 4/64", 4), ("50% 8/64", 8)] {
         let spec = GroupedSpec { bits, group: 64, symmetric: false };
         all.push((
-            name,
+            name.to_owned(),
             Box::new(move |shape, v| {
                 let mask: Vec<bool> = prune(v, 2, 4).iter().map(|v| *v != 0.0).collect();
                 let (codes, scales, zeros) = round(spec, v);
@@ -168,23 +198,39 @@ fn time(mut call: impl FnMut()) -> (f64, f64) {
     (seconds[n / 2], seconds[3 * n / 4] - seconds[n / 4])
 }
 
+/// Bytes of the copies that a token goes round.
+const ROUND: u64 = 64 << 20;
+
 fn report(name: &str, w: &Weight) {
     let (rows, cols) = (w.rows(), w.cols());
+    let (record, parts) = (w.record(), w.parts());
+    let copy = || {
+        let parts = parts.iter().map(|part| {
+            let data = part.data.to_vec().into();
+            (part.suffix.to_owned(), Part { data, ..part.clone() })
+        });
+        Weight::from_parts(&record, parts.collect()).unwrap()
+    };
+    let copies: Vec<Weight> = (0..(ROUND / w.bytes()).max(1)).map(|_| copy()).collect();
     let measure = |tokens: usize| {
         let (x, mut y) = (noise(tokens * cols), vec![0.0; tokens * rows]);
+        let mut round = copies.iter().cycle();
         // Inside the pool, as the engine runs: entering it costs more than a small product.
-        rayon::scope(|_| time(|| w.multiply(&x, &mut y)))
+        rayon::scope(|_| time(|| round.next().unwrap().multiply(&x, &mut y)))
     };
-    let ((one, spread), (many, _)) = (measure(1), measure(512));
+    let ((one, spread), eight, some) = (measure(1), measure(8).0, measure(64).0);
+    let many = measure(512).0;
     let elements = (rows * cols) as f64;
     println!(
-        "{name:<16}{:>14}{:>9.2}{:>10.1}{:>7.0}%{:>8.1}{:>11.1}{:>11.2}{:>10.0}",
+        "{name:<18}{:>12}{:>8.2}{:>10.1}{:>7.0}%{:>7.1}{:>10.1}{:>10.1}{:>10.0}{:>10.2}{:>9.0}",
         format!("{rows}x{cols}"),
         w.bytes() as f64 / 1e6,
         one * 1e6,
         100.0 * spread / one,
         w.bytes() as f64 / one / 1e9,
         elements / one / MODEL,
+        eight * 1e6,
+        some * 1e6,
         many * 1e3,
         2.0 * 512.0 * elements / many / 1e9,
     );

@@ -33,6 +33,7 @@ pub fn stored(weight: &Weight) -> u64 {
     let elements = (weight.rows() * weight.cols()) as u64;
     match weight {
         Weight::Sparse(_) => elements - weight.zeros(),
+        Weight::RowGroups(weight) => weight.stored(),
         _ => elements,
     }
 }

@@ -111,6 +111,11 @@ impl<'a> DenseRows<'a> {
         assert_eq!(data.len(), rows * cols * size);
         Self { data, rows, cols, kind }
     }
+
+    /// Elements, `[rows, cols]` and how the elements are stored.
+    pub(super) fn parts(&self) -> (&'a [u8], [usize; 2], DenseKind) {
+        (self.data, [self.rows, self.cols], self.kind)
+    }
 }
 
 // SAFETY: the loops below step through 0..cols without gap or overlap.

@@ -5,8 +5,11 @@
 
 pub mod activation;
 pub mod attention;
+pub mod bf16;
 pub mod cast;
 pub mod dot;
+mod expand;
+pub mod few;
 pub mod gemm;
 pub mod ggml;
 pub mod grouped;
@@ -19,6 +22,7 @@ pub mod packed;
 pub mod product;
 pub mod quantize;
 pub mod rope;
+pub mod row_groups;
 pub mod simd;
 pub mod softmax;
 pub mod sparse;

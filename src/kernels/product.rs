@@ -6,7 +6,7 @@ use super::gemm::{View, gemm};
 use super::threads::{self, Shared, with_scratch};
 
 /// Up to here a row is decoded and multiplied at once.
-const FEW: usize = 8;
+pub(super) const FEW: usize = 8;
 
 /// Elements of a panel: a few megabytes, so that it stays in the shared cache while it is used.
 const PANEL: usize = 1 << 20;
@@ -190,7 +190,21 @@ mod tests {
                     Values::Dense(&halves, DenseKind::BF16),
                     Values::Dense(&f32s[..f32s.len() / 2], DenseKind::F32),
                 ] {
-                    check(&SparseRows::new([7, cols], places, values, &starts), "sparse values");
+                    let rows = SparseRows::new([7, cols], places, values, &starts);
+                    check(&rows, "sparse values");
+                    // The layout's own choice of a kernel.
+                    for tokens in [1, 3, 7, 9] {
+                        let x: Vec<f32> =
+                            (0..tokens * cols).map(|i| (i % 13) as f32 - 6.0).collect();
+                        let (mut y, mut same) = (vec![f32::NAN; 7 * tokens], vec![0.0; 7 * tokens]);
+                        rows.multiply(&x, &mut y);
+                        multiply(&rows, &x, &mut same);
+                        let size = same.iter().fold(1.0_f32, |m, v| m.max(v.abs()));
+                        assert!(
+                            y.iter().zip(&same).all(|(a, b)| (a - b).abs() <= 1e-4 * size),
+                            "{cols} columns, {tokens} tokens: {y:?} not {same:?}"
+                        );
+                    }
                 }
                 for bits in [2, 3, 4, 8] {
                     let mut bytes = vec![0];

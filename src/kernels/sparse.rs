@@ -5,7 +5,10 @@
 use half::{bf16, f16};
 
 use super::dot::{DenseKind, Rows, Sink};
+#[cfg(target_arch = "x86_64")]
+use super::expand;
 use super::grouped::Grid;
+use super::product;
 use super::simd::Simd;
 
 /// Where the stored elements of a row stand.
@@ -68,6 +71,20 @@ impl<'a> SparseRows<'a> {
             }
         }
         Self { rows, cols, places, values, starts }
+    }
+
+    /// `y[t, o] = sum_i x[t, i] w[o, i]`, overwritten. Panics if sizes do not fit.
+    pub fn multiply(&self, x: &[f32], y: &mut [f32]) {
+        #[cfg(target_arch = "x86_64")]
+        if let (Places::Bitmap(bitmap), Values::Dense(values, DenseKind::BF16)) =
+            (self.places, self.values)
+            && x.len() <= product::FEW * self.cols
+            && expand::available()
+        {
+            let (rows, cols, starts) = (self.rows, self.cols, self.starts);
+            return expand::multiply(expand::Rows { rows, cols, bitmap, values, starts }, x, y);
+        }
+        product::multiply(self, x, y);
     }
 
     /// Where the values of `row` start, within the values or at their end.

@@ -99,7 +99,8 @@ pub fn read_info(files: &BTreeMap<String, PathBuf>) -> Result<ModelInfo> {
             Record::Dense { shape } => shape.clone(),
             Record::Grouped { shape, .. }
             | Record::Ggml { shape, .. }
-            | Record::Sparse { shape, .. } => shape.to_vec(),
+            | Record::Sparse { shape, .. }
+            | Record::RowGroups { shape, .. } => shape.to_vec(),
         };
         tensors.insert(name, TensorInfo { record, shape, bytes });
     }

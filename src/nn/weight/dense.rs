@@ -4,9 +4,9 @@ use half::{bf16, f16};
 
 use super::*;
 use crate::kernels::dot::{self, DenseKind, DenseRows};
-use crate::kernels::{cast, gemm, product};
+use crate::kernels::{cast, few, gemm, product};
 
-/// More tokens than this go through the dense product, fewer through one inner product a row.
+/// More tokens than this go through the dense product, fewer through inner products with the rows as they are stored.
 const FEW: usize = 8;
 
 #[derive(Debug, Clone)]
@@ -91,8 +91,9 @@ impl Dense {
     pub fn multiply(&self, x: &[f32], y: &mut [f32]) {
         let cols = self.shape.last().copied().unwrap_or(1);
         match self.as_f32() {
-            Some(w) if x.len() > FEW * cols => gemm::multiply(x, w, y, cols),
-            _ => product::multiply(&self.view(), x, y),
+            _ if x.len() <= FEW * cols => few::multiply(&self.view(), x, y),
+            Some(w) => gemm::multiply(x, w, y, cols),
+            None => product::multiply(&self.view(), x, y),
         }
     }
 

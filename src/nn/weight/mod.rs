@@ -9,6 +9,7 @@ mod dense;
 mod ggml;
 mod graph;
 mod grouped;
+mod row_groups;
 mod sparse;
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,7 @@ pub use dense::Dense;
 pub use ggml::{Ggml, GgmlType};
 pub use graph::product;
 pub use grouped::{Grouped, GroupedSpec};
+pub use row_groups::{RowGroupValues, RowGroups};
 pub use sparse::{Sparse, SparsePattern, ValueFormat};
 
 /// A named tensor of a model in one of the layouts. Matrices are `[out, in]`: `y = W x`.
@@ -39,6 +41,8 @@ pub enum Weight {
     Ggml(Ggml),
     /// Non-zero elements and where they stand.
     Sparse(Sparse),
+    /// Groups of consecutive rows that share the list of their kept columns.
+    RowGroups(RowGroups),
 }
 
 /// One plain tensor of a stored weight. The tensor's name in the file is the weight's name, followed
@@ -73,6 +77,11 @@ pub enum Record {
         pattern: SparsePattern,
         values: ValueFormat,
     },
+    RowGroups {
+        shape: [usize; 2],
+        group: u32,
+        values: RowGroupValues,
+    },
 }
 
 macro_rules! each {
@@ -82,6 +91,7 @@ macro_rules! each {
             Weight::Grouped($w) => $e,
             Weight::Ggml($w) => $e,
             Weight::Sparse($w) => $e,
+            Weight::RowGroups($w) => $e,
         }
     };
 }
@@ -176,6 +186,9 @@ impl Weight {
             }
             Record::Sparse { shape, pattern, values } => {
                 Self::Sparse(Sparse::from_parts(*shape, *pattern, *values, &mut parts)?)
+            }
+            Record::RowGroups { shape, group, values } => {
+                Self::RowGroups(RowGroups::from_parts(*shape, *group, *values, &mut parts)?)
             }
         };
         match parts.keys().next() {

@@ -232,7 +232,7 @@ impl Sparse {
     }
 
     pub fn multiply(&self, x: &[f32], y: &mut [f32]) {
-        product::multiply(&self.view(), x, y);
+        self.view().multiply(x, y);
     }
 
     pub fn multiply_transposed(&self, g: &[f32], dx: &mut [f32]) {

@@ -51,6 +51,12 @@ fn all(shape: [usize; 2]) -> Vec<Weight> {
             weights.push(Weight::Sparse(w));
         }
     }
+    for group in [2, 4, 8, 16, 32] {
+        for format in [RowGroupValues::F32, RowGroupValues::BF16] {
+            let w = RowGroups::from_dense(shape, &half, group, format).unwrap();
+            weights.push(Weight::RowGroups(w));
+        }
+    }
     for bits in [2, 3, 4, 8] {
         for symmetric in [false, true] {
             for group in [cols, 16, 32].into_iter().filter(|g| cols % g == 0) {
@@ -69,6 +75,13 @@ fn all(shape: [usize; 2]) -> Vec<Weight> {
         }
     }
     weights
+}
+
+/// The layouts whose products round activations too.
+fn rounding(shape: [usize; 2]) -> Vec<Weight> {
+    let values = noise(shape[0] * shape[1]);
+    let build = |group| RowGroups::from_dense(shape, &values, group, RowGroupValues::Int8).unwrap();
+    [2, 8, 32].into_iter().map(|group| Weight::RowGroups(build(group))).collect()
 }
 
 fn close(got: &[f32], exact: &[f64], what: &dyn std::fmt::Debug) {
@@ -118,7 +131,7 @@ fn by_suffix(w: &Weight) -> BTreeMap<String, Part> {
 
 #[test]
 fn parts_and_record_give_back_the_same_bits() {
-    for w in all([7, 96]).into_iter().chain(all([5, 20])) {
+    for w in all([7, 96]).into_iter().chain(all([5, 20])).chain(rounding([7, 96])) {
         let json = serde_json::to_string(&w.record()).unwrap();
         let record: Record = serde_json::from_str(&json).unwrap();
         assert_eq!(record, w.record());
@@ -149,7 +162,7 @@ fn malformed_parts(record: &Record, parts: BTreeMap<String, Part>, what: &str) {
 
 #[test]
 fn parts_that_lie_are_refused() {
-    for w in all([7, 96]).into_iter().chain(all([5, 20])) {
+    for w in all([7, 96]).into_iter().chain(all([5, 20])).chain(rounding([7, 96])) {
         let (record, parts) = (w.record(), by_suffix(&w));
         for name in parts.keys() {
             let mut missing = parts.clone();
@@ -183,7 +196,8 @@ fn parts_that_lie_are_refused() {
                 Record::Dense { shape: s } => *s = shape.to_vec(),
                 Record::Grouped { shape: s, .. }
                 | Record::Ggml { shape: s, .. }
-                | Record::Sparse { shape: s, .. } => *s = shape,
+                | Record::Sparse { shape: s, .. }
+                | Record::RowGroups { shape: s, .. } => *s = shape,
             }
             malformed_parts(&absurd, parts.clone(), "an absurd shape");
         }
