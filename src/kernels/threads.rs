@@ -152,7 +152,7 @@ impl Team {
         self.parts.store(parts, Ordering::Relaxed);
         self.next.store(0, Ordering::Relaxed);
         let new = number(self.gate.load(Ordering::Relaxed)) + 1;
-        self.gate.store(new * 2 * OPEN | OPEN, Ordering::Release);
+        self.gate.store((2 * new + 1) * OPEN, Ordering::Release);
         // The order of this and a member's falling asleep: one of the two sees the other.
         fence(Ordering::SeqCst);
         for member in members {

@@ -240,6 +240,7 @@ mod tests {
             stop: Vec::new(),
             logprobs: false,
             top_logprobs: 0,
+            constraint: None,
         };
         // Nobody reads beyond the first event, so the request stays at work: the channel is shorter.
         let mut events = engine(&residency, "busy").await.unwrap().generate(request).unwrap();

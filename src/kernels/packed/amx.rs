@@ -269,7 +269,7 @@ pub(super) unsafe fn tile<S: Simd, G: Scales>(
                 tiles.dot(q, cols, w, low);
             }
             let (scale, min) = reader.block::<S>(unit, unit_at, inside);
-            for t in 0..TOKENS {
+            for (t, total) in sums.iter_mut().enumerate() {
                 let d = S::splat(*scales.add(t * blocks + block));
                 let offset = offsets.add(2 * (t * blocks + block));
                 let less = |sum: *const i32, offset: i32| {
@@ -281,16 +281,16 @@ pub(super) unsafe fn tile<S: Simd, G: Scales>(
                 };
                 if G::HALVES {
                     let (low, high) = (less(low, *offset), less(high, *offset.add(1)));
-                    sums[t] = S::fused(S::from_i32(low), S::mul(scale[0], d), sums[t]);
-                    sums[t] = S::fused(S::from_i32(high), S::mul(scale[1], d), sums[t]);
+                    *total = S::fused(S::from_i32(low), S::mul(scale[0], d), *total);
+                    *total = S::fused(S::from_i32(high), S::mul(scale[1], d), *total);
                 } else {
                     let offset = if zero == 0 { 0 } else { *offset + *offset.add(1) };
                     let sum = S::from_i32(less(low, offset));
-                    sums[t] = S::fused(sum, S::mul(scale[0], d), sums[t]);
+                    *total = S::fused(sum, S::mul(scale[0], d), *total);
                 }
                 if G::MIN {
                     let weighted = S::splat(*weighted.add(t * blocks + block));
-                    sums[t] = S::fused(min, weighted, sums[t]);
+                    *total = S::fused(min, weighted, *total);
                 }
             }
             block += 1;

@@ -90,30 +90,32 @@ pub(super) unsafe fn tile<S: Simd, const BITS: u8, G: Scales, const T: usize>(
         for inside in 0..reader.blocks() {
             let w = Codes::<BITS>::unpack::<S>(panel.codes.add(block * block_bytes(BITS)));
             let (scale, min) = reader.block::<S>(unit, unit_at, inside);
-            for t in 0..T {
+            for (t, total) in sums.iter_mut().enumerate() {
                 let q = codes.add(t * blocks * BLOCK + block * BLOCK);
                 let d = S::splat(*scales.add(t * blocks + block));
                 let offset = offsets.add(2 * (t * blocks + block));
                 if G::HALVES {
                     let mut low = S::splat_i32(-zero * *offset);
                     let mut high = S::splat_i32(-zero * *offset.add(1));
-                    for v in 0..4 {
-                        low = dot(low, w[v], q.add(4 * v));
-                        high = dot(high, w[v + 4], q.add(16 + 4 * v));
+                    for (v, w) in w.into_iter().enumerate() {
+                        match v {
+                            0..4 => low = dot(low, w, q.add(4 * v)),
+                            _ => high = dot(high, w, q.add(4 * v)),
+                        }
                     }
-                    sums[t] = S::fused(S::from_i32(low), S::mul(scale[0], d), sums[t]);
-                    sums[t] = S::fused(S::from_i32(high), S::mul(scale[1], d), sums[t]);
+                    *total = S::fused(S::from_i32(low), S::mul(scale[0], d), *total);
+                    *total = S::fused(S::from_i32(high), S::mul(scale[1], d), *total);
                 } else {
                     let start = if zero == 0 { 0 } else { -zero * (*offset + *offset.add(1)) };
                     let mut sum = S::splat_i32(start);
-                    for v in 0..8 {
-                        sum = dot(sum, w[v], q.add(4 * v));
+                    for (v, w) in w.into_iter().enumerate() {
+                        sum = dot(sum, w, q.add(4 * v));
                     }
-                    sums[t] = S::fused(S::from_i32(sum), S::mul(scale[0], d), sums[t]);
+                    *total = S::fused(S::from_i32(sum), S::mul(scale[0], d), *total);
                 }
                 if G::MIN {
                     let weighted = S::splat(*weighted.add(t * blocks + block));
-                    sums[t] = S::fused(min, weighted, sums[t]);
+                    *total = S::fused(min, weighted, *total);
                 }
             }
             block += 1;

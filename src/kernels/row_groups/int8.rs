@@ -35,12 +35,10 @@ impl Path {
 
 #[cfg(target_arch = "x86_64")]
 fn detect() -> Path {
-    let vnni = is_x86_feature_detected!("avx512vnni")
-        && is_x86_feature_detected!("avx512vbmi")
-        && is_x86_feature_detected!("avx512vbmi2");
+    let vnni = is_x86_feature_detected!("avx512vbmi") && is_x86_feature_detected!("avx512vbmi2");
     match Level::best() {
-        Level::Avx512 if vnni => Path::Vnni,
-        Level::Avx512 | Level::Avx2 => Path::Avx2,
+        Level::Vnni if vnni => Path::Vnni,
+        Level::Vnni | Level::Avx512 | Level::Avx2 => Path::Avx2,
         Level::Arrays => Path::Plain,
     }
 }

@@ -160,7 +160,7 @@ impl Weight {
         match self {
             Self::Ggml(weight) => weight.packed(),
             Self::Grouped(weight) => weight.packed(),
-            Self::Dense(_) | Self::Sparse(_) => None,
+            Self::Dense(_) | Self::Sparse(_) | Self::RowGroups(_) => None,
         }
     }
 
