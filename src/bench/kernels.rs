@@ -10,6 +10,9 @@ use super::limits::Limits;
 use super::stats::Spread;
 use crate::error::{Error, Result};
 use crate::eval::counts::stored;
+use crate::kernels::packed::{self, Job, Packed};
+use crate::kernels::quantize::Activations;
+use crate::models::decoder::plan::Arithmetic;
 use crate::nn::weight::{Part, Weight};
 use crate::seed::Stream;
 
@@ -36,6 +39,7 @@ pub struct Settings {
     pub shapes: Vec<[usize; 2]>,
     pub tokens: Vec<usize>,
     pub repetitions: usize,
+    pub arithmetic: Arithmetic,
 }
 
 /// One layout, shape and number of tokens.
@@ -131,10 +135,12 @@ pub fn measure<E: From<Error>>(
         for (name, layout) in &layouts {
             let weight = layout.build(*shape, &stream.child(name))?;
             let copies = copies(&weight)?;
+            let operands: Vec<_> =
+                copies.iter().map(|w| Operand::new(w, settings.arithmetic)).collect();
             for &tokens in &settings.tokens {
                 let x = &inputs[..tokens * weight.cols()];
                 let y = &mut outputs[..tokens * weight.rows()];
-                let seconds = time(&copies, x, y, settings.repetitions);
+                let seconds = time(&operands, x, y, settings.repetitions);
                 report(row(name, &weight, tokens, seconds, limits))?;
             }
         }
@@ -142,9 +148,31 @@ pub fn measure<E: From<Error>>(
     Ok(())
 }
 
-/// The product that is timed.
-fn product(weight: &Weight, x: &[f32], y: &mut [f32]) {
-    weight.multiply(x, y);
+/// A weight as the timed product takes it.
+enum Operand<'a> {
+    Plain(&'a Weight),
+    Packed(Packed),
+}
+
+impl<'a> Operand<'a> {
+    fn new(weight: &'a Weight, arithmetic: Arithmetic) -> Self {
+        let packed = match arithmetic {
+            Arithmetic::Exact => None,
+            Arithmetic::Integer => weight.packed(),
+        };
+        packed.map_or(Self::Plain(weight), Self::Packed)
+    }
+
+    /// The product that is timed, rounding of the activations included.
+    fn multiply(&self, x: &[f32], rounded: &mut Activations, y: &mut [f32]) {
+        match self {
+            Self::Plain(weight) => weight.multiply(x, y),
+            Self::Packed(weight) => {
+                rounded.set(x, weight.cols(), weight.grain());
+                packed::multiply(rounded, &mut [Some(Job { weight, y })]);
+            }
+        }
+    }
 }
 
 /// As many weights of the same content as fill the working set, each with memory of its own.
@@ -163,12 +191,13 @@ fn copies(weight: &Weight) -> Result<Vec<Weight>> {
 }
 
 /// Seconds of a product, one value a repetition.
-fn time(copies: &[Weight], x: &[f32], y: &mut [f32], repetitions: usize) -> Spread {
+fn time(copies: &[Operand<'_>], x: &[f32], y: &mut [f32], repetitions: usize) -> Spread {
     let mut turn = copies.iter().cycle();
+    let mut rounded = Activations::default();
     let mut run = |count: usize| {
         let start = Instant::now();
         for weight in turn.by_ref().take(count) {
-            product(weight, x, y);
+            weight.multiply(x, &mut rounded, y);
         }
         start.elapsed().as_secs_f64().max(1e-9)
     };
@@ -215,6 +244,7 @@ mod tests {
             shapes: vec![[4096, 4096]],
             tokens: vec![1, 2],
             repetitions: 3,
+            arithmetic: Arithmetic::Integer,
         }
     }
 

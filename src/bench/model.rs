@@ -11,7 +11,7 @@ use crate::error::{Error, Reason, Result};
 use crate::machine;
 use crate::models::Model;
 use crate::models::decoder::Config;
-use crate::models::decoder::plan::{Cache, CacheFormat, Chunk, Decoder};
+use crate::models::decoder::plan::{Arithmetic, Cache, CacheFormat, Chunk, Decoder};
 
 /// Most tokens of a prompt or an answer, and most sequences of a step, that are measured.
 pub const MOST_TOKENS: usize = 1 << 20;
@@ -129,8 +129,8 @@ pub struct Subject {
 }
 
 impl Subject {
-    pub fn new(model: &Model) -> Result<Self> {
-        Ok(Self { decoder: Decoder::new(model)?, costs: Costs::of(model)? })
+    pub fn new(model: &Model, arithmetic: Arithmetic) -> Result<Self> {
+        Ok(Self { decoder: Decoder::with(model, arithmetic)?, costs: Costs::of(model)? })
     }
 
     pub fn costs(&self) -> Costs {
@@ -264,7 +264,10 @@ mod tests {
     use crate::models::decoder::random;
 
     fn subject() -> Subject {
-        Subject::new(&random::model(random::tiny("llama"), 1).expect("a model")).expect("a subject")
+        Subject::new(
+            &random::model(random::tiny("llama", Arithmetic::Integer), 1).expect("a model"),
+        )
+        .expect("a subject")
     }
 
     fn run(prompt_tokens: usize, tokens: usize) -> Run {

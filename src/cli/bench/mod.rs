@@ -16,7 +16,7 @@ use crate::bench::limits::Limits;
 use crate::bench::model::{Decode, Prefill, Run, Subject};
 use crate::bench::stats::Spread;
 use crate::bench::{Machine, set_threads};
-use crate::models::decoder::plan::CacheFormat;
+use crate::models::decoder::plan::{Arithmetic, CacheFormat};
 use crate::models::import::{self, Source};
 
 #[derive(Debug, Subcommand)]
@@ -45,6 +45,15 @@ struct Common {
     /// Do not measure what the machine can do at most
     #[arg(long)]
     no_limits: bool,
+    /// Keep activations f32, as evaluation does, where serving rounds them to 8 bits
+    #[arg(long)]
+    exact: bool,
+}
+
+impl Common {
+    fn arithmetic(&self) -> Arithmetic {
+        if self.exact { Arithmetic::Exact } else { Arithmetic::Integer }
+    }
 }
 
 /// The model that is measured.
@@ -215,7 +224,7 @@ impl ModelArgs {
                 }
             };
             let model = import::open(&source.fetch(&place, &say, &|| false)?)?;
-            let subject = Subject::new(&model)?;
+            let subject = Subject::new(&model, self.common.arithmetic())?;
             let mut bench = Bench {
                 form,
                 limits: self.common.limits(subject.costs().bytes()),
@@ -279,6 +288,7 @@ impl KernelsArgs {
             shapes: if self.shape.is_empty() { SHAPES.to_vec() } else { self.shape },
             tokens: self.tokens,
             repetitions: self.common.repetitions.into(),
+            arithmetic: self.common.arithmetic(),
         };
         let mut rows = Vec::new();
         kernels::measure(&settings, limits.as_ref(), |row| {
