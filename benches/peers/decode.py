@@ -6,8 +6,9 @@ at once.
 
 Without files: SmolLM2-135M as Q4_1 (as it came), Q4_0, Q8_0 and Q4_K_M, and Gemma 3 270M as Q4_K_M. Each round
 runs each program once, in turn first and second, in a process of its own, and takes the median of its
-repetitions; the ratio is that of the two in the same round. A part during which other programs took more than
-a quarter of a core is run again (quiet.py). Everything is written to results/decode.json of the peers' folder.
+repetitions; the ratio is that of the two in the same round. llama.cpp runs twice, with weights laid out anew for
+this processor (its default) and as in the file, and for each part the faster of the two is the peer. A run during which other programs took more than
+a quarter of a core is made again (quiet.py). Everything is written to results/decode.json of the peers' folder.
 `llama FILE THREADS REPETITIONS` as the arguments runs that side alone.
 """
 
@@ -26,6 +27,7 @@ from quiet import ALLOWED, shown, spread, undisturbed
 
 PROMPT, DECODE, PREFILL = 32, 128, 512
 PARTS = {"decode": DECODE, "prefill": PREFILL}
+VARIANTS = {"llama.cpp": True, "llama.cpp as in the file": False}
 PROGRAM = os.environ.get("PLANISH", str(ROOT / "target" / "release" / "planish"))
 
 
@@ -35,7 +37,15 @@ def llama_side(file, threads, repetitions):
     quiet = L.llama_log_callback(lambda *_: None)
     L.llama_log_set(quiet, ctypes.c_void_p(0))
     L.llama_backend_init()
-    model = L.llama_model_load_from_file(file.encode(), L.llama_model_default_params())
+    rates = {name: llama_rates(L, np, file, threads, repetitions, anew) for name, anew in VARIANTS.items()}
+    print(json.dumps({"rates": rates, "system": L.llama_print_system_info().decode(),
+                      "version": f"llama-cpp-python {L.__version__}"}))
+
+
+def llama_rates(L, np, file, threads, repetitions, anew):
+    model_settings = L.llama_model_default_params()
+    model_settings.use_extra_bufts = anew
+    model = L.llama_model_load_from_file(file.encode(), model_settings)
     settings = L.llama_context_default_params()
     settings.n_ctx, settings.n_batch, settings.n_ubatch = 1024, 512, 512
     settings.n_threads = settings.n_threads_batch = threads
@@ -74,9 +84,9 @@ def llama_side(file, threads, repetitions):
     for part, run in (("decode", decode), ("prefill", prefill)):
         run()
         rates[part] = spread([PARTS[part] / run() for _ in range(repetitions)])
-    rates["system"] = L.llama_print_system_info().decode()
-    rates["version"] = f"llama-cpp-python {L.__version__}"
-    print(json.dumps(rates))
+    L.llama_free(context)
+    L.llama_model_free(model)
+    return rates
 
 
 def run(words):
@@ -94,28 +104,32 @@ def planish(part, file, options, *more):
 
 
 def compare(file, options):
-    """Rates of all rounds, by program and part, and the cores that others took during each."""
-    rates = {part: {"planish": [], "llama.cpp": []} for part in PARTS}
+    """Rates of all rounds and their ratio, by part; the cores that others took during each run."""
+    rates = {part: {name: [] for name in ("planish", *VARIANTS)} for part in PARTS}
     others, about = [], {}
+
+    def theirs():
+        return run([sys.executable, __file__, "llama", file, options.threads, options.repetitions])
+
+    def ours():
+        found = {part: planish(part, file, options, "--no-limits")["tokens_per_second"] for part in PARTS}
+        return {"rates": {"planish": found}}
+
     for number in range(options.rounds):
-        def theirs():
-            return run([sys.executable, __file__, "llama", file, options.threads, options.repetitions])
-
-        def ours():
-            return {part: planish(part, file, options, "--no-limits")["tokens_per_second"] for part in PARTS}
-
-        sides = [("llama.cpp", theirs), ("planish", ours)]
-        for name, side in sides if number % 2 == 0 else sides[::-1]:
+        for side in (theirs, ours) if number % 2 == 0 else (ours, theirs):
             found, busy = undisturbed(side)
             others.append(round(busy, 3))
-            for part in PARTS:
-                rates[part][name].append(found[part]["median"])
-            if name == "llama.cpp":
-                about = {key: found[key] for key in ("system", "version")}
+            for name, by_part in found["rates"].items():
+                for part, rate in by_part.items():
+                    rates[part][name].append(rate["median"])
+            about |= {key: found[key] for key in ("system", "version") if key in found}
     parts = {}
     for part, sides in rates.items():
-        ratios = [a / b for a, b in zip(sides["planish"], sides["llama.cpp"])]
-        parts[part] = {**{name: spread(values) for name, values in sides.items()}, "ratio": spread(ratios)}
+        spreads = {name: spread(values) for name, values in sides.items()}
+        peer = max(VARIANTS, key=lambda name: spreads[name]["median"])
+        ratio = spread([a / b for a, b in zip(sides["planish"], sides[peer])])
+        parts[part] = {"planish": spreads["planish"], "llama.cpp": spreads[peer], "variant": peer, "ratio": ratio,
+                       "variants": {name: spreads[name] for name in VARIANTS}}
     return parts, others, about
 
 

@@ -218,6 +218,11 @@ impl ModelArgs {
         blocking(move || {
             self.common.apply()?;
             let source = Source::parse(&self.model)?;
+            if let Source::Path(path) = &source {
+                // Before the limits are measured, and with the exit code of what is not there.
+                std::fs::metadata(path)
+                    .map_err(|e| CliError::file(&format!("reading {}", path.display()), &e))?;
+            }
             let say = |message: &str| {
                 if !form.is_json() {
                     eprintln!("{message}");
