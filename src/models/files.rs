@@ -92,7 +92,9 @@ pub(super) fn write_text(
 
 /// JSON for people; keys are sorted, so equal values give equal text.
 pub(super) fn pretty(value: &Value) -> String {
-    format!("{value:#}\n")
+    let mut sorted = value.clone();
+    sorted.sort_all_objects();
+    format!("{sorted:#}\n")
 }
 
 /// A model of checked parts: every tensor that the configuration asks for, in its shape, and no other.
@@ -151,4 +153,17 @@ pub(super) fn unexpected(name: &str) -> Error {
             crate::formats::quoted(name)
         ),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_sorted_whatever_order_they_came_in() {
+        let value: Value =
+            serde_json::from_str(r#"{"b": {"z": 1, "a": [{"d": 2, "c": 3}]}, "a": 4}"#).unwrap();
+        let text: String = pretty(&value).split_whitespace().collect();
+        assert_eq!(text, r#"{"a":4,"b":{"a":[{"c":3,"d":2}],"z":1}}"#);
+    }
 }

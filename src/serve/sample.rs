@@ -81,6 +81,13 @@ impl Sampler {
         self.pool.clear();
         let pool = &mut self.pool;
         allowed.iter_set_entries(|id| pool.extend(logits.get(id).map(|l| (*l, id as u32))));
+        if pool.is_empty() {
+            return Err(Error::new(
+                Reason::ModelUnsuitable,
+                "no token of the model can continue the answer in the form that was asked for; \
+                 change the json_schema, regex or grammar",
+            ));
+        }
         self.choose()
     }
 

@@ -54,7 +54,9 @@ pub fn write(path: &Path, tensors: &[Plan], data: &mut Sink<'_>) -> Result<()> {
             return Err(Error::internal(format!("tensor '{}' is written twice", plan.name)));
         }
     }
-    let mut header = Value::Object(header).to_string().into_bytes();
+    let mut header = Value::Object(header);
+    header.sort_all_objects();
+    let mut header = header.to_string().into_bytes();
     header.resize((8 + header.len()).next_multiple_of(ALIGNMENT) - 8, b' ');
 
     let mut file = Replacement::new(path)?;

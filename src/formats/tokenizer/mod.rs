@@ -76,7 +76,7 @@ pub fn from_gguf(metadata: &Metadata) -> Result<Option<Tokenizer>> {
         Some(model) => model,
     };
     let table = Table::read(metadata)?;
-    let (json, defaults) = match model {
+    let (mut json, defaults) = match model {
         "gpt2" => byte_level(&table, metadata)?,
         "llama" => sentencepiece(&table, metadata)?,
         other => {
@@ -89,6 +89,8 @@ pub fn from_gguf(metadata: &Metadata) -> Result<Option<Tokenizer>> {
             ));
         }
     };
+    // Equal tokenizers give equal bytes, whatever order this code makes them in.
+    json.sort_all_objects();
     let config = Json::Object(table.config(metadata, defaults)?);
     let generation = json!({"eos_token_id": table.ends(metadata)?});
     Tokenizer::from_files(Files {

@@ -193,7 +193,7 @@ impl Vocabulary {
             contained(|| {
                 let mut parser = self.factory.create_parser(grammar)?;
                 parser.start_without_prompt();
-                match parser.compute_mask() {
+                match mask(&mut parser) {
                     Ok(allowed) => {
                         Ok(Constraint { parser: Box::new(parser), allowed, known: true })
                     }
@@ -228,12 +228,29 @@ fn word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
     let bytes = tokenizer.token_bytes(id);
     if tokenizer.is_special(id) || tokenizer.eos.contains(&id) {
         let name = if bytes.is_empty() { format!("<[{id}]>").into_bytes() } else { bytes.to_vec() };
-        return [&[SPECIAL], name.as_slice()].concat();
+        return [[SPECIAL].as_slice(), &name].concat();
     }
     if bytes.first() == Some(&SPECIAL) || bytes.len() > MAX_TOKEN {
         return Vec::new();
     }
     bytes.to_vec()
+}
+
+/// The tokens that may come next.
+fn mask(parser: &mut TokenParser) -> anyhow::Result<SimpleVob> {
+    let mut allowed = parser.compute_mask()?;
+    let trie = parser.token_env.tok_trie();
+    let mut ends =
+        trie.eos_tokens().iter().copied().filter(|id| (*id as usize) < trie.vocab_size());
+    let end = ends.find(|id| allowed.is_allowed(*id));
+    if let Some(end) = end.filter(|_| !parser.is_accepting()) {
+        // A grammar can ask for an end inside (`stop=""`); it ends the answer only if nothing must follow.
+        let mut ended = parser.clone();
+        if ended.consume_token(end).is_err() || !ended.is_accepting() {
+            allowed.disallow_token(end);
+        }
+    }
+    Ok(allowed)
 }
 
 /// The form of one answer, and how far the answer has come.
@@ -254,7 +271,7 @@ impl Constraint {
     pub fn allowed(&mut self) -> Result<&SimpleVob> {
         if !self.known {
             let parser = &mut self.parser;
-            let allowed = contained(|| parser.compute_mask());
+            let allowed = contained(|| mask(parser));
             self.allowed = allowed.map_err(|e| self.failure(&e))?;
             self.known = true;
         }
@@ -326,6 +343,10 @@ fn explained(error: &anyhow::Error) -> String {
     let text = error.to_string();
     if text.starts_with("panic:") {
         return "its parts contradict each other".to_owned();
+    }
+    // The parser of regular expressions quotes them before it says what is wrong.
+    if let Some(problem) = text.lines().find_map(|line| line.trim().strip_prefix("error: ")) {
+        return format!("a regular expression is malformed: {problem}");
     }
     // Numbered lines quote the form and mark a place in it; the first line names the place.
     let lines = text.lines().take_while(|l| !l.starts_with('<') && !l.contains(" | "));
