@@ -227,8 +227,8 @@ unsafe fn group<S: Simd, const BF16: bool, const N: usize>(
         }
         while k < kept {
             let x = S::splat(*packed.get_unchecked(k));
-            for v in 0..vectors {
-                acc[v] = S::mul_add(sixteen::<S, BF16>(values, k * N + 16 * v), x, acc[v]);
+            for (v, acc) in acc[..vectors].iter_mut().enumerate() {
+                *acc = S::mul_add(sixteen::<S, BF16>(values, k * N + 16 * v), x, *acc);
             }
             k += 1;
         }
@@ -407,8 +407,8 @@ unsafe fn widen<S: Simd, const BF16: bool>(values: *const u8, out: &mut [f32]) {
     for at in (0..whole).step_by(16) {
         S::store(out.as_mut_ptr().add(at), sixteen::<S, BF16>(values, at));
     }
-    for at in whole..out.len() {
-        out[at] = one::<BF16>(values, at);
+    for (at, out) in out.iter_mut().enumerate().skip(whole) {
+        *out = one::<BF16>(values, at);
     }
 }
 
