@@ -23,6 +23,7 @@ const TILES: usize = 4;
 
 /// Which code multiplies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 enum Path {
     Plain,
     /// AVX-512 with products of bf16 pairs.
@@ -36,7 +37,7 @@ impl Path {
         static BEST: OnceLock<Path> = OnceLock::new();
         *BEST.get_or_init(|| {
             #[cfg(target_arch = "x86_64")]
-            if super::simd::Level::best() == super::simd::Level::Avx512
+            if super::simd::Level::best() >= super::simd::Level::Avx512
                 && is_x86_feature_detected!("avx512bf16")
             {
                 return if tiles::available() { Self::Tiles } else { Self::Pairs };
@@ -192,12 +193,12 @@ struct Block<'a> {
     first: usize,
 }
 
-impl Block<'_> {
+impl<'a> Block<'a> {
     /// The results of a token for the strip that starts at row `first`.
     ///
     /// # Safety
     /// No two live slices may overlap.
-    unsafe fn results(&self, token: usize, first: usize) -> &mut [f32] {
+    unsafe fn results(&self, token: usize, first: usize) -> &'a mut [f32] {
         let at = token * self.rows + first;
         self.y.slice(at..at + LANES.min(self.rows - first))
     }
@@ -240,18 +241,20 @@ impl Block<'_> {
     #[inline(always)]
     unsafe fn tile<const T: usize, const N: usize>(&self, token: usize) -> usize {
         use std::arch::x86_64::*;
+        // Two types for the same 64 bytes.
+        let pairs = |v: __m512i| std::mem::transmute::<__m512i, __m512bh>(v);
         let mut acc = [[_mm512_setzero_ps(); N]; T];
         let x = self.rounded.as_ptr().add(token * self.count);
         let w = self.strips.as_ptr();
         for k in 0..self.count {
             let w: [__m512bh; N] = std::array::from_fn(|n| {
                 let p = w.add((n * self.count + k) * LANES);
-                std::mem::transmute(_mm512_loadu_si512(p.cast()))
+                pairs(_mm512_loadu_si512(p.cast()))
             });
             for (t, acc) in acc.iter_mut().enumerate() {
-                let x = _mm512_set1_ps(*x.add(t * self.count + k));
+                let x = pairs(_mm512_castps_si512(_mm512_set1_ps(*x.add(t * self.count + k))));
                 for (acc, w) in acc.iter_mut().zip(w) {
-                    *acc = _mm512_dpbf16_ps(*acc, std::mem::transmute(x), w);
+                    *acc = _mm512_dpbf16_ps(*acc, x, w);
                 }
             }
         }

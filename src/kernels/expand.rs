@@ -22,7 +22,7 @@ const GRAIN: usize = 1 << 17;
 pub(super) fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE
-        .get_or_init(|| Level::best() == Level::Avx512 && is_x86_feature_detected!("avx512vbmi2"))
+        .get_or_init(|| Level::best() >= Level::Avx512 && is_x86_feature_detected!("avx512vbmi2"))
 }
 
 /// Rows as `super::sparse` has them; see there for what may be relied upon.
@@ -123,9 +123,10 @@ unsafe fn one_row<const T: usize>(
         next += word.count_ones() as usize;
         block += 1;
     }
-    for t in 0..T {
-        let blocks = [0, 1].map(|i| _mm512_add_ps(acc[i][t][0], acc[i][t][1]));
-        y.set(out + t * w.rows, _mm512_reduce_add_ps(_mm512_add_ps(blocks[0], blocks[1])));
+    let [even, odd] = acc;
+    for (t, (even, odd)) in even.into_iter().zip(odd).enumerate() {
+        let sums = (_mm512_add_ps(even[0], even[1]), _mm512_add_ps(odd[0], odd[1]));
+        y.set(out + t * w.rows, _mm512_reduce_add_ps(_mm512_add_ps(sums.0, sums.1)));
     }
     T
 }

@@ -92,7 +92,7 @@ fn transpose(x: &[f32], cols: usize, out: &mut [f32]) {
 unsafe fn pack(level: Level, mask: &[u64], x: &[f32], out: &mut [f32]) {
     match level {
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => pack_avx512(mask, x.as_ptr(), out.as_mut_ptr()),
+        Level::Avx512 | Level::Vnni => pack_avx512(mask, x.as_ptr(), out.as_mut_ptr()),
         _ => {
             let mut next = 0;
             for (i, &word) in mask.iter().enumerate() {
@@ -191,7 +191,9 @@ impl Few<'_> {
                     }
                     let sums = match self.level {
                         #[cfg(target_arch = "x86_64")]
-                        Level::Avx512 if N < 16 => group_avx512::<BF16, N>(values, packed),
+                        Level::Avx512 | Level::Vnni if N < 16 => {
+                            group_avx512::<BF16, N>(values, packed)
+                        }
                         _ => group::<S, BF16, N>(values, packed),
                     };
                     self.y.slice(at..at + N).copy_from_slice(&sums);
@@ -227,8 +229,8 @@ unsafe fn group<S: Simd, const BF16: bool, const N: usize>(
         }
         while k < kept {
             let x = S::splat(*packed.get_unchecked(k));
-            for v in 0..vectors {
-                acc[v] = S::mul_add(sixteen::<S, BF16>(values, k * N + 16 * v), x, acc[v]);
+            for (v, acc) in acc[..vectors].iter_mut().enumerate() {
+                *acc = S::mul_add(sixteen::<S, BF16>(values, k * N + 16 * v), x, *acc);
             }
             k += 1;
         }
@@ -388,9 +390,15 @@ impl Task for Many<'_> {
                 while lane < lanes {
                     let tile = Tile { values, columns, xt, lanes, lane, row: g * p.group + lane };
                     lane += match (lanes - lane, self.level) {
-                        (8.., Level::Avx512) => tile.multiply::<S, 8, 2>(self.y, place),
-                        (4.., Level::Avx512) => tile.multiply::<S, 4, 2>(self.y, place),
-                        (2.., Level::Avx512) => tile.multiply::<S, 2, 2>(self.y, place),
+                        (8.., Level::Avx512 | Level::Vnni) => {
+                            tile.multiply::<S, 8, 2>(self.y, place)
+                        }
+                        (4.., Level::Avx512 | Level::Vnni) => {
+                            tile.multiply::<S, 4, 2>(self.y, place)
+                        }
+                        (2.., Level::Avx512 | Level::Vnni) => {
+                            tile.multiply::<S, 2, 2>(self.y, place)
+                        }
                         (4.., _) => tile.multiply::<S, 4, 1>(self.y, place),
                         (2.., _) => tile.multiply::<S, 2, 1>(self.y, place),
                         _ => tile.multiply::<S, 1, 2>(self.y, place),
@@ -407,8 +415,8 @@ unsafe fn widen<S: Simd, const BF16: bool>(values: *const u8, out: &mut [f32]) {
     for at in (0..whole).step_by(16) {
         S::store(out.as_mut_ptr().add(at), sixteen::<S, BF16>(values, at));
     }
-    for at in whole..out.len() {
-        out[at] = one::<BF16>(values, at);
+    for (at, out) in out.iter_mut().enumerate().skip(whole) {
+        *out = one::<BF16>(values, at);
     }
 }
 
