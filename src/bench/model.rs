@@ -265,7 +265,8 @@ mod tests {
 
     fn subject() -> Subject {
         Subject::new(
-            &random::model(random::tiny("llama", Arithmetic::Integer), 1).expect("a model"),
+            &random::model(random::tiny("llama"), 1).expect("a model"),
+            Arithmetic::Integer,
         )
         .expect("a subject")
     }
