@@ -124,7 +124,10 @@ async fn a_model_is_imported_compressed_asked_and_exported() {
     assert_eq!(answer[0].model, "models/tiny/versions/3");
     let end = answer.last().unwrap();
     assert_eq!(end.finish_reason(), v1::FinishReason::Length);
-    assert_eq!(end.usage, Some(v1::Usage { prompt_tokens: 3, generated_tokens: 12 }));
+    assert_eq!(
+        end.usage,
+        Some(v1::Usage { prompt_tokens: 3, generated_tokens: 12, cached_prompt_tokens: 0 })
+    );
     assert_eq!(end.seed, 7);
     let ids = |answer: &[v1::GenerateResponse]| -> Vec<u32> {
         answer.iter().flat_map(|part| part.tokens.iter().map(|t| t.id)).collect()

@@ -10,5 +10,6 @@ mod harness;
 mod journey;
 mod layers;
 mod security;
+mod soak;
 mod support;
 mod telemetry;

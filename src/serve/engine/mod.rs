@@ -1,29 +1,41 @@
 //! One engine thread per loaded model: takes requests, batches their steps, streams tokens.
 //!
-//! Requests wait in a bounded queue, run in a bounded number of slots, and share every forward: a step
-//! carries one token of each sequence that decodes and fills up with a piece of the prompts that still
-//! prefill. A client that reads slowly skips steps; one that goes away frees its slot at the next step.
+//! Requests wait in a bounded queue, clients taking turns, run in a bounded number of slots, and share
+//! every forward: a step carries one token of each sequence that decodes and fills up with pieces of the
+//! prompts that still prefill. A client that reads slowly skips steps; one that goes away frees its slot
+//! at the next step.
+//!
+//! Keys and values live in pages of a pool with a budget. A request is admitted when the pages it may
+//! come to need fit beside those that running ones may; what prompts have in common is computed once.
 
+mod prefix;
+mod queue;
 mod sequence;
+mod share;
 mod stop;
 #[cfg(test)]
 mod tests;
 mod worker;
 
-use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
+use self::queue::{Job, Queue};
 use super::sample::Sampling;
 use crate::error::{Error, Reason, Result};
 use crate::models::Model;
-use crate::models::decoder::plan::Decoder;
+use crate::models::decoder::plan::{CacheFormat, Decoder, PAGE, PagePool};
 
 /// Events a client may lag behind before its sequence skips steps.
 const LAG: usize = 64;
+
+/// Shortest and longest time after which a refused client is told to try again.
+const RETRY: [f64; 2] = [0.1, 30.0];
+/// Weight of the newest request in the running mean of what requests take.
+const NEWEST: f64 = 0.2;
 
 /// Limits of an engine.
 #[derive(Debug, Clone, Copy)]
@@ -34,6 +46,11 @@ pub struct Limits {
     pub queue: usize,
     /// Positions (prompt and answer) a request may use at most; the model's own limit if smaller.
     pub context: usize,
+    /// Bytes of all pages of keys and values, of requests that run and of prompts that are kept.
+    pub kv_bytes: u64,
+    pub kv_format: CacheFormat,
+    /// Whether a prompt's beginning that is still known is not computed again.
+    pub prefix_cache: bool,
 }
 
 /// A generation request in tokens.
@@ -47,6 +64,20 @@ pub struct Request {
     pub stop: Vec<String>,
     pub logprobs: bool,
     pub top_logprobs: usize,
+    /// Who asks: waiting requests of different clients take turns.
+    pub client: u64,
+    /// Requests share what their prompts begin with only within a namespace; one for each set of weights
+    /// (adapters) that keys and values depend on.
+    pub namespace: u64,
+    /// When the answer is of no use any more: then the request ends with DEADLINE_EXCEEDED.
+    pub deadline: Option<Instant>,
+}
+
+impl Request {
+    /// Positions that the request takes at most.
+    fn positions(&self, context: usize) -> usize {
+        self.prompt.len().saturating_add(self.max_tokens).min(context)
+    }
 }
 
 /// What the engine says of a request.
@@ -58,6 +89,8 @@ pub enum Event {
     Done {
         finish: Finish,
         prompt_tokens: usize,
+        /// Those of them whose keys and values were known.
+        cached_prompt_tokens: usize,
         generated_tokens: usize,
         queue_seconds: f64,
         prefill_seconds: f64,
@@ -89,10 +122,17 @@ pub enum Finish {
     Length,
 }
 
-/// What waits for a slot.
-enum Job {
-    Generate { request: Request, events: mpsc::Sender<Result<Event>>, queued: Instant },
-    Score { tokens: Vec<u32>, reply: oneshot::Sender<Result<Vec<f32>>> },
+/// Pages of keys and values of an engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pages {
+    /// In use, by running requests or kept for prompts to come.
+    pub live: usize,
+    /// Those that are kept under the tokens they were made for; running requests may use them too.
+    pub kept: usize,
+    /// Most that may be in use.
+    pub budget: usize,
+    /// Bytes of each.
+    pub bytes: usize,
 }
 
 /// What handles and the thread share.
@@ -101,17 +141,54 @@ struct Shared {
     limits: Limits,
     queue: Mutex<Queue>,
     wake: Condvar,
+    /// Jobs that were ever queued: the thread takes the lock only when this has changed.
+    arrivals: AtomicU64,
     running: AtomicUsize,
     failed: AtomicBool,
-}
-
-#[derive(Default)]
-struct Queue {
-    waiting: VecDeque<Job>,
-    closed: bool,
+    pool: PagePool,
+    /// Pages in the tree of prefixes.
+    kept: AtomicUsize,
+    /// Bits of the mean seconds that requests lately took in their slots; 0 before the first.
+    pace: AtomicU64,
 }
 
 impl Shared {
+    fn new(model: Model, limits: Limits) -> Result<Self> {
+        let config = model.decoder()?;
+        let context = limits.context.min(config.max_positions);
+        let pool = PagePool::new(config, limits.kv_format, limits.kv_bytes);
+        Ok(Self {
+            model: Arc::new(model),
+            limits: Limits { context, slots: limits.slots.max(1), ..limits },
+            queue: Mutex::default(),
+            wake: Condvar::new(),
+            arrivals: AtomicU64::new(0),
+            running: AtomicUsize::new(0),
+            failed: AtomicBool::new(false),
+            pool,
+            kept: AtomicUsize::new(0),
+            pace: AtomicU64::new(0),
+        })
+    }
+
+    /// Notes how long a request held its slot.
+    fn took(&self, seconds: f64) {
+        // Only the thread writes.
+        let mean = f64::from_bits(self.pace.load(Ordering::Relaxed));
+        let mean = if mean == 0.0 { seconds } else { mean + NEWEST * (seconds - mean) };
+        self.pace.store(mean.to_bits(), Ordering::Relaxed);
+    }
+
+    /// When the queue should have room again: what waits now, at the pace of late.
+    fn retry_after(&self, waiting: usize) -> Duration {
+        let pace = match f64::from_bits(self.pace.load(Ordering::Relaxed)) {
+            0.0 => 1.0,
+            pace => pace,
+        };
+        let seconds = waiting.max(1) as f64 * pace / self.limits.slots as f64;
+        Duration::from_secs_f64(seconds.clamp(RETRY[0], RETRY[1]))
+    }
+
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -136,15 +213,7 @@ impl Engine {
     /// Loads the model on a thread of its own.
     pub fn start(model: Model, limits: Limits) -> Result<Self> {
         let decoder = Decoder::new(&model)?;
-        let context = limits.context.min(decoder.config().max_positions);
-        let shared = Arc::new(Shared {
-            model: Arc::new(model),
-            limits: Limits { context, slots: limits.slots.max(1), ..limits },
-            queue: Mutex::default(),
-            wake: Condvar::new(),
-            running: AtomicUsize::new(0),
-            failed: AtomicBool::new(false),
-        });
+        let shared = Arc::new(Shared::new(model, limits)?);
         let for_thread = Arc::clone(&shared);
         std::thread::Builder::new()
             .name("engine".to_owned())
@@ -156,23 +225,33 @@ impl Engine {
     /// frees the slot at the next step.
     ///
     /// # Errors
-    /// LIMIT_REACHED for a full queue, INVALID_FIELD for an empty prompt, ids outside the vocabulary and
-    /// prompts that leave no room for an answer, NOT_READY after the thread has failed.
+    /// LIMIT_REACHED for a full queue (with the time after which to try again), INVALID_FIELD for an
+    /// empty prompt, ids outside the vocabulary and prompts that leave no room for an answer, TOO_LARGE
+    /// for what the budget of keys and values could never hold, NOT_READY after the thread has failed.
     pub fn generate(&self, request: Request) -> Result<mpsc::Receiver<Result<Event>>> {
-        self.check("prompt", &request.prompt, self.shared().limits.context.saturating_sub(1))?;
+        let context = self.shared().limits.context;
+        self.check("prompt", &request.prompt, context.saturating_sub(1))?;
+        self.check_pages("max_tokens", request.positions(context))?;
         let (events, receiver) = mpsc::channel(LAG);
         self.submit(Job::Generate { request, events, queued: Instant::now() })?;
         Ok(receiver)
     }
 
-    /// Log-probabilities of `tokens[1..]` given what stands before each.
+    /// Log-probabilities of `tokens[1..]` given what stands before each. `client` and `deadline` are
+    /// those of [`Request`].
     ///
     /// # Errors
     /// As [`Engine::generate`].
-    pub async fn score(&self, tokens: Vec<u32>) -> Result<Vec<f32>> {
+    pub async fn score(
+        &self,
+        tokens: Vec<u32>,
+        client: u64,
+        deadline: Option<Instant>,
+    ) -> Result<Vec<f32>> {
         self.check("input", &tokens, self.shared().limits.context)?;
+        self.check_pages("input", tokens.len())?;
         let (reply, answer) = oneshot::channel();
-        self.submit(Job::Score { tokens, reply })?;
+        self.submit(Job::Score { tokens, client, deadline, reply: Some(reply) })?;
         answer.await.unwrap_or_else(|_| Err(gone()))
     }
 
@@ -184,7 +263,7 @@ impl Engine {
     /// Requests running and waiting now.
     pub fn load(&self) -> (usize, usize) {
         let shared = self.shared();
-        (shared.running.load(Ordering::Relaxed), shared.queue().waiting.len())
+        (shared.running.load(Ordering::Relaxed), shared.queue().len())
     }
 
     /// False once the thread has failed.
@@ -195,6 +274,17 @@ impl Engine {
     /// Bytes the weights take in memory.
     pub fn resident_bytes(&self) -> u64 {
         self.shared().model.bytes()
+    }
+
+    /// Pages of keys and values now.
+    pub fn pages(&self) -> Pages {
+        let Shared { pool, kept, .. } = self.shared();
+        Pages {
+            live: pool.live(),
+            kept: kept.load(Ordering::Acquire),
+            budget: pool.budget(),
+            bytes: pool.page_bytes(),
+        }
     }
 
     fn shared(&self) -> &Shared {
@@ -224,27 +314,55 @@ impl Engine {
         }
     }
 
+    /// Refuses what would not fit if it ran alone.
+    fn check_pages(&self, field: &str, positions: usize) -> Result<()> {
+        let pool = &self.shared().pool;
+        let pages = positions.div_ceil(PAGE);
+        if pages <= pool.budget() {
+            return Ok(());
+        }
+        Err(Error::at(
+            Reason::TooLarge,
+            field,
+            format!(
+                "{positions} tokens of prompt and answer may take {} bytes of keys and values, more \
+                 than limits.kv_bytes allows ({}); ask for less or raise it",
+                pages.saturating_mul(pool.page_bytes()),
+                self.shared().limits.kv_bytes
+            ),
+        ))
+    }
+
     fn submit(&self, job: Job) -> Result<()> {
-        let shared = self.shared();
-        let mut queue = shared.queue();
+        self.shared().submit(job)
+    }
+}
+
+impl Shared {
+    fn submit(&self, job: Job) -> Result<()> {
+        let mut queue = self.queue();
         // Under the lock: the thread sets the flag before it empties the queue for the last time.
-        if shared.failed.load(Ordering::Acquire) {
+        if self.failed.load(Ordering::Acquire) {
             return Err(gone());
         }
-        let idle = shared.limits.slots.saturating_sub(shared.running.load(Ordering::Relaxed));
-        if queue.waiting.len() >= shared.limits.queue + idle {
-            return Err(Error::new(
-                Reason::LimitReached,
-                format!(
-                    "{} requests run and {} wait for this model; try again in a moment",
-                    shared.running.load(Ordering::Relaxed),
-                    queue.waiting.len()
-                ),
-            ));
+        let running = self.running.load(Ordering::Relaxed);
+        let room = self.limits.queue + self.limits.slots.saturating_sub(running);
+        if queue.len() >= room {
+            // Those whose clients have left make room.
+            queue.sweep(Instant::now());
         }
-        queue.waiting.push_back(job);
+        if queue.len() >= room {
+            let message = format!(
+                "{running} requests run and {} wait for this model; try again in a moment",
+                queue.len()
+            );
+            let after = self.retry_after(queue.len());
+            return Err(Error::new(Reason::LimitReached, message).with_retry_after(after));
+        }
+        queue.push(job);
+        self.arrivals.fetch_add(1, Ordering::Release);
         drop(queue);
-        shared.wake.notify_one();
+        self.wake.notify_one();
         Ok(())
     }
 }

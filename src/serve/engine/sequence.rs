@@ -5,25 +5,53 @@ use std::time::Instant;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
+use super::prefix::{NodeId, Prefixes};
+use super::queue::Job;
 use super::stop::{Shown, Stops};
-use super::{Event, Finish, Job, Request, Token};
+use super::{Event, Finish, Request, Token};
 use crate::data::tokenizer::{TextStream, Tokenizer};
-use crate::error::Result;
-use crate::models::decoder::Config;
-use crate::models::decoder::plan::Cache;
+use crate::error::{Error, Result};
+use crate::models::decoder::plan::{Cache, PAGE, PagePool};
 use crate::serve::sample::{Logprobs, Sampler};
 
 /// A sequence at work.
 pub struct Sequence<'a> {
     pub cache: Cache,
-    /// Tokens to feed: the prompt, then the newest token.
-    pub pending: Vec<u32>,
-    pub task: Task<'a>,
+    /// The prompt and what was generated; those behind the cache's length are still to be fed.
+    pub tokens: Vec<u32>,
+    pub admitted: Instant,
+    pub deadline: Option<Instant>,
+    pub beginning: Beginning,
+    task: Task<'a>,
 }
 
-pub enum Task<'a> {
+/// What a sequence has in common with the tree of prefixes.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Beginning {
+    namespace: u64,
+    /// Whether its pages enter the tree.
+    shared: bool,
+    /// Pages of the cache that the tree has too.
+    pub pages: usize,
+    /// The node of the last of them.
+    last: Option<NodeId>,
+}
+
+enum Task<'a> {
     Generate(Box<Generation<'a>>),
-    Score { tokens: Vec<u32>, scores: Vec<f32>, reply: Option<oneshot::Sender<Result<Vec<f32>>>> },
+    Score { scores: Vec<f32>, reply: Option<oneshot::Sender<Result<Vec<f32>>>> },
+}
+
+/// What a sequence asks of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    Nothing,
+    /// The next token of an answer.
+    Token,
+    /// Up to so many tokens of a prompt.
+    Prompt(usize),
+    /// The same, with the logits of each.
+    Scores(usize),
 }
 
 pub struct Generation<'a> {
@@ -35,7 +63,11 @@ pub struct Generation<'a> {
     text: Option<TextStream<'a>>,
     stops: Stops,
     sampler: Sampler,
+    /// Why it ended before its time; told after what is in the outbox.
+    failure: Option<Error>,
     generated: usize,
+    /// Tokens of the prompt that were not computed again.
+    cached: usize,
     queued: Instant,
     admitted: Instant,
     first_logits: Option<Instant>,
@@ -49,26 +81,41 @@ pub enum Fate {
 }
 
 impl<'a> Sequence<'a> {
-    /// Puts a job into a slot; None if its client has left already.
+    /// Puts a job into a slot. `path` are the nodes of `tree` whose pages its prompt begins with.
     pub fn new(
         job: Job,
-        config: &Config,
+        pool: &PagePool,
         context: usize,
         tokenizer: Option<&'a Tokenizer>,
-    ) -> Option<Self> {
+        tree: Option<&mut Prefixes>,
+        path: &[NodeId],
+    ) -> Self {
+        let mut cache = Cache::in_pool(pool, job.positions(context));
+        let admitted = Instant::now();
+        let deadline = job.deadline();
         match job {
-            Job::Score { tokens, reply } => (!reply.is_closed()).then(|| Self {
-                cache: Cache::new(config, tokens.len()),
-                pending: tokens.clone(),
-                task: Task::Score { tokens, scores: Vec::new(), reply: Some(reply) },
-            }),
-            Job::Generate { request, events, queued } => (!events.is_closed()).then(|| Self {
-                cache: Cache::new(
-                    config,
-                    request.prompt.len().saturating_add(request.max_tokens).min(context),
-                ),
-                pending: request.prompt.clone(),
-                task: Task::Generate(Box::new(Generation {
+            Job::Score { tokens, reply, .. } => Self {
+                cache,
+                tokens,
+                admitted,
+                deadline,
+                beginning: Beginning::default(),
+                task: Task::Score { scores: Vec::new(), reply },
+            },
+            Job::Generate { request, events, queued } => {
+                let mut beginning =
+                    Beginning { namespace: request.namespace, ..Beginning::default() };
+                if let Some(tree) = tree {
+                    path.iter().for_each(|id| tree.hold(*id));
+                    cache.attach(path.iter().map(|id| tree.page(*id).clone()));
+                    beginning.shared = true;
+                    beginning.pages = path.len();
+                    beginning.last = path.last().copied();
+                }
+                // All the room at once: no step of the sequence allocates for it.
+                let mut tokens = Vec::with_capacity(cache.capacity().max(request.prompt.len()) + 1);
+                tokens.extend_from_slice(&request.prompt);
+                let generation = Generation {
                     sampler: Sampler::new(request.sampling, &request.prompt),
                     stops: Stops::new(request.stop.clone()),
                     text: tokenizer.map(TextStream::new),
@@ -76,12 +123,16 @@ impl<'a> Sequence<'a> {
                     events,
                     outbox: Vec::new(),
                     tokenizer,
+                    failure: None,
                     generated: 0,
+                    cached: cache.len(),
                     queued,
-                    admitted: Instant::now(),
+                    admitted,
                     first_logits: None,
-                })),
-            }),
+                };
+                let task = Task::Generate(Box::new(generation));
+                Self { cache, tokens, admitted, deadline, beginning, task }
+            }
         }
     }
 
@@ -101,32 +152,44 @@ impl<'a> Sequence<'a> {
         }
     }
 
-    /// True while the prompt is being fed.
-    pub fn prefills(&self) -> bool {
-        self.pending.len() > 1 || matches!(self.task, Task::Score { .. })
+    /// What the next step should do for the sequence.
+    pub fn need(&self) -> Need {
+        let pending = self.tokens.len() - self.cache.len();
+        match self.task {
+            Task::Score { .. } => Need::Scores(pending),
+            Task::Generate(_) if pending == 1 => Need::Token,
+            Task::Generate(_) => Need::Prompt(pending),
+        }
     }
 
     /// Which of the next `count` tokens' logits are wanted.
     pub fn wanted(&self, count: usize) -> std::ops::Range<usize> {
         match self.task {
             Task::Score { .. } => 0..count,
-            Task::Generate(_) if count == self.pending.len() => count - 1..count,
+            Task::Generate(_) if self.cache.len() + count == self.tokens.len() => count - 1..count,
             Task::Generate(_) => 0..0,
+        }
+    }
+
+    /// How many rows of logits the `count` tokens that were just fed have given.
+    pub fn gave(&self, count: usize) -> usize {
+        match self.task {
+            Task::Score { .. } => count,
+            Task::Generate(_) => usize::from(self.cache.len() == self.tokens.len()),
         }
     }
 
     /// Takes the logits `[wanted, vocab]` of the `count` tokens that were fed.
     pub fn advance(&mut self, count: usize, logits: &[f32], vocab: usize) -> Result<Fate> {
-        let start = self.cache.len() - count;
-        self.pending.drain(..count);
         match &mut self.task {
-            Task::Score { tokens, scores, reply } => {
+            Task::Score { scores, reply } => {
+                let start = self.cache.len() - count;
                 for (at, row) in logits.chunks_exact(vocab).enumerate() {
-                    if let Some(next) = tokens.get(start + at + 1) {
+                    if let Some(next) = self.tokens.get(start + at + 1) {
                         scores.push(Logprobs::new(row).of(*next));
                     }
                 }
-                if !self.pending.is_empty() {
+                if self.cache.len() < self.tokens.len() {
                     return Ok(Fate::Goes);
                 }
                 if let Some(reply) = reply.take() {
@@ -139,18 +202,44 @@ impl<'a> Sequence<'a> {
             Task::Generate(generation) => {
                 let full = self.cache.len() >= self.cache.capacity();
                 let next = generation.take(logits, full)?;
-                self.pending.extend(next);
+                self.tokens.extend(next);
                 Ok(if next.is_some() { Fate::Goes } else { Fate::Ends })
             }
         }
     }
 
-    /// Ends the request with an error.
-    pub fn fail(self, error: crate::error::Error) {
-        // A client that has left needs no answer.
-        match self.task {
-            Task::Generate(generation) => drop(generation.events.try_send(Err(error))),
-            Task::Score { reply, .. } => drop(reply.map(|reply| reply.send(Err(error)))),
+    /// Pages that the sequence may still take before its end.
+    pub fn pages_to_come(&self) -> usize {
+        self.cache.capacity().div_ceil(PAGE).saturating_sub(self.cache.pages().len())
+    }
+
+    /// Gives pages that have become full to the tree. Where the tree knows the tokens already, its page
+    /// takes the place of the sequence's own, which is free then.
+    pub fn share(&mut self, tree: &mut Prefixes) {
+        let Self { cache, tokens, beginning, .. } = self;
+        while beginning.shared && beginning.pages < cache.full_pages() {
+            let at = beginning.pages;
+            let text = &tokens[at * PAGE..(at + 1) * PAGE];
+            let id = tree.enter(beginning.namespace, beginning.last, text, &cache.pages()[at]);
+            cache.replace(at, tree.page(id));
+            beginning.last = Some(id);
+            beginning.pages += 1;
+        }
+    }
+
+    /// Lets go of all pages.
+    pub fn release(&mut self, tree: &mut Prefixes) {
+        tree.release(self.beginning.last.take());
+        self.beginning.pages = 0;
+        self.cache.truncate(0);
+    }
+
+    /// Ends the request with an error, which [`Sequence::flush`] hands over.
+    pub fn fail(&mut self, error: Error) {
+        match &mut self.task {
+            Task::Generate(generation) => generation.failure = Some(error),
+            // A client that has left needs no answer.
+            Task::Score { reply, .. } => drop(reply.take().map(|reply| reply.send(Err(error)))),
         }
     }
 }
@@ -163,6 +252,15 @@ impl Generation<'_> {
                 Err(TrySendError::Full(())) => return false,
                 Err(TrySendError::Closed(())) => self.outbox.clear(),
             }
+        }
+        let Some(failure) = self.failure.take() else { return true };
+        match self.events.try_reserve() {
+            Ok(permit) => permit.send(Err(failure)),
+            Err(TrySendError::Full(())) => {
+                self.failure = Some(failure);
+                return false;
+            }
+            Err(TrySendError::Closed(())) => {}
         }
         true
     }
@@ -233,6 +331,7 @@ impl Generation<'_> {
         self.outbox.push(Event::Done {
             finish,
             prompt_tokens: self.request.prompt.len(),
+            cached_prompt_tokens: self.cached,
             generated_tokens: self.generated,
             queue_seconds: (self.admitted - self.queued).as_secs_f64(),
             prefill_seconds: (first - self.admitted).as_secs_f64(),

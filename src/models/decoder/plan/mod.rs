@@ -13,7 +13,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 pub use block::Block;
-pub use cache::{Cache, CacheFormat};
+pub use cache::{Cache, CacheFormat, PAGE, Page, PagePool};
 
 use self::attention::Span;
 use self::block::{Buffers, Layer, Rotaries, sized};
@@ -102,6 +102,9 @@ impl Decoder {
     fn run(&mut self, chunks: &mut [Chunk<'_>], output: Output) -> Result<&[f32]> {
         for (i, chunk) in chunks.iter().enumerate() {
             self.check(chunk).map_err(|error| error.within(&format!("chunk {i}")))?;
+        }
+        for chunk in chunks.iter_mut() {
+            chunk.cache.prepare(chunk.tokens.len())?;
         }
         let width = match output {
             Output::Logits => self.config.vocab,
