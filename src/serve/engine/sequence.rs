@@ -14,6 +14,9 @@ use crate::error::{Error, Result};
 use crate::models::decoder::plan::{Cache, PAGE, PagePool};
 use crate::serve::sample::{Logprobs, Sampler};
 
+/// Tokens of an answer that room is made for at once.
+const LISTED: usize = 1 << 16;
+
 /// A sequence at work.
 pub struct Sequence<'a> {
     pub cache: Cache,
@@ -112,8 +115,9 @@ impl<'a> Sequence<'a> {
                     beginning.pages = path.len();
                     beginning.last = path.last().copied();
                 }
-                // All the room at once: no step of the sequence allocates for it.
-                let mut tokens = Vec::with_capacity(cache.capacity().max(request.prompt.len()) + 1);
+                // The room at once, so that no step allocates for it; beyond that the list grows.
+                let room = cache.capacity().min(request.prompt.len() + LISTED);
+                let mut tokens = Vec::with_capacity(room.max(request.prompt.len()) + 1);
                 tokens.extend_from_slice(&request.prompt);
                 let generation = Generation {
                     sampler: Sampler::new(request.sampling, &request.prompt),
