@@ -385,7 +385,7 @@ fn answers_do_not_depend_on_arrivals_and_cancellations() {
         .map(|(i, (same, own))| [&base[..*same], &vec![i as u32; *own][..]].concat())
         .collect();
     for (round, prefix_cache) in [(0, true), (1, true), (2, false)] {
-        let limits = Limits { queue: 16, kv_bytes: pages(7), prefix_cache, ..LIMITS };
+        let limits = Limits { queue: 16, context: 256, kv_bytes: pages(7), prefix_cache, ..LIMITS };
         let shared = shared(["llama", "gemma3_text", "qwen3"][round], limits);
         let budget = shared.pool.budget();
         let mut worker = worker(&shared);

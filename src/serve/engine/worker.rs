@@ -270,3 +270,16 @@ fn recycled<'b>(mut chunks: Vec<Chunk<'_>>) -> Vec<Chunk<'b>> {
     // Collecting a vector's own iterator keeps its memory.
     chunks.into_iter().map(|_| unreachable!("the list was emptied")).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_emptied_list_keeps_its_memory() {
+        let list: Vec<Chunk<'_>> = Vec::with_capacity(10);
+        let start = list.as_ptr() as usize;
+        let again: Vec<Chunk<'static>> = recycled(list);
+        assert_eq!((again.capacity(), again.as_ptr() as usize), (10, start));
+    }
+}

@@ -226,7 +226,9 @@ fn a_shared_page_is_copied_before_it_is_written() {
         run(&mut decoder, &text[..40], &mut alone);
         run(&mut decoder, &tokens(30, 50), &mut alone);
         let (a, b) = (run(&mut decoder, &[5], &mut second), run(&mut decoder, &[5], &mut alone));
-        assert!(largest(&a, &b) < 1e-4, "{format:?}");
+        // Computed in pieces of other sizes, an element may fall to the other side of a rounding.
+        let bound = if format == CacheFormat::F32 { 1e-4 } else { 1e-2 };
+        assert!(largest(&a, &b) < bound, "{format:?}");
     }
 }
 
