@@ -54,6 +54,8 @@ fn main() -> Result<()> {
         ("decode 128 after 32", 32, CacheFormat::F32),
         ("decode 128 after 32 f16", 32, CacheFormat::F16),
         ("decode 128 after 512", 512, CacheFormat::F32),
+        ("decode 128 after 512 f16", 512, CacheFormat::F16),
+        ("decode 128 after 512 q8", 512, CacheFormat::Q8),
     ] {
         bench(name, &|decoder| {
             let mut cache = Cache::with_format(decoder.config(), context + 128, format);

@@ -92,6 +92,13 @@ pub struct Limits {
     pub generation_queue: usize,
     /// Positions of one generation, prompt and answer.
     pub context: usize,
+    /// Bytes of keys and values of one model: of its generations and of prompts kept for reuse.
+    #[serde(deserialize_with = "bytes")]
+    pub kv_bytes: u64,
+    /// How keys and values are stored.
+    pub kv_format: KvFormat,
+    /// Whether beginnings that prompts have in common are computed once.
+    pub prefix_cache: bool,
     /// Bytes that loaded models may take; 0: half of the machine's memory.
     #[serde(deserialize_with = "bytes")]
     pub models_bytes: u64,
@@ -111,10 +118,24 @@ impl Default for Limits {
             generation_slots: 8,
             generation_queue: 64,
             context: 4096,
+            kv_bytes: 1 << 30,
+            kv_format: KvFormat::default(),
+            prefix_cache: true,
             models_bytes: 0,
             idle_unload_seconds: 0,
         }
     }
+}
+
+/// How keys and values are stored.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvFormat {
+    F32,
+    #[default]
+    F16,
+    /// 8 bits and a scale for each position and head.
+    Q8,
 }
 
 /// What is kept on disk.
@@ -352,6 +373,7 @@ impl Config {
         within("limits.generation_slots", l.generation_slots as u64, 1, 1024)?;
         within("limits.generation_queue", l.generation_queue as u64, 0, 1_000_000)?;
         within("limits.context", l.context as u64, 16, 1 << 24)?;
+        within("limits.kv_bytes", l.kv_bytes, 1 << 20, 1 << 50)?;
         within("limits.models_bytes", l.models_bytes, 0, 1 << 50)?;
         within("limits.idle_unload_seconds", l.idle_unload_seconds, 0, 366 * 86_400)
     }

@@ -6,6 +6,7 @@
 //! `docs/errors/`.
 
 use std::fmt;
+use std::time::Duration;
 
 /// Result of every fallible operation of the crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -135,6 +136,7 @@ struct Inner {
     reason: Reason,
     message: String,
     violations: Vec<Violation>,
+    retry_after: Option<Duration>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
@@ -145,6 +147,7 @@ impl Error {
             reason,
             message: message.into(),
             violations: Vec::new(),
+            retry_after: None,
             source: None,
         }))
     }
@@ -192,6 +195,13 @@ impl Error {
         self
     }
 
+    /// Says when the same request may succeed.
+    #[must_use]
+    pub fn with_retry_after(mut self, time: Duration) -> Self {
+        self.0.retry_after = Some(time);
+        self
+    }
+
     /// Puts `prefix: ` before the message, and `prefix.` before the paths of the violations.
     #[must_use]
     pub fn within(mut self, prefix: &str) -> Self {
@@ -208,6 +218,11 @@ impl Error {
 
     pub fn message(&self) -> &str {
         &self.0.message
+    }
+
+    /// When the same request may succeed, if that is known.
+    pub fn retry_after(&self) -> Option<Duration> {
+        self.0.retry_after
     }
 
     pub fn violations(&self) -> &[Violation] {

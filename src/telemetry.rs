@@ -80,6 +80,10 @@ fn describe() {
     describe_histogram!("planish_request_seconds", "Time from request to last byte, by method.");
     gauge!("planish_requests_in_flight", "Requests under way.");
     counter!("planish_prompt_tokens_total", "Tokens of prompts.");
+    counter!(
+        "planish_cached_prompt_tokens_total",
+        "Tokens of prompts that were not computed again."
+    );
     counter!("planish_generated_tokens_total", "Tokens generated.");
     gauge!("planish_generations_running", "Generations in a slot, all models.");
     gauge!("planish_generations_waiting", "Generations waiting for a slot, all models.");

@@ -273,8 +273,12 @@ fn summary(last: &GenerateResponse) -> String {
     };
     let speed = f64::from(usage.generated_tokens) / timings.decode_seconds;
     let speed = if speed.is_finite() { speed } else { 0.0 };
+    let known = match usage.cached_prompt_tokens {
+        0 => String::new(),
+        known => format!(" ({known} known)"),
+    };
     format!(
-        "[{} tokens, {} tokens/s; {} tokens of prompt in {}; ended by {reason}; seed {}]",
+        "[{} tokens, {} tokens/s; {} tokens of prompt{known} in {}; ended by {reason}; seed {}]",
         usage.generated_tokens,
         significant(speed),
         usage.prompt_tokens,

@@ -47,6 +47,17 @@ pub const FIELDS: &[Field] = &[
     field("limits.generation_queue", Kind::Number, "generations that wait for a slot of one model"),
     field("limits.context", Kind::Number, "positions of one generation, prompt and answer"),
     field(
+        "limits.kv_bytes",
+        Kind::Number,
+        "bytes of keys and values of one model: its generations and prompts kept for reuse",
+    ),
+    field("limits.kv_format", Kind::Text, "how keys and values are stored: f32, f16 or q8"),
+    field(
+        "limits.prefix_cache",
+        Kind::Switch,
+        "compute beginnings that prompts have in common once",
+    ),
+    field(
         "limits.models_bytes",
         Kind::Number,
         "bytes that loaded models may take; 0: half of the machine's memory",

@@ -211,11 +211,19 @@ impl Residency {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::models::decoder::plan::CacheFormat;
     use crate::models::decoder::random;
     use crate::serve::engine::{Event, Request};
     use crate::serve::sample::Sampling;
 
-    const LIMITS: Limits = Limits { slots: 2, queue: 2, context: 200 };
+    const LIMITS: Limits = Limits {
+        slots: 2,
+        queue: 2,
+        context: 200,
+        kv_bytes: 1 << 26,
+        kv_format: CacheFormat::F32,
+        prefix_cache: true,
+    };
 
     async fn engine(residency: &Residency, key: &str) -> Result<Engine> {
         residency.engine(key, || async { random::model(random::tiny("llama"), 3) }).await
@@ -241,6 +249,9 @@ mod tests {
             logprobs: false,
             top_logprobs: 0,
             constraint: None,
+            client: 0,
+            namespace: 0,
+            deadline: None,
         };
         // Nobody reads beyond the first event, so the request stays at work: the channel is shorter.
         let mut events = engine(&residency, "busy").await.unwrap().generate(request).unwrap();

@@ -22,6 +22,7 @@ use tonic::{Code, Status};
 use tracing::{Instrument as _, Span};
 
 use super::auth::Tokens;
+use super::caller::Deadline;
 use super::status;
 use crate::error::{Error, Reason, Result};
 
@@ -158,7 +159,7 @@ where
         self.service.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let inner = &self.gate.0;
         let method = inner.methods.get(request.uri().path()).copied().unwrap_or(UNKNOWN);
         let id = request_id(request.headers());
@@ -173,7 +174,11 @@ where
                 return Box::pin(std::future::ready(Ok(response)));
             }
         };
-        let mut end = End::new(method, timeout(request.headers()), inner.phase.clone());
+        let timeout = timeout(request.headers());
+        if let Some(deadline) = timeout.and_then(|timeout| Instant::now().checked_add(timeout)) {
+            request.extensions_mut().insert(Deadline(deadline));
+        }
+        let mut end = End::new(method, timeout, inner.phase.clone());
         let call = self.service.call(request);
         let work = async move {
             let mut call = pin!(call);

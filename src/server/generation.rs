@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 use tonic::{Request, Response, Status};
 
 use super::State;
+use super::caller;
 use super::download::Messages;
 use crate::data::chat;
 use crate::data::tokenizer::Tokenizer;
@@ -36,6 +37,7 @@ impl GenerationService for Generation {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
+        let caller = caller::of(&request);
         let request = request.into_inner();
         let seed = request.sampling.and_then(|s| s.seed).unwrap_or_else(|| rand::rng().random());
         let sampling = sampling(&request.sampling.unwrap_or_default(), seed)?;
@@ -78,6 +80,9 @@ impl GenerationService for Generation {
             logprobs: request.logprobs,
             top_logprobs: as_size(request.top_logprobs),
             constraint,
+            client: caller.client,
+            namespace: 0,
+            deadline: caller.deadline,
         })?;
         metrics::counter!("planish_prompt_tokens_total").increment(prompt_tokens);
         Ok(Response::new(Box::pin(answer(events, row.name(), seed))))
@@ -87,6 +92,7 @@ impl GenerationService for Generation {
         &self,
         request: Request<v1::ScoreRequest>,
     ) -> Result<Response<v1::ScoreResponse>, Status> {
+        let caller = caller::of(&request);
         let request = request.into_inner();
         let input = match request.input {
             None => return Err(Error::field("input", "missing; give text or tokens").into()),
@@ -101,7 +107,7 @@ impl GenerationService for Generation {
         if ids.is_empty() {
             return Err(Error::field("input", "no tokens; give at least one").into());
         }
-        let scores = engine.score(ids.clone()).await?;
+        let scores = engine.score(ids.clone(), caller.client, caller.deadline).await?;
         let total: f64 = scores.iter().copied().map(f64::from).sum();
         // The first token has no score of its own.
         let logprobs = std::iter::once(None).chain(scores.iter().copied().map(Some));
@@ -309,12 +315,15 @@ fn answer(
                 Event::Done {
                     finish,
                     prompt_tokens,
+                    cached_prompt_tokens,
                     generated_tokens,
                     queue_seconds,
                     prefill_seconds,
                     decode_seconds,
                     text,
                 } => {
+                    metrics::counter!("planish_cached_prompt_tokens_total")
+                        .increment(cached_prompt_tokens as u64);
                     let reason = match finish {
                         Finish::Eos => v1::FinishReason::Eos,
                         Finish::Stop => v1::FinishReason::Stop,
@@ -327,6 +336,7 @@ fn answer(
                         usage: Some(v1::Usage {
                             prompt_tokens: count(prompt_tokens),
                             generated_tokens: count(generated_tokens),
+                            cached_prompt_tokens: count(cached_prompt_tokens),
                         }),
                         timings: Some(v1::Timings { queue_seconds, prefill_seconds, decode_seconds }),
                         seed,

@@ -4,6 +4,7 @@
 //! leaves as a message or as a status made by `status`.
 
 mod auth;
+mod caller;
 mod check;
 mod claims;
 mod comparisons;

@@ -9,11 +9,12 @@ use tonic::Response;
 
 use super::convert;
 use super::gate::Phase;
-use crate::config::Config;
+use crate::config::{Config, KvFormat};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Reason, Result};
 use crate::jobs::{self, Jobs};
 use crate::machine;
+use crate::models::decoder::plan::CacheFormat;
 use crate::proto::google::longrunning::Operation;
 use crate::serve::engine::{Engine, Limits};
 use crate::serve::residency::Residency;
@@ -80,6 +81,13 @@ impl State {
             slots: limits.generation_slots,
             queue: limits.generation_queue,
             context: limits.context,
+            kv_bytes: limits.kv_bytes,
+            kv_format: match limits.kv_format {
+                KvFormat::F32 => CacheFormat::F32,
+                KvFormat::F16 => CacheFormat::F16,
+                KvFormat::Q8 => CacheFormat::Q8,
+            },
+            prefix_cache: limits.prefix_cache,
         };
         let max_bytes = match limits.models_bytes {
             0 => machine::memory_bytes().map_or(u64::MAX, |bytes| bytes / 2),

@@ -20,7 +20,7 @@ const MAX_MESSAGE: usize = 1024;
 const MAX_VIOLATIONS: usize = 8;
 const MAX_VIOLATION: usize = 256;
 
-/// When a client should try again after a refusal that time cures.
+/// When a client should try again after a refusal that time cures, if the refusal does not know better.
 const RETRY: Duration = Duration::from_secs(1);
 
 fn code(class: Class) -> Code {
@@ -48,7 +48,7 @@ impl From<Error> for Status {
         let id = matches!(reason.class(), Class::Internal | Class::DataLoss).then(|| log(&error));
         let violations =
             error.violations().iter().map(|v| (v.field.as_str(), v.description.as_str()));
-        build(reason, error.message(), violations, id.as_deref())
+        build(reason, error.message(), violations, id.as_deref(), error.retry_after())
     }
 }
 
@@ -71,6 +71,7 @@ fn build<'a>(
     message: &str,
     violations: impl Iterator<Item = (&'a str, &'a str)>,
     error_id: Option<&str>,
+    retry_after: Option<Duration>,
 ) -> Status {
     let mut metadata = std::collections::HashMap::new();
     if let Some(id) = error_id {
@@ -87,7 +88,7 @@ fn build<'a>(
         details.set_bad_request(violations);
     }
     if matches!(reason, Reason::LimitReached | Reason::NotReady) {
-        details.set_retry_info(Some(RETRY));
+        details.set_retry_info(Some(retry_after.unwrap_or(RETRY)));
     }
     let message = match (reason, error_id) {
         // A defect's message speaks of our insides; the log has it.
@@ -110,7 +111,7 @@ pub fn of_operation(error: &StoredError) -> rpc::Status {
     let reason =
         Reason::ALL.iter().find(|r| r.name() == error.reason).copied().unwrap_or(Reason::Internal);
     let violations = error.violations.iter().map(|(f, d)| (f.as_str(), d.as_str()));
-    let status = build(reason, &error.message, violations, None);
+    let status = build(reason, &error.message, violations, None, None);
     // The details header of a status is this very message, encoded.
     rpc::Status::decode(status.details()).unwrap_or_else(|_| rpc::Status {
         code: status.code() as i32,
@@ -141,7 +142,7 @@ pub fn explain(status: Status) -> Status {
         Reason::Unsupported if message.is_empty() => "the service has no such method",
         _ => message,
     };
-    build(reason, message, std::iter::empty(), None)
+    build(reason, message, std::iter::empty(), None, None)
 }
 
 #[cfg(test)]
@@ -160,7 +161,11 @@ mod tests {
 
         let status = Status::from(Error::new(Reason::LimitReached, "full"));
         assert_eq!(status.code(), Code::ResourceExhausted);
-        assert!(status.get_error_details().retry_info().is_some());
+        let delay = |status: &Status| status.get_error_details().retry_info().unwrap().retry_delay;
+        assert_eq!(delay(&status), Some(RETRY));
+        let hint = Duration::from_millis(2500);
+        let error = Error::new(Reason::LimitReached, "full").with_retry_after(hint);
+        assert_eq!(delay(&Status::from(error)), Some(hint));
     }
 
     #[test]

@@ -5,12 +5,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use futures::StreamExt as _;
+use planish::config::KvFormat;
 use planish::models::decoder::random;
 use planish::models::export;
 use planish::nn::dtype::Dtype;
 use planish::proto::google::longrunning as lro;
 use planish::proto::v1;
 use tonic::{Code, Request, Status};
+use tonic_types::StatusExt as _;
 
 use crate::harness::{Service, assert_error, metadata, reason, response};
 
@@ -124,7 +126,10 @@ async fn a_model_is_imported_compressed_asked_and_exported() {
     assert_eq!(answer[0].model, "models/tiny/versions/3");
     let end = answer.last().unwrap();
     assert_eq!(end.finish_reason(), v1::FinishReason::Length);
-    assert_eq!(end.usage, Some(v1::Usage { prompt_tokens: 3, generated_tokens: 12 }));
+    assert_eq!(
+        end.usage,
+        Some(v1::Usage { prompt_tokens: 3, generated_tokens: 12, cached_prompt_tokens: 0 })
+    );
     assert_eq!(end.seed, 7);
     let ids = |answer: &[v1::GenerateResponse]| -> Vec<u32> {
         answer.iter().flat_map(|part| part.tokens.iter().map(|t| t.id)).collect()
@@ -302,6 +307,9 @@ async fn a_client_that_leaves_or_runs_late_frees_its_slot() {
     let mut stream = client.generate(generate(&name, 1 << 19)).await.unwrap().into_inner();
     stream.message().await.unwrap().unwrap();
     let refused = client.generate(generate(&name, 1)).await;
+    let retry = refused.as_ref().unwrap_err().get_error_details().retry_info().cloned().unwrap();
+    let seconds = retry.retry_delay.unwrap().as_secs_f64();
+    assert!((0.1..=30.0).contains(&seconds), "{seconds}");
     assert_error(refused, Code::ResourceExhausted, "LIMIT_REACHED", "");
     drop(stream);
     eventually_generates(&service, &name).await.unwrap();
@@ -320,6 +328,42 @@ async fn a_client_that_leaves_or_runs_late_frees_its_slot() {
         (Code::DeadlineExceeded, "DEADLINE_EXCEEDED")
     );
     eventually_generates(&service, &name).await.unwrap();
+    service.running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn prompts_that_begin_alike_are_computed_once_within_the_memory_for_them() {
+    let service = Service::start_with(|config| {
+        config.limits.kv_bytes = 1 << 20;
+        config.limits.kv_format = KvFormat::Q8;
+        config.limits.context = 1 << 20;
+    })
+    .await;
+    let mut settings = random::tiny("llama");
+    settings["max_position_embeddings"] = (1 << 20).into();
+    let files = tempfile::tempdir().unwrap();
+    let model = random::model(settings, 1).unwrap();
+    export::hugging_face(&model, files.path(), Dtype::F32).unwrap();
+    let name = service.import("tiny", files.path()).await.name;
+    let ask = |ids: Vec<u32>, max_tokens| v1::GenerateRequest {
+        prompt: Some(v1::generate_request::Prompt::Tokens(v1::TokenIds { ids })),
+        ..generate(&name, max_tokens)
+    };
+    let prompt: Vec<u32> = (0..150).map(|i| i % 96).collect();
+    let mut answers = Vec::new();
+    for known in [0, 128] {
+        let answer = collect(&service, ask(prompt.clone(), 5)).await;
+        let usage = answer.last().unwrap().usage.unwrap();
+        assert_eq!((usage.prompt_tokens, usage.generated_tokens), (150, 5));
+        assert_eq!(usage.cached_prompt_tokens, known);
+        answers.push(answer.iter().flat_map(|a| &a.tokens).map(|t| t.id).collect::<Vec<_>>());
+    }
+    assert_eq!(answers[0], answers[1]);
+    // 3 layers, keys and values of 2 heads: 16 codes and a scale each, 240 bytes a position.
+    let refused = service.generation().generate(ask(prompt.clone(), 5000)).await;
+    assert_error(refused, Code::ResourceExhausted, "TOO_LARGE", "max_tokens");
+    let answer = collect(&service, ask(prompt, 300)).await;
+    assert_eq!(answer.last().unwrap().usage.unwrap().generated_tokens, 300);
     service.running.stop().await.unwrap();
 }
 

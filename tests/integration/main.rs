@@ -13,6 +13,7 @@ mod journey;
 mod layers;
 mod residency;
 mod security;
+mod soak;
 mod structured;
 mod support;
 mod telemetry;

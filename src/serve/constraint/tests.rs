@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::data::tokenizer::testing;
+use crate::models::decoder::plan::CacheFormat;
 use crate::models::decoder::random;
 use crate::seed::Stream;
 use crate::serve::engine::{Engine, Event, Finish, Limits, Request};
@@ -44,7 +45,14 @@ fn engine(tokenizer: Tokenizer, limits: Limits) -> Engine {
     Engine::start(model, limits).unwrap()
 }
 
-const LIMITS: Limits = Limits { slots: 8, queue: 500, context: 4096 };
+const LIMITS: Limits = Limits {
+    slots: 8,
+    queue: 500,
+    context: 4096,
+    kv_bytes: 1 << 26,
+    kv_format: CacheFormat::F32,
+    prefix_cache: true,
+};
 
 fn request(engine: &Engine, form: &Form, seed: u64, max_tokens: usize) -> Request {
     Request {
@@ -56,6 +64,9 @@ fn request(engine: &Engine, form: &Form, seed: u64, max_tokens: usize) -> Reques
         logprobs: true,
         top_logprobs: 0,
         constraint: Some(engine.vocabulary().unwrap().compile(form).unwrap()),
+        client: 0,
+        namespace: 0,
+        deadline: None,
     }
 }
 

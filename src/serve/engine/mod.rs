@@ -1,30 +1,42 @@
 //! One engine thread per loaded model: takes requests, batches their steps, streams tokens.
 //!
-//! Requests wait in a bounded queue, run in a bounded number of slots, and share every forward: a step
-//! carries one token of each sequence that decodes and fills up with a piece of the prompts that still
-//! prefill. A client that reads slowly skips steps; one that goes away frees its slot at the next step.
+//! Requests wait in a bounded queue, clients taking turns, run in a bounded number of slots, and share
+//! every forward: a step carries one token of each sequence that decodes and fills up with pieces of the
+//! prompts that still prefill. A client that reads slowly skips steps; one that goes away frees its slot
+//! at the next step.
+//!
+//! Keys and values live in pages of a pool with a budget. A request is admitted when the pages it may
+//! come to need fit beside those that running ones may; what prompts have in common is computed once.
 
+mod prefix;
+mod queue;
 mod sequence;
+mod share;
 mod stop;
 #[cfg(test)]
 mod tests;
 mod worker;
 
-use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
+use self::queue::{Job, Queue};
 use super::constraint::{Constraint, Vocabulary};
 use super::sample::Sampling;
 use crate::error::{Error, Reason, Result};
 use crate::models::Model;
-use crate::models::decoder::plan::{Arithmetic, Decoder};
+use crate::models::decoder::plan::{Arithmetic, CacheFormat, Decoder, PAGE, PagePool};
 
 /// Events a client may lag behind before its sequence skips steps.
 const LAG: usize = 64;
+
+/// Shortest and longest time after which a refused client is told to try again.
+const RETRY: [f64; 2] = [0.1, 30.0];
+/// Weight of the newest request in the running mean of what requests take.
+const NEWEST: f64 = 0.2;
 
 /// Limits of an engine.
 #[derive(Debug, Clone, Copy)]
@@ -35,6 +47,11 @@ pub struct Limits {
     pub queue: usize,
     /// Positions (prompt and answer) a request may use at most; the model's own limit if smaller.
     pub context: usize,
+    /// Bytes of all pages of keys and values, of requests that run and of prompts that are kept.
+    pub kv_bytes: u64,
+    pub kv_format: CacheFormat,
+    /// Whether a prompt's beginning that is still known is not computed again.
+    pub prefix_cache: bool,
 }
 
 /// A generation request in tokens.
@@ -50,6 +67,20 @@ pub struct Request {
     pub top_logprobs: usize,
     /// What the answer must look like, made by the engine's own [`Engine::vocabulary`].
     pub constraint: Option<Constraint>,
+    /// Who asks: waiting requests of different clients take turns.
+    pub client: u64,
+    /// Requests share what their prompts begin with only within a namespace; one for each set of weights
+    /// (adapters) that keys and values depend on.
+    pub namespace: u64,
+    /// When the answer is of no use any more: then the request ends with DEADLINE_EXCEEDED.
+    pub deadline: Option<Instant>,
+}
+
+impl Request {
+    /// Positions that the request takes at most.
+    fn positions(&self, context: usize) -> usize {
+        self.prompt.len().saturating_add(self.max_tokens).min(context)
+    }
 }
 
 /// What the engine says of a request.
@@ -61,6 +92,8 @@ pub enum Event {
     Done {
         finish: Finish,
         prompt_tokens: usize,
+        /// Those of them whose keys and values were known.
+        cached_prompt_tokens: usize,
         generated_tokens: usize,
         queue_seconds: f64,
         prefill_seconds: f64,
@@ -92,12 +125,6 @@ pub enum Finish {
     Length,
 }
 
-/// What waits for a slot.
-enum Job {
-    Generate { request: Request, events: mpsc::Sender<Result<Event>>, queued: Instant },
-    Score { tokens: Vec<u32>, ask: Ask, queued: Instant, reply: oneshot::Sender<Result<Scores>> },
-}
-
 /// What is asked of a text that is given whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Ask {
@@ -114,6 +141,19 @@ pub struct Scores {
     pub queue_seconds: f64,
 }
 
+/// Pages of keys and values of an engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pages {
+    /// In use, by running requests or kept for prompts to come.
+    pub live: usize,
+    /// Those that are kept under the tokens they were made for; running requests may use them too.
+    pub kept: usize,
+    /// Most that may be in use.
+    pub budget: usize,
+    /// Bytes of each.
+    pub bytes: usize,
+}
+
 /// What handles and the thread share.
 struct Shared {
     model: Arc<Model>,
@@ -122,17 +162,56 @@ struct Shared {
     limits: Limits,
     queue: Mutex<Queue>,
     wake: Condvar,
+    /// Jobs that were ever queued: the thread takes the lock only when this has changed.
+    arrivals: AtomicU64,
     running: AtomicUsize,
     failed: AtomicBool,
-}
-
-#[derive(Default)]
-struct Queue {
-    waiting: VecDeque<Job>,
-    closed: bool,
+    pool: PagePool,
+    /// Pages in the tree of prefixes.
+    kept: AtomicUsize,
+    /// Bits of the mean seconds that requests lately took in their slots; 0 before the first.
+    pace: AtomicU64,
 }
 
 impl Shared {
+    /// For a model whose weights take `bytes` where they are used.
+    fn new(model: Model, bytes: u64, limits: Limits) -> Result<Self> {
+        let config = model.decoder()?;
+        let context = limits.context.min(config.max_positions);
+        let pool = PagePool::new(config, limits.kv_format, limits.kv_bytes);
+        Ok(Self {
+            model: Arc::new(model),
+            bytes,
+            limits: Limits { context, slots: limits.slots.max(1), ..limits },
+            queue: Mutex::default(),
+            wake: Condvar::new(),
+            arrivals: AtomicU64::new(0),
+            running: AtomicUsize::new(0),
+            failed: AtomicBool::new(false),
+            pool,
+            kept: AtomicUsize::new(0),
+            pace: AtomicU64::new(0),
+        })
+    }
+
+    /// Notes how long a request held its slot.
+    fn took(&self, seconds: f64) {
+        // Only the thread writes.
+        let mean = f64::from_bits(self.pace.load(Ordering::Relaxed));
+        let mean = if mean == 0.0 { seconds } else { mean + NEWEST * (seconds - mean) };
+        self.pace.store(mean.to_bits(), Ordering::Relaxed);
+    }
+
+    /// When the queue should have room again: what waits now, at the pace of late.
+    fn retry_after(&self, waiting: usize) -> Duration {
+        let pace = match f64::from_bits(self.pace.load(Ordering::Relaxed)) {
+            0.0 => 1.0,
+            pace => pace,
+        };
+        let seconds = waiting.max(1) as f64 * pace / self.limits.slots as f64;
+        Duration::from_secs_f64(seconds.clamp(RETRY[0], RETRY[1]))
+    }
+
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -159,19 +238,9 @@ impl Engine {
     /// Packs the model's weights and serves it on a thread of its own.
     pub fn start(mut model: Model, limits: Limits) -> Result<Self> {
         let decoder = Decoder::with(&model, Arithmetic::Integer)?;
-        let bytes = decoder.weight_bytes();
         // The decoder has what it needs of them; the rest would stay in memory twice.
         model.weights.clear();
-        let context = limits.context.min(decoder.config().max_positions);
-        let shared = Arc::new(Shared {
-            model: Arc::new(model),
-            bytes,
-            limits: Limits { context, slots: limits.slots.max(1), ..limits },
-            queue: Mutex::default(),
-            wake: Condvar::new(),
-            running: AtomicUsize::new(0),
-            failed: AtomicBool::new(false),
-        });
+        let shared = Arc::new(Shared::new(model, decoder.weight_bytes(), limits)?);
         let for_thread = Arc::clone(&shared);
         std::thread::Builder::new()
             .name("engine".to_owned())
@@ -183,22 +252,30 @@ impl Engine {
     /// frees the slot at the next step.
     ///
     /// # Errors
-    /// LIMIT_REACHED for a full queue, INVALID_FIELD for an empty prompt, ids outside the vocabulary and
-    /// prompts that leave no room for an answer, NOT_READY after the thread has failed.
+    /// LIMIT_REACHED for a full queue (with the time after which to try again), INVALID_FIELD for an
+    /// empty prompt, ids outside the vocabulary and prompts that leave no room for an answer, TOO_LARGE
+    /// for what the budget of keys and values could never hold, NOT_READY after the thread has failed.
     pub fn generate(&self, request: Request) -> Result<mpsc::Receiver<Result<Event>>> {
-        self.check("prompt", &request.prompt, self.shared().limits.context.saturating_sub(1))?;
+        let context = self.shared().limits.context;
+        self.check("prompt", &request.prompt, context.saturating_sub(1))?;
+        self.check_pages("max_tokens", request.positions(context))?;
         let (events, receiver) = mpsc::channel(LAG);
         self.submit(Job::Generate { request, events, queued: Instant::now() })?;
         Ok(receiver)
     }
 
-    /// Log-probabilities of `tokens[1..]` given what stands before each.
+    /// Log-probabilities of `tokens[1..]` given what stands before each. `client` and `deadline` are
+    /// those of [`Request`].
     ///
     /// # Errors
     /// As [`Engine::generate`].
-    pub async fn score(&self, tokens: Vec<u32>) -> Result<Vec<f32>> {
-        self.check("input", &tokens, self.shared().limits.context)?;
-        self.ask(tokens, Ask::Logprobs).await.map(|scores| scores.values)
+    pub async fn score(
+        &self,
+        tokens: Vec<u32>,
+        client: u64,
+        deadline: Option<Instant>,
+    ) -> Result<Vec<f32>> {
+        self.ask("input", tokens, Ask::Logprobs, client, deadline).await.map(|scores| scores.values)
     }
 
     /// Logits `[tokens, vocab]`, or `[1, vocab]` after the last token alone. They take four bytes each
@@ -206,14 +283,30 @@ impl Engine {
     ///
     /// # Errors
     /// As [`Engine::generate`], the field being `input_ids`.
-    pub async fn logits(&self, tokens: Vec<u32>, last_only: bool) -> Result<Scores> {
-        self.check("input_ids", &tokens, self.shared().limits.context)?;
-        self.ask(tokens, if last_only { Ask::LastLogits } else { Ask::Logits }).await
+    pub async fn logits(
+        &self,
+        tokens: Vec<u32>,
+        last_only: bool,
+        client: u64,
+        deadline: Option<Instant>,
+    ) -> Result<Scores> {
+        let ask = if last_only { Ask::LastLogits } else { Ask::Logits };
+        self.ask("input_ids", tokens, ask, client, deadline).await
     }
 
-    async fn ask(&self, tokens: Vec<u32>, ask: Ask) -> Result<Scores> {
+    async fn ask(
+        &self,
+        field: &str,
+        tokens: Vec<u32>,
+        ask: Ask,
+        client: u64,
+        deadline: Option<Instant>,
+    ) -> Result<Scores> {
+        self.check(field, &tokens, self.shared().limits.context)?;
+        self.check_pages(field, tokens.len())?;
         let (reply, answer) = oneshot::channel();
-        self.submit(Job::Score { tokens, ask, queued: Instant::now(), reply })?;
+        let (reply, queued) = (Some(reply), Instant::now());
+        self.submit(Job::Score { tokens, ask, client, deadline, queued, reply })?;
         answer.await.unwrap_or_else(|_| Err(gone()))
     }
 
@@ -242,7 +335,7 @@ impl Engine {
     /// Requests running and waiting now.
     pub fn load(&self) -> (usize, usize) {
         let shared = self.shared();
-        (shared.running.load(Ordering::Relaxed), shared.queue().waiting.len())
+        (shared.running.load(Ordering::Relaxed), shared.queue().len())
     }
 
     /// False once the thread has failed.
@@ -253,6 +346,17 @@ impl Engine {
     /// Bytes the weights take in memory.
     pub fn resident_bytes(&self) -> u64 {
         self.shared().bytes
+    }
+
+    /// Pages of keys and values now.
+    pub fn pages(&self) -> Pages {
+        let Shared { pool, kept, .. } = self.shared();
+        Pages {
+            live: pool.live(),
+            kept: kept.load(Ordering::Acquire),
+            budget: pool.budget(),
+            bytes: pool.page_bytes(),
+        }
     }
 
     fn shared(&self) -> &Shared {
@@ -282,27 +386,55 @@ impl Engine {
         }
     }
 
+    /// Refuses what would not fit if it ran alone.
+    fn check_pages(&self, field: &str, positions: usize) -> Result<()> {
+        let pool = &self.shared().pool;
+        let pages = positions.div_ceil(PAGE);
+        if pages <= pool.budget() {
+            return Ok(());
+        }
+        Err(Error::at(
+            Reason::TooLarge,
+            field,
+            format!(
+                "{positions} tokens of prompt and answer may take {} bytes of keys and values, more \
+                 than limits.kv_bytes allows ({}); ask for less or raise it",
+                pages.saturating_mul(pool.page_bytes()),
+                self.shared().limits.kv_bytes
+            ),
+        ))
+    }
+
     fn submit(&self, job: Job) -> Result<()> {
-        let shared = self.shared();
-        let mut queue = shared.queue();
+        self.shared().submit(job)
+    }
+}
+
+impl Shared {
+    fn submit(&self, job: Job) -> Result<()> {
+        let mut queue = self.queue();
         // Under the lock: the thread sets the flag before it empties the queue for the last time.
-        if shared.failed.load(Ordering::Acquire) {
+        if self.failed.load(Ordering::Acquire) {
             return Err(gone());
         }
-        let idle = shared.limits.slots.saturating_sub(shared.running.load(Ordering::Relaxed));
-        if queue.waiting.len() >= shared.limits.queue + idle {
-            return Err(Error::new(
-                Reason::LimitReached,
-                format!(
-                    "{} requests run and {} wait for this model; try again in a moment",
-                    shared.running.load(Ordering::Relaxed),
-                    queue.waiting.len()
-                ),
-            ));
+        let running = self.running.load(Ordering::Relaxed);
+        let room = self.limits.queue + self.limits.slots.saturating_sub(running);
+        if queue.len() >= room {
+            // Those whose clients have left make room.
+            queue.sweep(Instant::now());
         }
-        queue.waiting.push_back(job);
+        if queue.len() >= room {
+            let message = format!(
+                "{running} requests run and {} wait for this model; try again in a moment",
+                queue.len()
+            );
+            let after = self.retry_after(queue.len());
+            return Err(Error::new(Reason::LimitReached, message).with_retry_after(after));
+        }
+        queue.push(job);
+        self.arrivals.fetch_add(1, Ordering::Release);
         drop(queue);
-        shared.wake.notify_one();
+        self.wake.notify_one();
         Ok(())
     }
 }

@@ -5,30 +5,56 @@ use std::time::Instant;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
+use super::prefix::{NodeId, Prefixes};
+use super::queue::Job;
 use super::stop::{Shown, Stops};
-use super::{Ask, Event, Finish, Job, Request, Scores, Token};
+use super::{Ask, Event, Finish, Request, Scores, Token};
 use crate::data::tokenizer::{TextStream, Tokenizer};
-use crate::error::Result;
-use crate::models::decoder::Config;
-use crate::models::decoder::plan::Cache;
+use crate::error::{Error, Result};
+use crate::models::decoder::plan::{Cache, PAGE, PagePool};
 use crate::serve::sample::{Logprobs, Sampler};
+
+/// Tokens of an answer that room is made for at once.
+const LISTED: usize = 1 << 16;
 
 /// A sequence at work.
 pub struct Sequence<'a> {
     pub cache: Cache,
-    /// Tokens to feed: the prompt, then the newest token.
-    pub pending: Vec<u32>,
-    pub task: Task<'a>,
+    /// The prompt and what was generated; those behind the cache's length are still to be fed.
+    pub tokens: Vec<u32>,
+    pub admitted: Instant,
+    pub deadline: Option<Instant>,
+    pub beginning: Beginning,
+    task: Task<'a>,
 }
 
-pub enum Task<'a> {
+/// What a sequence has in common with the tree of prefixes.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Beginning {
+    namespace: u64,
+    /// Whether its pages enter the tree.
+    shared: bool,
+    /// Pages of the cache that the tree has too.
+    pub pages: usize,
+    /// The node of the last of them.
+    last: Option<NodeId>,
+}
+
+enum Task<'a> {
     Generate(Box<Generation<'a>>),
-    Score {
-        tokens: Vec<u32>,
-        ask: Ask,
-        scores: Scores,
-        reply: Option<oneshot::Sender<Result<Scores>>>,
-    },
+    Score { ask: Ask, scores: Scores, reply: Option<oneshot::Sender<Result<Scores>>> },
+}
+
+/// What a sequence asks of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    Nothing,
+    /// The next token of an answer.
+    Token,
+    /// Up to so many tokens of a prompt.
+    Prompt(usize),
+    /// The same, with the logits of each.
+    Scores(usize),
 }
 
 pub struct Generation<'a> {
@@ -40,7 +66,11 @@ pub struct Generation<'a> {
     text: Option<TextStream<'a>>,
     stops: Stops,
     sampler: Sampler,
+    /// Why it ended before its time; told after what is in the outbox.
+    failure: Option<Error>,
     generated: usize,
+    /// Tokens of the prompt that were not computed again.
+    cached: usize,
     queued: Instant,
     admitted: Instant,
     first_logits: Option<Instant>,
@@ -54,34 +84,40 @@ pub enum Fate {
 }
 
 impl<'a> Sequence<'a> {
-    /// Puts a job into a slot; None if its client has left already.
+    /// Puts a job into a slot. `path` are the nodes of `tree` whose pages its prompt begins with.
     pub fn new(
         job: Job,
-        config: &Config,
+        pool: &PagePool,
         context: usize,
         tokenizer: Option<&'a Tokenizer>,
-    ) -> Option<Self> {
+        tree: Option<&mut Prefixes>,
+        path: &[NodeId],
+    ) -> Self {
+        let mut cache = Cache::in_pool(pool, job.positions(context));
+        let admitted = Instant::now();
+        let deadline = job.deadline();
         match job {
-            Job::Score { tokens, ask, queued, reply } => (!reply.is_closed()).then(|| Self {
-                cache: Cache::new(config, tokens.len()),
-                pending: tokens.clone(),
-                task: Task::Score {
-                    tokens,
-                    ask,
-                    scores: Scores {
-                        values: Vec::new(),
-                        queue_seconds: queued.elapsed().as_secs_f64(),
-                    },
-                    reply: Some(reply),
-                },
-            }),
-            Job::Generate { request, events, queued } => (!events.is_closed()).then(|| Self {
-                cache: Cache::new(
-                    config,
-                    request.prompt.len().saturating_add(request.max_tokens).min(context),
-                ),
-                pending: request.prompt.clone(),
-                task: Task::Generate(Box::new(Generation {
+            Job::Score { tokens, ask, queued, reply, .. } => {
+                let queue_seconds = (admitted - queued).as_secs_f64();
+                let scores = Scores { values: Vec::new(), queue_seconds };
+                let task = Task::Score { ask, scores, reply };
+                Self { cache, tokens, admitted, deadline, beginning: Beginning::default(), task }
+            }
+            Job::Generate { request, events, queued } => {
+                let mut beginning =
+                    Beginning { namespace: request.namespace, ..Beginning::default() };
+                if let Some(tree) = tree {
+                    path.iter().for_each(|id| tree.hold(*id));
+                    cache.attach(path.iter().map(|id| tree.page(*id).clone()));
+                    beginning.shared = true;
+                    beginning.pages = path.len();
+                    beginning.last = path.last().copied();
+                }
+                // The room at once, so that no step allocates for it; beyond that the list grows.
+                let room = cache.capacity().min(request.prompt.len() + LISTED);
+                let mut tokens = Vec::with_capacity(room.max(request.prompt.len()) + 1);
+                tokens.extend_from_slice(&request.prompt);
+                let generation = Generation {
                     sampler: Sampler::new(request.sampling, &request.prompt),
                     stops: Stops::new(request.stop.clone()),
                     text: tokenizer.map(|tokenizer| {
@@ -93,12 +129,16 @@ impl<'a> Sequence<'a> {
                     events,
                     outbox: Vec::new(),
                     tokenizer,
+                    failure: None,
                     generated: 0,
+                    cached: cache.len(),
                     queued,
-                    admitted: Instant::now(),
+                    admitted,
                     first_logits: None,
-                })),
-            }),
+                };
+                let task = Task::Generate(Box::new(generation));
+                Self { cache, tokens, admitted, deadline, beginning, task }
+            }
         }
     }
 
@@ -118,36 +158,49 @@ impl<'a> Sequence<'a> {
         }
     }
 
-    /// True while the prompt is being fed.
-    pub fn prefills(&self) -> bool {
-        self.pending.len() > 1 || matches!(self.task, Task::Score { .. })
+    /// What the next step should do for the sequence.
+    pub fn need(&self) -> Need {
+        let pending = self.tokens.len() - self.cache.len();
+        match self.task {
+            Task::Score { ask: Ask::LastLogits, .. } => Need::Prompt(pending),
+            Task::Score { .. } => Need::Scores(pending),
+            Task::Generate(_) if pending == 1 => Need::Token,
+            Task::Generate(_) => Need::Prompt(pending),
+        }
     }
 
     /// Which of the next `count` tokens' logits are wanted.
     pub fn wanted(&self, count: usize) -> std::ops::Range<usize> {
         match self.task {
             Task::Score { ask: Ask::Logprobs | Ask::Logits, .. } => 0..count,
-            _ if count == self.pending.len() => count - 1..count,
+            _ if self.cache.len() + count == self.tokens.len() => count - 1..count,
             _ => 0..0,
+        }
+    }
+
+    /// How many rows of logits the `count` tokens that were just fed have given.
+    pub fn gave(&self, count: usize) -> usize {
+        match self.task {
+            Task::Score { ask: Ask::Logprobs | Ask::Logits, .. } => count,
+            _ => usize::from(self.cache.len() == self.tokens.len()),
         }
     }
 
     /// Takes the logits `[wanted, vocab]` of the `count` tokens that were fed.
     pub fn advance(&mut self, count: usize, logits: &[f32], vocab: usize) -> Result<Fate> {
-        let start = self.cache.len() - count;
-        self.pending.drain(..count);
         match &mut self.task {
-            Task::Score { tokens, ask, scores, reply } => {
+            Task::Score { ask, scores, reply } => {
                 if *ask == Ask::Logprobs {
+                    let start = self.cache.len() - count;
                     for (at, row) in logits.chunks_exact(vocab).enumerate() {
-                        if let Some(next) = tokens.get(start + at + 1) {
+                        if let Some(next) = self.tokens.get(start + at + 1) {
                             scores.values.push(Logprobs::new(row).of(*next));
                         }
                     }
                 } else {
                     scores.values.extend_from_slice(logits);
                 }
-                if !self.pending.is_empty() {
+                if self.cache.len() < self.tokens.len() {
                     return Ok(Fate::Goes);
                 }
                 if let Some(reply) = reply.take() {
@@ -160,18 +213,44 @@ impl<'a> Sequence<'a> {
             Task::Generate(generation) => {
                 let full = self.cache.len() >= self.cache.capacity();
                 let next = generation.take(logits, full)?;
-                self.pending.extend(next);
+                self.tokens.extend(next);
                 Ok(if next.is_some() { Fate::Goes } else { Fate::Ends })
             }
         }
     }
 
-    /// Ends the request with an error.
-    pub fn fail(self, error: crate::error::Error) {
-        // A client that has left needs no answer.
-        match self.task {
-            Task::Generate(generation) => drop(generation.events.try_send(Err(error))),
-            Task::Score { reply, .. } => drop(reply.map(|reply| reply.send(Err(error)))),
+    /// Pages that the sequence may still take before its end.
+    pub fn pages_to_come(&self) -> usize {
+        self.cache.capacity().div_ceil(PAGE).saturating_sub(self.cache.pages().len())
+    }
+
+    /// Gives pages that have become full to the tree. Where the tree knows the tokens already, its page
+    /// takes the place of the sequence's own, which is free then.
+    pub fn share(&mut self, tree: &mut Prefixes) {
+        let Self { cache, tokens, beginning, .. } = self;
+        while beginning.shared && beginning.pages < cache.full_pages() {
+            let at = beginning.pages;
+            let text = &tokens[at * PAGE..(at + 1) * PAGE];
+            let id = tree.enter(beginning.namespace, beginning.last, text, &cache.pages()[at]);
+            cache.replace(at, tree.page(id));
+            beginning.last = Some(id);
+            beginning.pages += 1;
+        }
+    }
+
+    /// Lets go of all pages.
+    pub fn release(&mut self, tree: &mut Prefixes) {
+        tree.release(self.beginning.last.take());
+        self.beginning.pages = 0;
+        self.cache.truncate(0);
+    }
+
+    /// Ends the request with an error, which [`Sequence::flush`] hands over.
+    pub fn fail(&mut self, error: Error) {
+        match &mut self.task {
+            Task::Generate(generation) => generation.failure = Some(error),
+            // A client that has left needs no answer.
+            Task::Score { reply, .. } => drop(reply.take().map(|reply| reply.send(Err(error)))),
         }
     }
 }
@@ -184,6 +263,15 @@ impl Generation<'_> {
                 Err(TrySendError::Full(())) => return false,
                 Err(TrySendError::Closed(())) => self.outbox.clear(),
             }
+        }
+        let Some(failure) = self.failure.take() else { return true };
+        match self.events.try_reserve() {
+            Ok(permit) => permit.send(Err(failure)),
+            Err(TrySendError::Full(())) => {
+                self.failure = Some(failure);
+                return false;
+            }
+            Err(TrySendError::Closed(())) => {}
         }
         true
     }
@@ -265,6 +353,7 @@ impl Generation<'_> {
         self.outbox.push(Event::Done {
             finish,
             prompt_tokens: self.request.prompt.len(),
+            cached_prompt_tokens: self.cached,
             generated_tokens: self.generated,
             queue_seconds: (self.admitted - self.queued).as_secs_f64(),
             prefill_seconds: (first - self.admitted).as_secs_f64(),

@@ -21,6 +21,7 @@ use tonic_types::StatusExt as _;
 use self::convert::{Ask, LOGITS_OUTPUT, Spec, TEXT_OUTPUT};
 use self::statistics::{Run, Statistics};
 use super::State;
+use super::caller::{self, Caller};
 use super::download::Messages;
 use super::gate::Phase;
 use super::generation::Generation;
@@ -137,7 +138,8 @@ impl GrpcInferenceService for Inference {
         &self,
         request: Request<ModelInferRequest>,
     ) -> Result<Response<ModelInferResponse>, Status> {
-        let mut pieces = pin!(self.clone().pieces(request.into_inner(), false));
+        let caller = caller::of(&request);
+        let mut pieces = pin!(self.clone().pieces(request.into_inner(), caller, false));
         match pieces.next().await {
             Some(answer) => answer.map(Response::new),
             None => Err(Error::internal("an inference without an answer").into()),
@@ -150,7 +152,7 @@ impl GrpcInferenceService for Inference {
         &self,
         request: Request<Streaming<ModelInferRequest>>,
     ) -> Result<Response<Self::ModelStreamInferStream>, Status> {
-        let service = self.clone();
+        let (service, caller) = (self.clone(), caller::of(&request));
         // A client may leave its side open for ever: a server that stops reads no further request and
         // lets those under way end.
         let mut phase = self.state.phase.clone();
@@ -158,7 +160,7 @@ impl GrpcInferenceService for Inference {
         let answers = request.into_inner().take_until(stopping).map(move |request| {
             let service = service.clone();
             match request {
-                Ok(request) => service.answer(request).boxed(),
+                Ok(request) => service.answer(request, caller).boxed(),
                 Err(status) => futures::stream::iter([Err(status)]).boxed(),
             }
         });
@@ -266,9 +268,10 @@ impl Inference {
     fn answer(
         self,
         request: ModelInferRequest,
+        caller: Caller,
     ) -> impl Stream<Item = Result<pb::ModelStreamInferResponse, Status>> + Send {
         let id = Some(&request.id).filter(|id| id.len() <= MAX_ID).cloned().unwrap_or_default();
-        self.pieces(request, true).map(move |piece| {
+        self.pieces(request, caller, true).map(move |piece| {
             Ok(match piece {
                 Ok(response) => pb::ModelStreamInferResponse {
                     error_message: String::new(),
@@ -283,10 +286,11 @@ impl Inference {
     fn pieces(
         self,
         request: ModelInferRequest,
+        caller: Caller,
         streamed: bool,
     ) -> impl Stream<Item = Result<ModelInferResponse, Status>> + Send {
         async_stream::try_stream! {
-            let mut begun = self.begin(request).await?;
+            let mut begun = self.begin(request, caller).await?;
             match begun.work {
                 Work::Logits { rows, vocab, raw, seconds: (queue, infer) } => {
                     let shape = vec![1, rows, vocab];
@@ -329,7 +333,7 @@ impl Inference {
     }
 
     /// Checks a request and brings it to where the model works on it.
-    async fn begin(&self, request: ModelInferRequest) -> Result<Begun, Status> {
+    async fn begin(&self, request: ModelInferRequest, caller: Caller) -> Result<Begun, Status> {
         let arrived = Instant::now();
         if request.id.len() > MAX_ID {
             let problem = format!("longer than {MAX_ID} bytes; a UUID is a good choice");
@@ -349,7 +353,9 @@ impl Inference {
             Ask::Text(mut request) => {
                 request.model = row.name();
                 let generation = Generation(self.state.clone());
-                let parts = generation.generate(Request::new(*request)).await?.into_inner();
+                let mut request = Request::new(*request);
+                request.extensions_mut().insert(caller);
+                let parts = generation.generate(request).await?.into_inner();
                 run.ready();
                 Work::Text(parts)
             }
@@ -360,7 +366,8 @@ impl Inference {
                 check_size(rows, vocab, limits.message_bytes)?;
                 run.ready();
                 let asked = Instant::now();
-                let scores = engine.logits(tokens, last_only).await?;
+                let scores =
+                    engine.logits(tokens, last_only, caller.client, caller.deadline).await?;
                 let infer = asked.elapsed().as_secs_f64() - scores.queue_seconds;
                 let raw = super::blocking(move || Ok(tensor::floats(&scores.values))).await?;
                 Work::Logits {

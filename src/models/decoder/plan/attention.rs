@@ -1,12 +1,11 @@
-//! Attention of a step: cut into independent tasks and run on rayon's pool.
+//! Attention of a step: cut into independent tasks and shared out over the threads.
 
+use std::cell::RefCell;
 use std::ops::Range;
-
-use rayon::prelude::*;
 
 use super::super::Config;
 use super::cache::Cache;
-use crate::kernels::attention::{Elements, Queries, Rows, Shape, attend};
+use crate::kernels::attention::{Elements, Queries, Rows, Segment, Shape, attend, for_pieces};
 
 /// Query rows (positions times heads that share a key head) of a task: enough to fill the matrix
 /// kernels, few enough to share out.
@@ -24,45 +23,61 @@ pub(super) struct Span {
 }
 
 /// Where the keys and values of the spans stand.
-pub(super) enum Store<'a> {
+pub(super) enum Store<'a, 'c> {
     /// One cache a span, all new positions written.
-    Caches(&'a [&'a Cache]),
+    Caches(&'a [&'c mut Cache]),
     /// The step's own rows, for sequences that start with it.
     Step { keys: &'a [f32], values: &'a [f32] },
 }
 
-impl Store<'_> {
-    fn head(
+impl Store<'_, '_> {
+    /// Keys and values of a key head from `position` of the span's sequence on.
+    fn segment(
         &self,
         config: &Config,
         layer: usize,
         index: usize,
         span: &Span,
         head: usize,
-    ) -> (Rows<'_>, Rows<'_>) {
+        position: usize,
+    ) -> Segment<'_> {
         match self {
-            Self::Caches(caches) => caches[index].head(layer, head),
+            Self::Caches(caches) => caches[index].segment(layer, head, position),
             Self::Step { keys, values } => {
                 let width = config.key_channels();
-                let range = span.rows.start * width + head * config.head_dim..span.rows.end * width;
-                let (stride, slots) = (width, span.rows.len());
-                (
-                    Rows { data: Elements::F32(&keys[range.clone()]), stride, slots },
-                    Rows { data: Elements::F32(&values[range]), stride, slots },
-                )
+                let at = position - span.first;
+                let range =
+                    (span.rows.start + at) * width + head * config.head_dim..span.rows.end * width;
+                let rows = |data| Rows { data: Elements::F32(data), stride: width };
+                Segment {
+                    keys: rows(&keys[range.clone()]),
+                    values: rows(&values[range]),
+                    count: span.rows.len() - at,
+                }
             }
         }
     }
 }
 
-/// A piece of the output and what it takes to compute it.
-struct Task<'a> {
+/// What it takes to compute a piece of the output.
+struct Task {
     span: usize,
     /// Rows of the span.
     rows: Range<usize>,
     /// Query heads.
     heads: Range<usize>,
-    out: &'a mut [f32],
+}
+
+/// The tasks of a step and where their pieces of the output end.
+#[derive(Default)]
+struct Tasks {
+    tasks: Vec<Task>,
+    ends: Vec<usize>,
+}
+
+thread_local! {
+    /// Kept between steps, so that decoding allocates nothing.
+    static TASKS: RefCell<Tasks> = RefCell::default();
 }
 
 /// `out[row] = attention(q[row])` for all rows of all spans; both `[rows, heads * dim]`.
@@ -71,7 +86,7 @@ pub(super) fn run(
     layer: usize,
     spans: &[Span],
     q: &[f32],
-    store: &Store<'_>,
+    store: &Store<'_, '_>,
     out: &mut [f32],
 ) {
     let shape = Shape {
@@ -88,8 +103,12 @@ pub(super) fn run(
         .sum::<usize>()
         .saturating_mul(2 * width);
 
-    let mut tasks = cut(config, spans, out);
-    let compute = |task: &mut Task<'_>| {
+    // Taken, not borrowed: a thread that waits for others may begin another step's work.
+    let mut cut = TASKS.take();
+    cut.fill(config, spans);
+    let grain = if work <= SERIAL { cut.tasks.len() } else { 1 };
+    for_pieces(out, &cut.ends, grain, |index, out| {
+        let task = &cut.tasks[index];
         let span = &spans[task.span];
         let mut heads = task.heads.clone();
         while !heads.is_empty() {
@@ -103,50 +122,55 @@ pub(super) fn run(
                 first: span.first + task.rows.start,
                 count: task.rows.len(),
             };
-            let (keys, values) = store.head(config, layer, task.span, span, key_head);
-            let out = &mut task.out[(heads.start - task.heads.start) * shape.dim..];
-            attend(&shape, &queries, keys, values, out, width);
+            let source =
+                |position| store.segment(config, layer, task.span, span, key_head, position);
+            let out = &mut out[(heads.start - task.heads.start) * shape.dim..];
+            attend(&shape, &queries, &source, out, width);
             heads.start = end;
         }
-    };
-    if work <= SERIAL || tasks.len() == 1 || rayon::current_num_threads() == 1 {
-        tasks.iter_mut().for_each(compute);
-    } else {
-        tasks.par_iter_mut().with_max_len(1).for_each(compute);
-    }
+    });
+    TASKS.set(cut);
 }
 
-/// Spans of one row are cut by heads, longer ones into blocks of rows with all heads: so every task
-/// has a slice of the output to itself.
-fn cut<'a>(config: &Config, spans: &[Span], out: &'a mut [f32]) -> Vec<Task<'a>> {
-    let width = config.query_channels();
-    let group = config.heads / config.kv_heads;
-    let singles = spans.iter().filter(|s| s.rows.len() == 1).count().max(1);
-    // A key head's queries stay together unless threads would have nothing to do.
-    let parts = rayon::current_num_threads().div_ceil(singles * config.kv_heads).min(group);
-    let heads_each = group.div_ceil(parts);
-    let block = (TASK_ROWS / group).clamp(16, 64);
+impl Tasks {
+    /// Spans of one row are cut by heads, longer ones into blocks of rows with all heads: so every task
+    /// has a piece of the output to itself.
+    fn fill(&mut self, config: &Config, spans: &[Span]) {
+        let group = config.heads / config.kv_heads;
+        let threads = rayon::current_num_threads();
+        let singles = spans.iter().filter(|s| s.rows.len() == 1).count().max(1);
+        // A key head's queries stay together unless threads would have nothing to do.
+        let parts = threads.div_ceil(singles * config.kv_heads).min(group);
+        let heads_each = group.div_ceil(parts);
+        let most = (TASK_ROWS / group).clamp(16, 64);
 
-    let mut tasks = Vec::with_capacity(spans.len() * config.kv_heads);
-    let mut rest = out;
-    for (index, span) in spans.iter().enumerate() {
-        let (mine, others) = rest.split_at_mut(span.rows.len() * width);
-        rest = others;
-        if span.rows.len() == 1 {
-            for (key_head, out) in mine.chunks_exact_mut(group * config.head_dim).enumerate() {
-                let mut first = key_head * group;
-                for out in out.chunks_mut(heads_each * config.head_dim) {
-                    let heads = first..first + out.len() / config.head_dim;
-                    first = heads.end;
-                    tasks.push(Task { span: index, rows: 0..1, heads, out });
+        self.tasks.clear();
+        self.ends.clear();
+        for (index, span) in spans.iter().enumerate() {
+            let count = span.rows.len();
+            if count == 1 {
+                for key_head in 0..config.kv_heads {
+                    let end = (key_head + 1) * group;
+                    for first in (key_head * group..end).step_by(heads_each) {
+                        let heads = first..end.min(first + heads_each);
+                        self.push(config, span, Task { span: index, rows: 0..1, heads });
+                    }
                 }
-            }
-        } else {
-            for (i, out) in mine.chunks_mut(block * width).enumerate() {
-                let rows = i * block..i * block + out.len() / width;
-                tasks.push(Task { span: index, rows, heads: 0..config.heads, out });
+            } else {
+                // Short spans are shared out too, a few rows each.
+                let block = most.min(count.div_ceil(threads).max(4));
+                for first in (0..count).step_by(block) {
+                    let rows = first..count.min(first + block);
+                    let heads = 0..config.heads;
+                    self.push(config, span, Task { span: index, rows, heads });
+                }
             }
         }
     }
-    tasks
+
+    fn push(&mut self, config: &Config, span: &Span, task: Task) {
+        let last = span.rows.start + task.rows.end - 1;
+        self.ends.push((last * config.heads + task.heads.end) * config.head_dim);
+        self.tasks.push(task);
+    }
 }

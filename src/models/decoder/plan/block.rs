@@ -201,8 +201,7 @@ impl Layer {
                     let range = span.rows.start * kv_width..span.rows.end * kv_width;
                     cache.write(self.index, &k[range.clone()], &v[range]);
                 }
-                let caches: Vec<&Cache> = caches.iter().map(|c| &**c).collect();
-                attention::run(config, self.index, spans, q, &Store::Caches(&caches), attended);
+                attention::run(config, self.index, spans, q, &Store::Caches(caches), attended);
             }
             None => {
                 let store = Store::Step { keys: k, values: v };

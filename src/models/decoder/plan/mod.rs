@@ -14,7 +14,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 pub use block::Block;
-pub use cache::{Cache, CacheFormat};
+pub use cache::{Cache, CacheFormat, PAGE, Page, PagePool};
 pub use linear::Arithmetic;
 
 use self::attention::Span;
@@ -124,6 +124,9 @@ impl Decoder {
     fn run(&mut self, chunks: &mut [Chunk<'_>], output: Output) -> Result<&[f32]> {
         for (i, chunk) in chunks.iter().enumerate() {
             self.check(chunk).map_err(|error| error.within(&format!("chunk {i}")))?;
+        }
+        for chunk in chunks.iter_mut() {
+            chunk.cache.prepare(chunk.tokens.len())?;
         }
         let width = match output {
             Output::Logits => self.config.vocab,
