@@ -201,7 +201,7 @@ async fn logits_are_those_of_the_decoder() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hostile_tensors_are_refused() {
-    let service = Service::start_with(|c| c.limits.message_bytes = 64 << 10).await;
+    let service = Service::start_with(|c| c.limits.message_bytes = 256 << 10).await;
     let model = support::tiny_model(service.folder.path(), 1, 32);
     service.import("m", &model).await;
     let mut client = service.inference();
@@ -242,8 +242,8 @@ async fn hostile_tensors_are_refused() {
     let wild = ModelInferRequest { model_version: "-1".into(), ..infer("m", text("x")) };
     assert_error(client.model_infer(wild).await, invalid, "INVALID_FIELD", "model_version");
 
-    // 100 positions of 257 floats do not fit 64 KiB; the last one does.
-    let mut request = infer("m", ids(&[7; 100]));
+    // 300 positions of 257 floats do not fit 256 KiB; the last one does.
+    let mut request = infer("m", ids(&[7; 300]));
     let bad = client.model_infer(request.clone()).await;
     assert_error(bad, Code::ResourceExhausted, "TOO_LARGE", "input_ids");
     request.parameters.insert("last_only".into(), parameter(ParameterChoice::BoolParam(true)));
