@@ -384,3 +384,31 @@ async fn a_model_without_a_tokenizer_takes_tokens_only() {
     assert_error(bad, Code::FailedPrecondition, "MODEL_UNSUITABLE", "");
     service.running.stop().await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_open_stream_ends_well_when_the_server_stops() {
+    let (service, _) = with_model().await;
+    let (asking, questions) = tokio::sync::mpsc::channel(1);
+    let questions = tokio_stream::wrappers::ReceiverStream::new(questions);
+    let stream = service.inference().model_stream_infer(questions).await.unwrap();
+    let mut stream = stream.into_inner();
+    asking.send(greedy("hello", 400)).await.unwrap();
+    let first = stream.message().await.unwrap().unwrap();
+    assert!(!is_final(first.infer_response.as_ref().unwrap()));
+    // The client reads on while the server stops: the request under way ends, and then the stream, although
+    // the client's side stays open.
+    let reading = tokio::spawn(async move {
+        let mut last = None;
+        while let Some(answer) = stream.message().await.unwrap() {
+            assert!(answer.error_message.is_empty(), "{answer:?}");
+            last = answer.infer_response;
+        }
+        last
+    });
+    service.running.stop().await.unwrap();
+    let last = reading.await.unwrap().unwrap();
+    assert!(is_final(&last));
+    let tokens = ParameterChoice::Int64Param(400);
+    assert_eq!(last.parameters["generated_tokens"].parameter_choice, Some(tokens));
+    drop(asking);
+}
