@@ -387,7 +387,8 @@ async fn a_model_without_a_tokenizer_takes_tokens_only() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_open_stream_ends_well_when_the_server_stops() {
-    let (service, _) = with_model().await;
+    let service = Service::start_with(|c| c.shutdown.deadline_seconds = 60).await;
+    service.import("m", &support::tiny_model(service.folder.path(), 2, 64)).await;
     let (asking, questions) = tokio::sync::mpsc::channel(1);
     let questions = tokio_stream::wrappers::ReceiverStream::new(questions);
     let stream = service.inference().model_stream_infer(questions).await.unwrap();
