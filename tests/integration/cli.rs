@@ -215,6 +215,12 @@ fn a_model_travels_from_a_folder_to_an_export() {
 
     // Online.
     service.run("models load tiny@3");
+    assert!(service.run("models show tiny@3").contains("until it is unloaded"));
+    assert!(service.run("models list").contains(" @3"));
+    assert!(service.run("models loaded").contains("tiny@3"));
+    let loaded = service.json("models loaded");
+    assert_eq!(loaded["loaded_models"][0]["versions"], json!(["models/tiny/versions/3"]));
+    assert_eq!(loaded["loaded_models"][0]["pinned"], true);
     let greedy = "generate --model tiny@3 --tokens 10,20,30 --max-tokens 5 --temperature 0";
     let parts = service.run(&format!("--output json {greedy}"));
     let parts: Vec<Value> = parts.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
@@ -224,6 +230,7 @@ fn a_model_travels_from_a_folder_to_an_export() {
     assert_eq!(service.run("tokenize --model tiny --tokens 104,105"), "hi\n");
     assert_eq!(service.json("tokenize --model tiny hi")["tokens"][1]["id"], 105);
     service.run("models unload tiny@3");
+    assert!(service.run("models show tiny@3").contains("in memory     no"));
 
     // Out.
     for (format, file) in

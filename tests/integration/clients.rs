@@ -17,31 +17,36 @@ fn run(command: &mut Command, what: &str) -> String {
     out.into_owned()
 }
 
-/// The folder of the environment's programs.
+/// The folder of the programs of the environment `name`, which is made with `packages` when it is not there.
+fn environment(name: &str, packages: &[&str]) -> PathBuf {
+    let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let ready = home.join("ready");
+    if !ready.exists() {
+        run(Command::new("python3").args(["-m", "venv"]).arg(&home), "python3 -m venv");
+        run(
+            Command::new(home.join("bin/pip"))
+                .args(["install", "--quiet", "--disable-pip-version-check"])
+                .args(packages),
+            "installing the client packages with pip",
+        );
+        fs::write(&ready, "").unwrap();
+    }
+    home.join("bin")
+}
+
 fn tools() -> &'static Path {
     static TOOLS: OnceLock<PathBuf> = OnceLock::new();
     TOOLS.get_or_init(|| {
-        let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join("clients");
-        let ready = home.join("ready-2");
-        if !ready.exists() {
-            run(Command::new("python3").args(["-m", "venv"]).arg(&home), "python3 -m venv");
-            let packages = [
-                "grpcio==1.85.1",
-                "grpcio-tools==1.85.1",
-                "grpcio-status==1.85.1",
-                "tritonclient[grpc]==2.73.0",
-                "buf-bin",
-            ];
-            run(
-                Command::new(home.join("bin/pip"))
-                    .args(["install", "--quiet", "--disable-pip-version-check"])
-                    .args(packages),
-                "installing the client packages with pip",
-            );
-            fs::write(&ready, "").unwrap();
-        }
-        Box::leak(home.join("bin").into_boxed_path()).to_path_buf()
+        let packages =
+            ["grpcio==1.85.1", "grpcio-tools==1.85.1", "grpcio-status==1.85.1", "buf-bin"];
+        environment("clients", &packages)
     })
+}
+
+/// Triton's client has an environment of its own, for it asks for an older protobuf.
+fn triton() -> &'static Path {
+    static TRITON: OnceLock<PathBuf> = OnceLock::new();
+    TRITON.get_or_init(|| environment("triton-client", &["tritonclient[grpc]==2.73.0"]))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -92,7 +97,7 @@ async fn the_triton_client_infers_streams_and_manages_models() {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/integration/clients/triton.py");
     let said = tokio::task::spawn_blocking(move || {
         run(
-            Command::new(tools().join("python")).arg(script).args([&endpoint, "tiny"]),
+            Command::new(triton().join("python")).arg(script).args([&endpoint, "tiny"]),
             "the Triton client",
         )
     })

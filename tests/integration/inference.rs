@@ -201,7 +201,7 @@ async fn logits_are_those_of_the_decoder() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hostile_tensors_are_refused() {
-    let service = Service::start_with(|c| c.limits.message_bytes = 64 << 10).await;
+    let service = Service::start_with(|c| c.limits.message_bytes = 256 << 10).await;
     let model = support::tiny_model(service.folder.path(), 1, 32);
     service.import("m", &model).await;
     let mut client = service.inference();
@@ -242,8 +242,8 @@ async fn hostile_tensors_are_refused() {
     let wild = ModelInferRequest { model_version: "-1".into(), ..infer("m", text("x")) };
     assert_error(client.model_infer(wild).await, invalid, "INVALID_FIELD", "model_version");
 
-    // 100 positions of 257 floats do not fit 64 KiB; the last one does.
-    let mut request = infer("m", ids(&[7; 100]));
+    // 300 positions of 257 floats do not fit 256 KiB; the last one does.
+    let mut request = infer("m", ids(&[7; 300]));
     let bad = client.model_infer(request.clone()).await;
     assert_error(bad, Code::ResourceExhausted, "TOO_LARGE", "input_ids");
     request.parameters.insert("last_only".into(), parameter(ParameterChoice::BoolParam(true)));
@@ -383,4 +383,33 @@ async fn a_model_without_a_tokenizer_takes_tokens_only() {
     let bad = client.model_infer(infer("m", text("x"))).await;
     assert_error(bad, Code::FailedPrecondition, "MODEL_UNSUITABLE", "");
     service.running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_open_stream_ends_well_when_the_server_stops() {
+    let service = Service::start_with(|c| c.shutdown.deadline_seconds = 60).await;
+    service.import("m", &support::tiny_model(service.folder.path(), 2, 64)).await;
+    let (asking, questions) = tokio::sync::mpsc::channel(1);
+    let questions = tokio_stream::wrappers::ReceiverStream::new(questions);
+    let stream = service.inference().model_stream_infer(questions).await.unwrap();
+    let mut stream = stream.into_inner();
+    asking.send(greedy("hello", 400)).await.unwrap();
+    let first = stream.message().await.unwrap().unwrap();
+    assert!(!is_final(first.infer_response.as_ref().unwrap()));
+    // The client reads on while the server stops: the request under way ends, and then the stream, although
+    // the client's side stays open.
+    let reading = tokio::spawn(async move {
+        let mut last = None;
+        while let Some(answer) = stream.message().await.unwrap() {
+            assert!(answer.error_message.is_empty(), "{answer:?}");
+            last = answer.infer_response;
+        }
+        last
+    });
+    service.running.stop().await.unwrap();
+    let last = reading.await.unwrap().unwrap();
+    assert!(is_final(&last));
+    let tokens = ParameterChoice::Int64Param(400);
+    assert_eq!(last.parameters["generated_tokens"].parameter_choice, Some(tokens));
+    drop(asking);
 }

@@ -381,4 +381,26 @@ mod tests {
         assert_eq!(floats(&[1.5, -2.0])[..], [0, 0, 0xc0, 0x3f, 0, 0, 0, 0xc0]);
         assert_eq!(string("hé").unwrap()[..], [3, 0, 0, 0, b'h', 0xc3, 0xa9]);
     }
+
+    proptest::proptest! {
+        /// Whatever comes is refused, or has as many elements as its shape says.
+        #[test]
+        fn any_bytes_are_read_or_refused(
+            bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..48),
+            shape in proptest::collection::vec(-1_i64..5, 0..3),
+            which in 0..EVERY.len(),
+        ) {
+            if let Ok(values) = raw(EVERY[which].name(), &shape, &bytes) {
+                let count = match values {
+                    Values::Bools(values) => values.len(),
+                    Values::Integers(values) => values.len(),
+                    Values::Floats(values) => values.len(),
+                    Values::Strings(values) => values.len(),
+                };
+                let expected: i64 = shape.iter().product();
+                proptest::prop_assert_eq!(count as i64, expected);
+                proptest::prop_assert!(count <= 4);
+            }
+        }
+    }
 }
