@@ -90,7 +90,11 @@ pub fn from_gguf(metadata: &Metadata) -> Result<Option<Tokenizer>> {
         }
     };
     // Equal tokenizers give equal bytes, whatever order this code makes them in.
-    json.sort_all_objects();
+    let file = &mut json;
+    [&mut file.normalizer, &mut file.pre_tokenizer, &mut file.post_processor, &mut file.decoder]
+        .into_iter()
+        .chain(&mut file.added_tokens)
+        .for_each(Json::sort_all_objects);
     let config = Json::Object(table.config(metadata, defaults)?);
     let generation = json!({"eos_token_id": table.ends(metadata)?});
     Tokenizer::from_files(Files {

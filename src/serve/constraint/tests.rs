@@ -200,11 +200,9 @@ fn broken(schema: &Value, value: &Value) -> Option<String> {
             Some(n) if Some(n) >= size("minLength") && Some(n) <= size("maxLength") => None,
             _ => bad("a string"),
         },
-        "integer" => match value.as_i64() {
-            Some(n)
-                if schema["minimum"].as_i64() <= Some(n)
-                    && Some(n) <= schema["maximum"].as_i64() =>
-            {
+        "integer" => match value.as_f64().filter(|n| n.fract() == 0.0) {
+            // Also -0, which parses as a float.
+            n @ Some(_) if schema["minimum"].as_f64() <= n && n <= schema["maximum"].as_f64() => {
                 None
             }
             _ => bad("an integer"),
