@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::dot::DenseKind;
+use super::few::prefetch;
 use super::simd::Level;
 use super::threads::{self, Shared, with_scratch};
 
@@ -114,6 +115,7 @@ unsafe fn one_row<V: Value, const T: usize>(
     let width = w.cols.next_multiple_of(BLOCK);
     let whole = w.cols / BLOCK;
     let bitmap = w.bitmap.as_ptr().add(row * bytes);
+    prefetch(bitmap);
     let mut next = w.starts[row].min(w.values.len() / V::SIZE);
     // Two sums of even and of odd blocks, or with many tokens of all blocks: there are 32 registers.
     let second = usize::from(T < 8);
@@ -211,6 +213,7 @@ impl Value for BF16 {
 /// 64 bytes from byte `from` on; zeros for those that are not there.
 #[inline(always)]
 unsafe fn load(values: &[u8], from: usize) -> __m512i {
+    prefetch(values.as_ptr().wrapping_add(from));
     if from + 64 <= values.len() {
         _mm512_loadu_si512(values.as_ptr().add(from).cast())
     } else {
