@@ -18,6 +18,9 @@ const GRAIN: usize = 1 << 20;
 /// Pairs of columns that a tile of the processor holds: rows are padded to these.
 const DEPTH: usize = 16;
 
+/// Tokens of a pass over the matrix: they and their results stay in the second-level cache.
+const PASS: usize = 128;
+
 /// Tokens from which tiles, which hold 16, are faster than vectors.
 const TILES: usize = 4;
 
@@ -101,9 +104,18 @@ impl Bf16Panels {
         }
         let tokens = x.len() / cols;
         assert!(x.len() == tokens * cols && y.len() == tokens * rows, "sizes of a product");
-        let count = count(cols);
         let path = if tokens < TILES { path.min(Path::Pairs) } else { path };
         let y = Shared::new(y);
+        for from in (0..tokens).step_by(PASS) {
+            let tokens = PASS.min(tokens - from);
+            self.pass(path, &x[from * cols..(from + tokens) * cols], from, y);
+        }
+    }
+
+    /// The product of as many tokens as `x` has, which are those from `from` on.
+    fn pass(&self, path: Path, x: &[f32], from: usize, y: Shared<'_>) {
+        let (rows, cols, count) = (self.rows, self.cols, count(self.cols));
+        let tokens = x.len() / cols;
         with_scratch(tokens.next_multiple_of(LANES) * count, |rounded| {
             rounded[tokens * count..].fill(0.0);
             let shared = Shared::new(rounded);
@@ -127,7 +139,7 @@ impl Bf16Panels {
                     let end = ((2 * at + 2) * strip).min(self.pairs.len());
                     let strips = &self.pairs[2 * at * strip..end];
                     let first = 2 * at * LANES;
-                    let block = Block { strips, rounded, tokens, count, y, rows, first };
+                    let block = Block { strips, rounded, tokens, from, count, y, rows, first };
                     match path {
                         // SAFETY: as below; tiles are configured.
                         #[cfg(target_arch = "x86_64")]
@@ -187,6 +199,7 @@ struct Block<'a> {
     /// `[tokens][count]` pairs, with tokens of zeros up to a multiple of 16.
     rounded: &'a [f32],
     tokens: usize,
+    from: usize,
     count: usize,
     y: Shared<'a>,
     rows: usize,
@@ -199,7 +212,7 @@ impl<'a> Block<'a> {
     /// # Safety
     /// No two live slices may overlap.
     unsafe fn results(&self, token: usize, first: usize) -> &'a mut [f32] {
-        let at = token * self.rows + first;
+        let at = (self.from + token) * self.rows + first;
         self.y.slice(at..at + LANES.min(self.rows - first))
     }
 
@@ -435,7 +448,7 @@ mod tests {
             let packed = Bf16Panels::pack(rows, cols, read);
             let strips = rows.div_ceil(16) * 16;
             assert_eq!(packed.bytes(), strips * cols.next_multiple_of(32) * 2);
-            for tokens in [0, 1, 2, 3, 5, 8, 9, 12, 16, 17, 31, 32, 33, 50] {
+            for tokens in [0, 1, 2, 3, 5, 8, 9, 12, 16, 17, 31, 32, 33, 50, 130] {
                 let x = noise(tokens * cols, 3);
                 for path in [Path::Plain, Path::Pairs, Path::Tiles] {
                     if path > Path::best() {

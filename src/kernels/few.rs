@@ -145,7 +145,7 @@ impl Few<'_> {
         let whole = self.cols / 32 * 32;
         for at in (0..whole).step_by(32) {
             for (w, acc) in w.iter().zip(&mut acc) {
-                prefetch(w.wrapping_add(at * E::SIZE + AHEAD));
+                prefetch(w.wrapping_add(at * E::SIZE));
                 let a = E::sixteen::<S>(w.add(at * E::SIZE));
                 let b = E::sixteen::<S>(w.add((at + 16) * E::SIZE));
                 for (x, acc) in x.iter().zip(acc) {
@@ -167,9 +167,11 @@ impl Few<'_> {
     }
 }
 
-/// Asks for the line of an address, which need not exist.
+/// Asks for the line [`AHEAD`] bytes behind an address; neither need exist. The processor itself looks ahead only
+/// to the end of a page.
 #[inline(always)]
-fn prefetch(p: *const u8) {
+pub(super) fn prefetch(p: *const u8) {
+    let p = p.wrapping_add(AHEAD);
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint, which never faults.
     unsafe {

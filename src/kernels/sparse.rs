@@ -76,13 +76,16 @@ impl<'a> SparseRows<'a> {
     /// `y[t, o] = sum_i x[t, i] w[o, i]`, overwritten. Panics if sizes do not fit.
     pub fn multiply(&self, x: &[f32], y: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
-        if let (Places::Bitmap(bitmap), Values::Dense(values, DenseKind::BF16)) =
-            (self.places, self.values)
+        if let (Places::Bitmap(bitmap), Values::Dense(values, kind)) = (self.places, self.values)
             && x.len() <= product::FEW * self.cols
             && expand::available()
         {
             let (rows, cols, starts) = (self.rows, self.cols, self.starts);
-            return expand::multiply(expand::Rows { rows, cols, bitmap, values, starts }, x, y);
+            return expand::multiply(
+                expand::Rows { rows, cols, bitmap, values, kind, starts },
+                x,
+                y,
+            );
         }
         product::multiply(self, x, y);
     }

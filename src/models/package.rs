@@ -187,7 +187,9 @@ mod tests {
     use crate::formats::hostile::damage;
     use crate::models::decoder::random;
     use crate::nn::dtype::Dtype;
-    use crate::nn::weight::{Dense, Ggml, GgmlType, Grouped, GroupedSpec, Sparse, ValueFormat};
+    use crate::nn::weight::{
+        Dense, Ggml, GgmlType, Grouped, GroupedSpec, RowGroupValues, RowGroups, Sparse, ValueFormat,
+    };
     use crate::seed::Stream;
 
     /// A model whose linears are in every layout there is.
@@ -209,7 +211,7 @@ mod tests {
                 }
                 Grouped::pack(shape, spec, &codes, &scales, &zeros).unwrap()
             };
-            let weight = match i % 8 {
+            let weight = match i % 9 {
                 0 if shape[1].is_multiple_of(32) => {
                     Weight::Ggml(Ggml::quantize(shape, GgmlType::Q4_1, &values).unwrap())
                 }
@@ -231,6 +233,11 @@ mod tests {
                 }
                 5 => Weight::Dense(Dense::from_f32(shape.to_vec(), &values, Dtype::F16).unwrap()),
                 6 => Weight::Dense(Dense::from_f32(shape.to_vec(), &values, Dtype::BF16).unwrap()),
+                7 => {
+                    values.iter_mut().step_by(3).for_each(|v| *v = 0.0);
+                    let format = RowGroupValues::Int8;
+                    Weight::RowGroups(RowGroups::from_dense(shape, &values, 2, format).unwrap())
+                }
                 _ => continue,
             };
             model.weights.insert(name, Arc::new(weight));

@@ -6,6 +6,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::{Bits, Pattern, RowGroups, Values};
+use crate::kernels::few::prefetch;
 use crate::kernels::simd::{self, Level, Simd, Task};
 use crate::kernels::threads::{self, Shared, with_scratch};
 
@@ -124,6 +125,7 @@ unsafe fn pack_avx512(mask: &[u64], x: *const f32, out: *mut f32) {
 /// 16 values from element `at` on.
 #[inline(always)]
 unsafe fn sixteen<S: Simd, const BF16: bool>(p: *const u8, at: usize) -> S::F {
+    prefetch(p.wrapping_add(at * if BF16 { 2 } else { 4 }));
     if BF16 { S::load_bf16(p.add(2 * at)) } else { S::load(p.add(4 * at).cast()) }
 }
 
@@ -289,6 +291,7 @@ unsafe fn group_avx512<const BF16: bool, const N: usize>(
     let load = |at: usize, left: usize| -> __m512 {
         // Values that are there; zeros behind them.
         let mask = if left >= 16 { !0 } else { (1_u16 << left) - 1 };
+        prefetch(values.wrapping_add(at * if BF16 { 2 } else { 4 }));
         if BF16 {
             let p = values.wrapping_add(2 * at).cast();
             let wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));

@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{Few, QUAD, SLACK, add_plain, pack_plain, sums_plain};
+use crate::kernels::few::prefetch;
 
 impl Few<'_> {
     #[target_feature(
@@ -98,6 +99,7 @@ unsafe fn sums_vnni<const N: usize>(values: &[u8], packed: &[u8], out: &mut [i32
                 let x = _mm512_set1_epi32(x);
                 for v in 0..vectors {
                     let p = values.add((quad + i) * 4 * N + 64 * v);
+                    prefetch(p);
                     let w = _mm512_loadu_si512(p.cast());
                     let at = i * vectors + v;
                     acc[at] = _mm512_dpbusd_epi32(acc[at], x, w);
@@ -144,7 +146,9 @@ unsafe fn sums_vnni<const N: usize>(values: &[u8], packed: &[u8], out: &mut [i32
         for v in 0..N {
             let place = _mm512_add_epi32(lane, _mm512_set1_epi32((v * per) as i32));
             let x = _mm512_permutexvar_epi32(place, all);
-            let w = _mm512_loadu_si512(values.add((quad + v * per) * 4 * N).cast());
+            let p = values.add((quad + v * per) * 4 * N);
+            prefetch(p);
+            let w = _mm512_loadu_si512(p.cast());
             acc[v % 4] = _mm512_dpbusd_epi32(acc[v % 4], x, w);
         }
         quad += 16;
