@@ -3,12 +3,17 @@
 //! For one token the bound is memory bandwidth: GB/s counts stored bytes, and tokens/s is what a model of
 //! 134.5 million weights in that layout (SmolLM2-135M) would reach if products were all it did. For
 //! 512 tokens the bound is arithmetic: GFLOP/s counts two operations a weight and token, zeros included.
+//!
+//! A second row, where there is one, is the same weight packed for products in integers; rounding the
+//! activations to 8 bits is part of what it takes.
 
 use std::time::Instant;
 
+use planish::kernels::packed::{self, Job};
+use planish::kernels::quantize::Activations;
 use planish::nn::dtype::Dtype;
 use planish::nn::weight::{
-    Dense, Ggml, GgmlType, Grouped, GroupedSpec, Sparse, ValueFormat, Weight,
+    Dense, DualGrained, Ggml, GgmlType, Grouped, GroupedSpec, Sparse, ValueFormat, Weight,
 };
 
 const MODEL: f64 = 134.5e6;
@@ -17,7 +22,7 @@ fn main() {
     let wanted = std::env::args().skip(1).find(|a| !a.starts_with('-')).unwrap_or_default();
     println!("{} threads", rayon::current_num_threads());
     println!(
-        "{:<16}{:>14}{:>9}{:>10}{:>8}{:>8}{:>11}{:>11}{:>10}",
+        "{:<21}{:>14}{:>9}{:>10}{:>8}{:>8}{:>11}{:>11}{:>10}",
         "layout", "shape", "MB", "t=1 us", "spread", "GB/s", "tokens/s", "t=512 ms", "GFLOP/s"
     );
     for shape in [[1536, 576], [49152, 576]] {
@@ -83,6 +88,14 @@ fn layouts() -> Vec<(&'static str, Build)> {
             Box::new(move |shape, v| {
                 let (codes, scales, zeros) = round(spec, v);
                 Weight::Grouped(Grouped::pack(shape, spec, &codes, &scales, &zeros).unwrap())
+            }),
+        ));
+    }
+    for (name, group) in [("dual 4/64", 64), ("dual 4/192", 192)] {
+        all.push((
+            name,
+            Box::new(move |shape, v| {
+                Weight::DualGrained(DualGrained::round(shape, group, v).unwrap())
             }),
         ));
     }
@@ -169,21 +182,38 @@ fn time(mut call: impl FnMut()) -> (f64, f64) {
 }
 
 fn report(name: &str, w: &Weight) {
-    let (rows, cols) = (w.rows(), w.cols());
-    let measure = |tokens: usize| {
+    let shape = [w.rows(), w.cols()];
+    line(name, shape, w.bytes(), |x, y| w.multiply(x, y));
+    if let Some(packed) = w.packed() {
+        let mut rounded = Activations::default();
+        let bytes = packed.bytes() as u64;
+        line(&format!("{name} int8"), shape, bytes, |x, y| {
+            rounded.set(x, shape[1], packed.grain());
+            packed::multiply(&rounded, &mut [Some(Job { weight: &packed, y })]);
+        });
+    }
+}
+
+fn line(
+    name: &str,
+    [rows, cols]: [usize; 2],
+    bytes: u64,
+    mut multiply: impl FnMut(&[f32], &mut [f32]) + Send,
+) {
+    let mut measure = |tokens: usize| {
         let (x, mut y) = (noise(tokens * cols), vec![0.0; tokens * rows]);
         // Inside the pool, as the engine runs: entering it costs more than a small product.
-        rayon::scope(|_| time(|| w.multiply(&x, &mut y)))
+        rayon::scope(|_| time(|| multiply(&x, &mut y)))
     };
     let ((one, spread), (many, _)) = (measure(1), measure(512));
     let elements = (rows * cols) as f64;
     println!(
-        "{name:<16}{:>14}{:>9.2}{:>10.1}{:>7.0}%{:>8.1}{:>11.1}{:>11.2}{:>10.0}",
+        "{name:<21}{:>14}{:>9.2}{:>10.1}{:>7.0}%{:>8.1}{:>11.1}{:>11.2}{:>10.0}",
         format!("{rows}x{cols}"),
-        w.bytes() as f64 / 1e6,
+        bytes as f64 / 1e6,
         one * 1e6,
         100.0 * spread / one,
-        w.bytes() as f64 / one / 1e9,
+        bytes as f64 / one / 1e9,
         elements / one / MODEL,
         many * 1e3,
         2.0 * 512.0 * elements / many / 1e9,

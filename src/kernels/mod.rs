@@ -7,6 +7,7 @@ pub mod activation;
 pub mod attention;
 pub mod cast;
 pub mod dot;
+pub mod dual_grained;
 pub mod gemm;
 pub mod ggml;
 pub mod grouped;

@@ -98,6 +98,7 @@ pub fn read_info(files: &BTreeMap<String, PathBuf>) -> Result<ModelInfo> {
         let shape = match &record {
             Record::Dense { shape } => shape.clone(),
             Record::Grouped { shape, .. }
+            | Record::DualGrained { shape, .. }
             | Record::Ggml { shape, .. }
             | Record::Sparse { shape, .. } => shape.to_vec(),
         };
@@ -186,7 +187,9 @@ mod tests {
     use crate::formats::hostile::damage;
     use crate::models::decoder::random;
     use crate::nn::dtype::Dtype;
-    use crate::nn::weight::{Dense, Ggml, GgmlType, Grouped, GroupedSpec, Sparse, ValueFormat};
+    use crate::nn::weight::{
+        Dense, DualGrained, Ggml, GgmlType, Grouped, GroupedSpec, Sparse, ValueFormat,
+    };
     use crate::seed::Stream;
 
     /// A model whose linears are in every layout there is.
@@ -230,6 +233,9 @@ mod tests {
                 }
                 5 => Weight::Dense(Dense::from_f32(shape.to_vec(), &values, Dtype::F16).unwrap()),
                 6 => Weight::Dense(Dense::from_f32(shape.to_vec(), &values, Dtype::BF16).unwrap()),
+                7 if shape[1].is_multiple_of(32) => {
+                    Weight::DualGrained(DualGrained::round(shape, 32, &values).unwrap())
+                }
                 _ => continue,
             };
             model.weights.insert(name, Arc::new(weight));
