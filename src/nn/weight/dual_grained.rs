@@ -207,8 +207,8 @@ impl DualGrained {
         product::multiply_transposed(&self.view(), g, dx);
     }
 
-    /// `codes` (U8: 16 bytes for 32 columns of a row, column i in the low half of byte i, column i + 16 in its
-    /// high half), `factors` and `zeros` (U8, by row and group), `scales` (F32, by row).
+    /// `codes` (U8: 16 bytes for 32 columns of a row, column i in the low half of byte i, column i + 16 in
+    /// its high half), `factors` and `zeros` (U8, by row and group), `scales` (F32, by row).
     pub fn parts(&self) -> Vec<Part> {
         let [rows, cols] = self.shape;
         let part =
