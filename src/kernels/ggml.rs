@@ -129,7 +129,7 @@ unsafe fn f16_at<S: Simd>(p: *const u8, offset: usize) -> S::F {
 
 /// The low and the high nibbles of 16 bytes.
 #[inline(always)]
-unsafe fn nibbles<S: Simd>(p: *const u8) -> [S::F; 2] {
+pub(super) unsafe fn nibbles<S: Simd>(p: *const u8) -> [S::F; 2] {
     let q = S::bytes(p);
     [S::unsigned(S::and(q, 15)), S::unsigned(S::shr(q, 4))]
 }

@@ -8,6 +8,7 @@ pub mod attention;
 pub mod bf16;
 pub mod cast;
 pub mod dot;
+pub mod dual_grained;
 mod expand;
 pub mod few;
 pub mod gemm;

@@ -62,6 +62,7 @@ fn for_panels<R: Rows>(rows: &R, mut work: impl FnMut(usize, &[f32])) {
 #[cfg(test)]
 mod tests {
     use super::super::dot::{DenseKind, DenseRows};
+    use super::super::dual_grained::DualGrainedRows;
     use super::super::ggml::{GgmlRows, GgmlType};
     use super::super::grouped::{Grid, GroupedRows};
     use super::super::simd::Level;
@@ -159,6 +160,18 @@ mod tests {
                     check(&rows, &format!("{bits} bits, {cols} by {group}"));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn dual_grained_rows() {
+        for (cols, group) in [(32, 32), (96, 32), (192, 64), (192, 96), (256, 128)] {
+            let (codes, groups) = (noise(7 * cols / 2), 7 * (cols / group));
+            let zeros: Vec<u8> = noise(groups).iter().map(|z| z % 16).collect();
+            let factors: Vec<u8> = noise(groups).iter().map(|f| 1 + f % 127).collect();
+            let scales = floats(7);
+            let rows = DualGrainedRows::new([7, cols], group, &codes, &factors, &zeros, &scales);
+            check(&rows, &format!("dual grained, {cols} by {group}"));
         }
     }
 

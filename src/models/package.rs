@@ -98,6 +98,7 @@ pub fn read_info(files: &BTreeMap<String, PathBuf>) -> Result<ModelInfo> {
         let shape = match &record {
             Record::Dense { shape } => shape.clone(),
             Record::Grouped { shape, .. }
+            | Record::DualGrained { shape, .. }
             | Record::Ggml { shape, .. }
             | Record::Sparse { shape, .. }
             | Record::RowGroups { shape, .. } => shape.to_vec(),
@@ -188,7 +189,8 @@ mod tests {
     use crate::models::decoder::random;
     use crate::nn::dtype::Dtype;
     use crate::nn::weight::{
-        Dense, Ggml, GgmlType, Grouped, GroupedSpec, RowGroupValues, RowGroups, Sparse, ValueFormat,
+        Dense, DualGrained, Ggml, GgmlType, Grouped, GroupedSpec, RowGroupValues, RowGroups,
+        Sparse, ValueFormat,
     };
     use crate::seed::Stream;
 
@@ -211,7 +213,7 @@ mod tests {
                 }
                 Grouped::pack(shape, spec, &codes, &scales, &zeros).unwrap()
             };
-            let weight = match i % 9 {
+            let weight = match i % 10 {
                 0 if shape[1].is_multiple_of(32) => {
                     Weight::Ggml(Ggml::quantize(shape, GgmlType::Q4_1, &values).unwrap())
                 }
@@ -237,6 +239,9 @@ mod tests {
                     values.iter_mut().step_by(3).for_each(|v| *v = 0.0);
                     let format = RowGroupValues::Int8;
                     Weight::RowGroups(RowGroups::from_dense(shape, &values, 2, format).unwrap())
+                }
+                8 if shape[1].is_multiple_of(32) => {
+                    Weight::DualGrained(DualGrained::round(shape, 32, &values).unwrap())
                 }
                 _ => continue,
             };

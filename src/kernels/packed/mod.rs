@@ -45,7 +45,7 @@ pub enum Source<'a> {
     /// `(code - zero) * factor * scale`, and `(code - zero) * factor` fits into a signed byte.
     DualGrained {
         group: usize,
-        /// One a byte, `[rows, cols]`.
+        /// Blocks of 32 columns as in [`super::dual_grained`].
         codes: &'a [u8],
         /// `[rows, cols / group]` each.
         factors: &'a [u8],

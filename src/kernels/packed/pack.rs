@@ -5,6 +5,7 @@ use rayon::prelude::*;
 use super::super::ggml::GgmlType;
 use super::super::quantize::BLOCK;
 use super::panels::{self, LANES, Panels};
+use super::whole::MOST_COLS;
 use super::{Kind, Packed, Source};
 
 /// Columns of a block of the K types.
@@ -30,6 +31,9 @@ impl Kind {
 pub(super) fn pack(source: Source<'_>, rows: usize, cols: usize) -> Option<Packed> {
     let (bits, kind) = kind(&source)?;
     if rows == 0 || cols == 0 || !cols.is_multiple_of(BLOCK) {
+        return None;
+    }
+    if matches!(kind, Kind::Row | Kind::Dual { .. }) && cols > MOST_COLS {
         return None;
     }
     let codes = cols / BLOCK * panels::block_bytes(bits);
@@ -110,7 +114,7 @@ impl<'a> Reader<'a> {
                 assert!(codes.len() == rows * cols && scales.len() == rows);
             }
             Source::DualGrained { group, codes, factors, zeros, scales } => {
-                assert!(cols.is_multiple_of(group) && codes.len() == rows * cols);
+                assert!(cols.is_multiple_of(group) && codes.len() == rows * (cols / 2));
                 let groups = rows * (cols / group);
                 assert!(factors.len() == groups && zeros.len() == groups && scales.len() == rows);
             }
@@ -159,9 +163,9 @@ impl<'a> Reader<'a> {
                 scales[4 * lane..][..4].copy_from_slice(&from[row].to_le_bytes());
             }
             Source::DualGrained { group, codes, factors, zeros, scales: from } => {
-                let codes = &codes[row * self.cols..(row + 1) * self.cols];
-                for (block, codes) in codes.as_chunks::<BLOCK>().0.iter().enumerate() {
-                    put(block, codes);
+                let codes = &codes[row * (self.cols / 2)..(row + 1) * (self.cols / 2)];
+                for (block, codes) in codes.chunks_exact(BLOCK / 2).enumerate() {
+                    put(block, &nibbles(codes));
                 }
                 scales[4 * lane..][..4].copy_from_slice(&from[row].to_le_bytes());
                 let groups = self.cols / group;
@@ -211,6 +215,11 @@ fn stream(bytes: &[u8], bits: u8) -> [u8; BLOCK] {
     })
 }
 
+/// 32 codes of which i and i + 16 share a byte.
+fn nibbles(bytes: &[u8]) -> [u8; BLOCK] {
+    std::array::from_fn(|i| bytes[i % 16] >> (4 * (i / 16)) & 15)
+}
+
 /// Block `b` of a row: its codes to `put` (by number of 32 columns), its scales into a lane.
 fn ggml_block(
     kind: GgmlType,
@@ -220,8 +229,6 @@ fn ggml_block(
     scales: &mut [u8],
     put: &mut impl FnMut(usize, &[u8; BLOCK]),
 ) {
-    // Element i and i + 16 share a byte.
-    let nibbles = |q: &[u8]| std::array::from_fn(|i| q[i % 16] >> (4 * (i / 16)) & 15);
     let fifth = |codes: [u8; BLOCK], bits: &[u8]| {
         std::array::from_fn(|i| codes[i] | (bits[i / 8] >> (i % 8) & 1) << 4)
     };

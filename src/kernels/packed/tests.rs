@@ -1,3 +1,4 @@
+use super::super::dual_grained::DualGrainedRows;
 use super::super::ggml::{GgmlRows, testing::blocks};
 use super::super::grouped::{Grid, GroupedRows};
 use super::super::quantize::{Activations, Grain};
@@ -67,11 +68,22 @@ fn each(mut check: impl FnMut(&str, Source<'_>, usize, usize, &[f32])) {
                     (code - zero) * (scales[i / cols] * f32::from(factors[of(i)]))
                 })
                 .collect();
-            let (codes, zeros, factors) = (&codes, &zeros, &factors);
+            let (codes, zeros, factors) = (&in_blocks(&codes), &zeros, &factors);
+            let bytes: Vec<u8> = scales.iter().flat_map(|s| s.to_le_bytes()).collect();
+            let rows_of = DualGrainedRows::new([rows, cols], group, codes, factors, zeros, &bytes);
+            let mut read = vec![0.0; rows * cols];
+            dot::read(&rows_of, 0, &mut read);
+            assert_eq!(read, dense);
             let source = Source::DualGrained { group, codes, factors, zeros, scales: &scales };
             check(&format!("dual grained {cols} by {group}"), source, rows, cols, &dense);
         }
     }
+}
+
+/// Codes as the dual grained layout stores them.
+fn in_blocks(codes: &[u8]) -> Vec<u8> {
+    let blocks = codes.as_chunks::<32>().0;
+    blocks.iter().flat_map(|block| (0..16).map(|i| block[i] | block[i + 16] << 4)).collect()
 }
 
 /// Every way a product can be computed here.
@@ -156,6 +168,113 @@ fn the_largest_codes_do_not_overflow() {
             }
         }
     }
+}
+
+#[test]
+fn dual_grained_sums_are_the_integers_of_their_8_bit_rows() {
+    let rows = 19;
+    let mut state = 77_u32;
+    let mut next = |below: u32| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) % below
+    };
+    for (cols, group) in
+        [(32, 32), (96, 32), (544, 32), (576, 64), (640, 128), (672, 96), (1056, 352)]
+    {
+        let groups = rows * cols / group;
+        let zeros: Vec<u8> = (0..groups).map(|_| next(16) as u8).collect();
+        let factors: Vec<u8> = (0..groups).map(|_| 1 + next(127) as u8).collect();
+        // As far from the zero point as a byte allows, both ends often.
+        let codes: Vec<u8> = (0..rows * cols)
+            .map(|i| {
+                let (zero, limit) = (zeros[i / group], 127 / factors[i / group]);
+                let code = [0, 15, next(16) as u8, next(16) as u8][next(4) as usize];
+                code.clamp(zero.saturating_sub(limit), (zero + limit).min(15))
+            })
+            .collect();
+        let scales: Vec<f32> = (0..rows).map(|_| next(1000) as f32 / 3000.0).collect();
+        let bytes: Vec<i8> = (0..rows * cols)
+            .map(|i| {
+                let code = i32::from(codes[i]) - i32::from(zeros[i / group]);
+                i8::try_from(code * i32::from(factors[i / group])).unwrap()
+            })
+            .collect();
+        let blocks = in_blocks(&codes);
+        let source = Source::DualGrained {
+            group,
+            codes: &blocks,
+            factors: &factors,
+            zeros: &zeros,
+            scales: &scales,
+        };
+        let factored = Packed::new(source, rows, cols).unwrap();
+        let source = Source::Rows { codes: &bytes, scales: &scales };
+        let expanded = Packed::new(source, rows, cols).unwrap();
+        // All that were few, and enough for tiles.
+        for tokens in (1..=9).chain([33]) {
+            let values: Vec<f32> =
+                (0..tokens * cols).map(|_| next(2001) as f32 / 1000.0 - 1.0).collect();
+            let mut x = Activations::default();
+            x.set(&values, cols, Grain::Token);
+            let exact: Vec<u32> = (0..tokens * rows)
+                .map(|i| {
+                    let (token, row) = (i / rows, i % rows);
+                    let x_codes = &x.codes()[token * cols..(token + 1) * cols];
+                    let terms = x_codes.iter().zip(&bytes[row * cols..(row + 1) * cols]);
+                    let sum: i32 = terms.map(|(x, w)| i32::from(*x) * i32::from(*w)).sum();
+                    (sum as f32 * (scales[row] * x.scales()[token * (cols / 32)])).to_bits()
+                })
+                .collect();
+            for (level, tiles) in paths() {
+                for (weight, what) in [(&factored, "factored"), (&expanded, "expanded")] {
+                    let mut y = vec![f32::NAN; tokens * rows];
+                    multiply_at(level, tiles, &x, &mut [Some(Job { weight, y: &mut y })]);
+                    let y: Vec<u32> = y.iter().map(|y| y.to_bits()).collect();
+                    assert_eq!(y, exact, "{what} {cols} by {group}, {tokens} tokens, {level:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_widest_dual_grained_rows_do_not_overflow() {
+    let cols = super::whole::MOST_COLS / 32 * 32;
+    for (code, zero, factor, group) in [
+        (15, 0, 8, cols),
+        (0, 15, 8, 32),
+        (1, 0, 127, 32),
+        (15, 14, 127, cols),
+        (0, 1, 127, cols),
+        (14, 15, 127, 32),
+    ] {
+        let weight = (i64::from(code) - i64::from(zero)) * i64::from(factor);
+        let blocks = in_blocks(&vec![code; cols]);
+        let (factors, zeros) = (vec![factor; cols / group], vec![zero; cols / group]);
+        let source = Source::DualGrained {
+            group,
+            codes: &blocks,
+            factors: &factors,
+            zeros: &zeros,
+            scales: &[1.0],
+        };
+        let packed = Packed::new(source, 1, cols).unwrap();
+        for sign in [1.0, -1.0] {
+            let mut x = Activations::default();
+            // 33 tokens: tiles, eights and a single one.
+            x.set(&vec![127.0 * sign; 33 * cols], cols, Grain::Token);
+            let exact = (weight * 127 * cols as i64) as f32 * sign;
+            for (level, tiles) in paths() {
+                let mut y = [0.0; 33];
+                let job = Job { weight: &packed, y: &mut y };
+                multiply_at(level, tiles, &x, &mut [Some(job)]);
+                assert_eq!(y, [exact; 33], "{code} {zero} {factor} {level:?}");
+            }
+        }
+    }
+    // One block more has no kernel in integers.
+    let (codes, scales) = (vec![1; cols + 32], [1.0]);
+    assert!(Packed::new(Source::Rows { codes: &codes, scales: &scales }, 1, cols + 32).is_none());
 }
 
 #[test]

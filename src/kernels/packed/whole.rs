@@ -2,8 +2,8 @@
 //!
 //! Activations share a scale a token. Groups of 4-bit codes keep their factors and zero points
 //! apart: `sum over groups of factor * (sum of code * x - zero * sum of x)` is the same integer as the
-//! product of the 8-bit weights `(code - zero) * factor`, and reads half the bytes. At most 127 * 127 a
-//! column, so 133,000 columns fit into an i32.
+//! product of the 8-bit weights `(code - zero) * factor`, and reads half the bytes. Each column adds at most
+//! 128 * 127, the zero point of whole bytes included, so [`MOST_COLS`] columns fit into an i32.
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
@@ -11,6 +11,9 @@ use super::super::quantize::{Activations, BLOCK};
 use super::super::simd::Simd;
 use super::panels::{LANES, VECTOR, block_bytes};
 use super::tile::Codes;
+
+/// Columns whose products fit into an i32.
+pub(super) const MOST_COLS: usize = i32::MAX as usize / (128 * 127);
 
 /// What multiplies the codes of a panel.
 pub(super) trait Groups: Copy {

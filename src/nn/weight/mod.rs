@@ -6,6 +6,7 @@
 
 mod bits;
 mod dense;
+mod dual_grained;
 mod ggml;
 mod graph;
 mod grouped;
@@ -24,6 +25,7 @@ use crate::kernels::packed::Packed;
 use crate::nn::dtype::Dtype;
 
 pub use dense::Dense;
+pub use dual_grained::DualGrained;
 pub use ggml::{Ggml, GgmlType};
 pub use graph::product;
 pub use grouped::{Grouped, GroupedSpec};
@@ -37,6 +39,8 @@ pub enum Weight {
     Dense(Dense),
     /// 2, 3, 4 or 8 bit codes with a scale (and a zero point) for each group of inputs of a row.
     Grouped(Grouped),
+    /// 4-bit codes in groups inside rows that are those of an 8-bit matrix.
+    DualGrained(DualGrained),
     /// The block types of GGUF files, byte for byte as they came.
     Ggml(Ggml),
     /// Non-zero elements and where they stand.
@@ -68,6 +72,10 @@ pub enum Record {
         #[serde(flatten)]
         spec: GroupedSpec,
     },
+    DualGrained {
+        shape: [usize; 2],
+        group: usize,
+    },
     Ggml {
         shape: [usize; 2],
         r#type: GgmlType,
@@ -89,6 +97,7 @@ macro_rules! each {
         match $self {
             Weight::Dense($w) => $e,
             Weight::Grouped($w) => $e,
+            Weight::DualGrained($w) => $e,
             Weight::Ggml($w) => $e,
             Weight::Sparse($w) => $e,
             Weight::RowGroups($w) => $e,
@@ -160,6 +169,7 @@ impl Weight {
         match self {
             Self::Ggml(weight) => weight.packed(),
             Self::Grouped(weight) => weight.packed(),
+            Self::DualGrained(weight) => weight.packed(),
             Self::Dense(_) | Self::Sparse(_) | Self::RowGroups(_) => None,
         }
     }
@@ -180,6 +190,9 @@ impl Weight {
             Record::Dense { shape } => Self::Dense(Dense::from_parts(shape, &mut parts)?),
             Record::Grouped { shape, spec } => {
                 Self::Grouped(Grouped::from_parts(*shape, *spec, &mut parts)?)
+            }
+            Record::DualGrained { shape, group } => {
+                Self::DualGrained(DualGrained::from_parts(*shape, *group, &mut parts)?)
             }
             Record::Ggml { shape, r#type } => {
                 Self::Ggml(Ggml::from_parts(*shape, *r#type, &mut parts)?)

@@ -39,6 +39,12 @@ fn all(shape: [usize; 2]) -> Vec<Weight> {
             weights.push(Weight::Ggml(Ggml::quantize(shape, kind, &values).unwrap()));
         }
     }
+    for group in [32, 96] {
+        if cols % group == 0 {
+            let w = DualGrained::round(shape, group, &values).unwrap();
+            weights.push(Weight::DualGrained(w));
+        }
+    }
     // One of four and five of eight at random places; a row without any.
     let quarter: Vec<f32> =
         values.iter().enumerate().map(|(i, v)| if i % 4 == i / 4 % 4 { *v } else { 0.0 }).collect();
@@ -195,6 +201,7 @@ fn parts_that_lie_are_refused() {
             match &mut absurd {
                 Record::Dense { shape: s } => *s = shape.to_vec(),
                 Record::Grouped { shape: s, .. }
+                | Record::DualGrained { shape: s, .. }
                 | Record::Ggml { shape: s, .. }
                 | Record::Sparse { shape: s, .. }
                 | Record::RowGroups { shape: s, .. } => *s = shape,
