@@ -95,6 +95,9 @@ pub struct Limits {
     /// Bytes that loaded models may take; 0: half of the machine's memory.
     #[serde(deserialize_with = "bytes")]
     pub models_bytes: u64,
+    /// Bytes that loaded adapters may take; 0: an eighth of the machine's memory.
+    #[serde(deserialize_with = "bytes")]
+    pub adapters_bytes: u64,
 }
 
 impl Default for Limits {
@@ -110,6 +113,7 @@ impl Default for Limits {
             generation_queue: 64,
             context: 4096,
             models_bytes: 0,
+            adapters_bytes: 0,
         }
     }
 }
@@ -349,7 +353,8 @@ impl Config {
         within("limits.generation_slots", l.generation_slots as u64, 1, 1024)?;
         within("limits.generation_queue", l.generation_queue as u64, 0, 1_000_000)?;
         within("limits.context", l.context as u64, 16, 1 << 24)?;
-        within("limits.models_bytes", l.models_bytes, 0, 1 << 50)
+        within("limits.models_bytes", l.models_bytes, 0, 1 << 50)?;
+        within("limits.adapters_bytes", l.adapters_bytes, 0, 1 << 50)
     }
 }
 

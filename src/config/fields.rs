@@ -51,6 +51,11 @@ pub const FIELDS: &[Field] = &[
         Kind::Number,
         "bytes that loaded models may take; 0: half of the machine's memory",
     ),
+    field(
+        "limits.adapters_bytes",
+        Kind::Number,
+        "bytes that loaded adapters may take; 0: an eighth of the machine's memory",
+    ),
     field("data.folder", Kind::Text, "folder of the database and the objects"),
     field(
         "import.allow_paths",

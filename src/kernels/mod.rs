@@ -10,6 +10,7 @@ pub mod dot;
 pub mod gemm;
 pub mod ggml;
 pub mod grouped;
+pub mod lowrank;
 mod multiversion;
 pub mod norm;
 pub mod product;

@@ -47,6 +47,7 @@ impl GenerationService for Generation {
         };
         let row = self.0.store.version(&request.model).await?;
         let engine = self.0.engine(&row).await?;
+        let adapters = super::adapters::resolve(&self.0, &row, &request.adapters).await?;
         let tokenizer = engine.model().tokenizer.clone();
         if !request.stop.is_empty() && tokenizer.is_none() {
             return Err(no_tokenizer().into());
@@ -70,6 +71,7 @@ impl GenerationService for Generation {
             stop: request.stop,
             logprobs: request.logprobs,
             top_logprobs: as_size(request.top_logprobs),
+            adapters,
         })?;
         metrics::counter!("planish_prompt_tokens_total").increment(prompt_tokens);
         Ok(Response::new(Box::pin(answer(events, row.name(), seed))))
@@ -87,13 +89,14 @@ impl GenerationService for Generation {
         };
         let row = self.0.store.version(&request.model).await?;
         let engine = self.0.engine(&row).await?;
+        let adapters = super::adapters::resolve(&self.0, &row, &request.adapters).await?;
         let tokenizer = engine.model().tokenizer.clone();
         let for_tokens = tokenizer.clone();
         let ids = super::blocking(move || input.tokens(for_tokens.as_deref())).await?;
         if ids.is_empty() {
             return Err(Error::field("input", "no tokens; give at least one").into());
         }
-        let scores = engine.score(ids.clone()).await?;
+        let scores = engine.score(ids.clone(), adapters).await?;
         let total: f64 = scores.iter().copied().map(f64::from).sum();
         // The first token has no score of its own.
         let logprobs = std::iter::once(None).chain(scores.iter().copied().map(Some));

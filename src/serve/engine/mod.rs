@@ -21,6 +21,7 @@ use super::sample::Sampling;
 use crate::error::{Error, Reason, Result};
 use crate::models::Model;
 use crate::models::decoder::plan::Decoder;
+use crate::models::decoder::plan::adapters::Mix;
 
 /// Events a client may lag behind before its sequence skips steps.
 const LAG: usize = 64;
@@ -47,6 +48,8 @@ pub struct Request {
     pub stop: Vec<String>,
     pub logprobs: bool,
     pub top_logprobs: usize,
+    /// Adapters of the request; they must fit the model.
+    pub adapters: Mix,
 }
 
 /// What the engine says of a request.
@@ -92,7 +95,7 @@ pub enum Finish {
 /// What waits for a slot.
 enum Job {
     Generate { request: Request, events: mpsc::Sender<Result<Event>>, queued: Instant },
-    Score { tokens: Vec<u32>, reply: oneshot::Sender<Result<Vec<f32>>> },
+    Score { tokens: Vec<u32>, adapters: Mix, reply: oneshot::Sender<Result<Vec<f32>>> },
 }
 
 /// What handles and the thread share.
@@ -157,22 +160,25 @@ impl Engine {
     ///
     /// # Errors
     /// LIMIT_REACHED for a full queue, INVALID_FIELD for an empty prompt, ids outside the vocabulary and
-    /// prompts that leave no room for an answer, NOT_READY after the thread has failed.
+    /// prompts that leave no room for an answer, UNSUPPORTED_MODEL for adapters of another model,
+    /// NOT_READY after the thread has failed.
     pub fn generate(&self, request: Request) -> Result<mpsc::Receiver<Result<Event>>> {
         self.check("prompt", &request.prompt, self.shared().limits.context.saturating_sub(1))?;
+        request.adapters.check(self.shared().model.decoder()?)?;
         let (events, receiver) = mpsc::channel(LAG);
         self.submit(Job::Generate { request, events, queued: Instant::now() })?;
         Ok(receiver)
     }
 
-    /// Log-probabilities of `tokens[1..]` given what stands before each.
+    /// Log-probabilities of `tokens[1..]` given what stands before each, under the model with adapters.
     ///
     /// # Errors
     /// As [`Engine::generate`].
-    pub async fn score(&self, tokens: Vec<u32>) -> Result<Vec<f32>> {
+    pub async fn score(&self, tokens: Vec<u32>, adapters: Mix) -> Result<Vec<f32>> {
         self.check("input", &tokens, self.shared().limits.context)?;
+        adapters.check(self.shared().model.decoder()?)?;
         let (reply, answer) = oneshot::channel();
-        self.submit(Job::Score { tokens, reply })?;
+        self.submit(Job::Score { tokens, adapters, reply })?;
         answer.await.unwrap_or_else(|_| Err(gone()))
     }
 

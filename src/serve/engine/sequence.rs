@@ -11,6 +11,7 @@ use crate::data::tokenizer::{TextStream, Tokenizer};
 use crate::error::Result;
 use crate::models::decoder::Config;
 use crate::models::decoder::plan::Cache;
+use crate::models::decoder::plan::adapters::Mix;
 use crate::serve::sample::{Logprobs, Sampler};
 
 /// A sequence at work.
@@ -18,6 +19,8 @@ pub struct Sequence<'a> {
     pub cache: Cache,
     /// Tokens to feed: the prompt, then the newest token.
     pub pending: Vec<u32>,
+    /// Applied to all its tokens.
+    pub adapters: Mix,
     pub task: Task<'a>,
 }
 
@@ -57,9 +60,10 @@ impl<'a> Sequence<'a> {
         tokenizer: Option<&'a Tokenizer>,
     ) -> Option<Self> {
         match job {
-            Job::Score { tokens, reply } => (!reply.is_closed()).then(|| Self {
+            Job::Score { tokens, adapters, reply } => (!reply.is_closed()).then(|| Self {
                 cache: Cache::new(config, tokens.len()),
                 pending: tokens.clone(),
+                adapters,
                 task: Task::Score { tokens, scores: Vec::new(), reply: Some(reply) },
             }),
             Job::Generate { request, events, queued } => (!events.is_closed()).then(|| Self {
@@ -68,6 +72,7 @@ impl<'a> Sequence<'a> {
                     request.prompt.len().saturating_add(request.max_tokens).min(context),
                 ),
                 pending: request.prompt.clone(),
+                adapters: request.adapters.clone(),
                 task: Task::Generate(Box::new(Generation {
                     sampler: Sampler::new(request.sampling, &request.prompt),
                     stops: Stops::new(request.stop.clone()),

@@ -21,6 +21,7 @@ fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
         stop: Vec::new(),
         logprobs: true,
         top_logprobs: 2,
+        adapters: Mix::default(),
     }
 }
 
@@ -126,12 +127,12 @@ async fn scores_are_the_logprobs_of_generation() {
             logprobs.push(token.logprob.unwrap());
         }
     }
-    let scores = engine.score(ids).await.unwrap();
+    let scores = engine.score(ids, Mix::default()).await.unwrap();
     for (score, logprob) in scores[1..].iter().zip(logprobs) {
         assert!((score - logprob).abs() < 1e-4, "{score} {logprob}");
     }
     let long: Vec<u32> = (0..150).map(|i| i % 90).collect();
-    assert_eq!(engine.score(long).await.unwrap().len(), 149);
+    assert_eq!(engine.score(long, Mix::default()).await.unwrap().len(), 149);
 }
 
 #[tokio::test]
@@ -142,7 +143,7 @@ async fn bad_requests_are_refused() {
         assert_eq!(error.reason(), Reason::InvalidField);
         assert_eq!(error.violations()[0].field, "prompt");
     }
-    assert!(engine.score(vec![1; 201]).await.is_err());
+    assert!(engine.score(vec![1; 201], Mix::default()).await.is_err());
     assert!(engine.healthy());
 }
 

@@ -8,6 +8,7 @@ use super::sequence::{Fate, Sequence};
 use super::{Job, Shared, gone};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::Error;
+use crate::models::decoder::plan::adapters::Mix;
 use crate::models::decoder::plan::{Chunk, Decoder};
 
 /// Rows of a step: so long can a running stream be held up by another's prompt.
@@ -121,6 +122,8 @@ fn step(
         })
         .collect();
 
+    let fed = active.iter().zip(&counts).filter(|(_, count)| **count > 0);
+    let adapters: Vec<Mix> = fed.map(|(sequence, _)| sequence.adapters.clone()).collect();
     let outcome = {
         let mut chunks: Vec<Chunk<'_>> = active
             .iter_mut()
@@ -131,7 +134,7 @@ fn step(
                 Chunk { tokens: &sequence.pending[..count], cache: &mut sequence.cache, logits }
             })
             .collect();
-        decoder.forward(&mut chunks)
+        decoder.forward_with(&mut chunks, &adapters)
     };
     match outcome {
         Err(error) => counts

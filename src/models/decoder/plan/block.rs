@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::super::rotary::{Rotary, Table};
 use super::super::{Activation, Config, LayerKind};
+use super::adapters::{Adapters, Site};
 use super::attention::{self, Span, Store};
 use super::cache::Cache;
 use super::{Tap, tensor, vector};
@@ -85,6 +86,8 @@ pub(super) struct Buffers {
     delta: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
+    /// What adapters add to the rows of the step.
+    pub adapters: Adapters,
 }
 
 /// The first `len` elements of a buffer that grows but never shrinks.
@@ -208,6 +211,7 @@ impl Layer {
         let delta = sized(&mut buffers.delta, rows * width);
         let gate = sized(&mut buffers.gate, rows * wide);
         let up = sized(&mut buffers.up, rows * wide);
+        let adapters = &mut buffers.adapters;
         let mut tap = |group: usize, rows: &[f32]| {
             if let Some(tap) = &mut tap {
                 tap(group, rows);
@@ -219,8 +223,11 @@ impl Layer {
         });
         tap(0, x);
         self.q.run(x, q);
+        adapters.add(self.index, Site::Q, x, q);
         self.k.run(x, k);
+        adapters.add(self.index, Site::K, x, k);
         self.v.run(x, v);
+        adapters.add(self.index, Site::V, x, v);
         let end = spans.iter().map(|s| s.first + s.rows.len()).max().unwrap_or(0);
         self.place(&self.rotary.upto(end), spans, q, k);
         match caches {
@@ -239,6 +246,7 @@ impl Layer {
         }
         tap(1, attended);
         self.o.run(attended, delta);
+        adapters.add(self.index, Site::O, attended, delta);
         each_row(hidden, width, x, width, |i, h, x| {
             let delta = &delta[i * width..][..width];
             add_normed(h, delta, self.after_attention.as_deref(), eps, x);
@@ -246,7 +254,9 @@ impl Layer {
         });
         tap(2, x);
         self.gate.run(x, gate);
+        adapters.add(self.index, Site::Gate, x, gate);
         self.up.run(x, up);
+        adapters.add(self.index, Site::Up, x, up);
         let gated = match config.activation {
             Activation::Silu => activation::silu_gated,
             Activation::GeluTanh => activation::gelu_gated,
@@ -254,6 +264,7 @@ impl Layer {
         each_row(gate, wide, up, wide, |_, gate, up| gated(gate, up));
         tap(3, gate);
         self.down.run(gate, delta);
+        adapters.add(self.index, Site::Down, gate, delta);
         each_row(hidden, width, x, width, |i, h, x| {
             add_normed(h, &delta[i * width..][..width], self.after_mlp.as_deref(), eps, x);
         });
