@@ -62,6 +62,7 @@ const OFF: &[(&str, &str)] = &[
     ("layer_replication", "a model with repeated layers is not the base any more"),
     ("target_parameters", "factors of bare parameters (experts) are not served"),
     ("fan_in_fan_out", "the linears of these models are not stored transposed"),
+    ("kasa_config", "KaSA takes components away from the base"),
     ("megatron_config", "the linears of Megatron are sliced in another way"),
     ("monteclora_config", "factors that are drawn at random are not served"),
 ];

@@ -3,6 +3,9 @@
 //! Rows with the same adapters form a group. The linears of a block that share their input also share the
 //! pass through the `A` factors: it runs when the first of them asks, the others find its result.
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
