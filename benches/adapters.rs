@@ -93,10 +93,8 @@ fn decode(decoder: &mut Decoder, steps: &mut dyn Iterator<Item = Vec<Mix>>) -> R
     let start = Instant::now();
     for (i, mixes) in steps.iter().enumerate() {
         let tokens = [i as u32 % vocab];
-        let mut chunks: Vec<Chunk<'_>> = caches
-            .iter_mut()
-            .map(|cache| Chunk { tokens: &tokens, cache, logits: 0..1 })
-            .collect();
+        let mut chunks: Vec<Chunk<'_>> =
+            caches.iter_mut().map(|cache| Chunk { tokens: &tokens, cache, logits: 0..1 }).collect();
         decoder.forward_with(&mut chunks, mixes)?;
     }
     Ok((SEQUENCES * steps.len()) as f64 / start.elapsed().as_secs_f64())

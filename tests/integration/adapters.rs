@@ -379,7 +379,12 @@ async fn bad_adapters_and_requests_are_refused() {
     let mut client = world.adapters();
     let import = v1::ImportAdapterRequest { adapter_id: "n".into(), ..world.import("a") };
     let misfit = v1::ImportAdapterRequest { base: "models/other".into(), ..import.clone() };
-    assert_error(client.import_adapter(misfit).await, bad, "UNSUPPORTED_MODEL", "");
+    assert_error(
+        client.import_adapter(misfit).await,
+        Code::FailedPrecondition,
+        "MODEL_UNSUITABLE",
+        "",
+    );
     let nobody = v1::ImportAdapterRequest { base: "models/nobody".into(), ..import.clone() };
     assert_error(client.import_adapter(nobody).await, Code::NotFound, "RESOURCE_NOT_FOUND", "");
     let unnamed = v1::ImportAdapterRequest { base: "m".into(), ..import.clone() };

@@ -160,7 +160,7 @@ impl Engine {
     ///
     /// # Errors
     /// LIMIT_REACHED for a full queue, INVALID_FIELD for an empty prompt, ids outside the vocabulary and
-    /// prompts that leave no room for an answer, UNSUPPORTED_MODEL for adapters of another model,
+    /// prompts that leave no room for an answer, MODEL_UNSUITABLE for adapters of another model,
     /// NOT_READY after the thread has failed.
     pub fn generate(&self, request: Request) -> Result<mpsc::Receiver<Result<Event>>> {
         self.check("prompt", &request.prompt, self.shared().limits.context.saturating_sub(1))?;

@@ -86,7 +86,7 @@ impl Fitted {
     /// Finds the place of every addition. `digest` stands for the adapter's content.
     ///
     /// # Errors
-    /// UNSUPPORTED_MODEL for an adapter that adds to what the decoder does not have or to what has
+    /// MODEL_UNSUITABLE for an adapter that adds to what the decoder does not have or to what has
     /// another shape.
     pub fn new(digest: &str, adapter: &Adapter, config: &Config) -> Result<Self> {
         let shape = Shape::of(config);
@@ -143,7 +143,7 @@ impl Fitted {
 
 fn misfit(problem: impl std::fmt::Display) -> Error {
     Error::new(
-        Reason::UnsupportedModel,
+        Reason::ModelUnsuitable,
         format!("{problem}; the adapter belongs to another model: name the one it was made for"),
     )
 }

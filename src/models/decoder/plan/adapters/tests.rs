@@ -262,7 +262,7 @@ fn adapters_of_other_shapes_are_refused() {
         ("", [1, 1]),
     ] {
         let error = on(name, shape).unwrap_err();
-        assert_eq!(error.reason(), Reason::UnsupportedModel, "{name} {shape:?}");
+        assert_eq!(error.reason(), Reason::ModelUnsuitable, "{name} {shape:?}");
     }
     assert!(Fitted::new("d", &Adapter::default(), &config).is_err());
 
@@ -275,5 +275,5 @@ fn adapters_of_other_shapes_are_refused() {
     let mut cache = Cache::new(decoder.config(), 4);
     let mut chunks = [Chunk { tokens: &[1], cache: &mut cache, logits: 0..1 }];
     let error = decoder.forward_with(&mut chunks, &[mix]).unwrap_err();
-    assert_eq!((error.reason(), cache.len()), (Reason::UnsupportedModel, 0));
+    assert_eq!((error.reason(), cache.len()), (Reason::ModelUnsuitable, 0));
 }
