@@ -19,6 +19,7 @@ use serde_json::json;
 use tonic::Code;
 use tonic::transport::Channel;
 
+use crate::cli::Service as Program;
 use crate::harness::{Service, assert_error, upload};
 
 const RANK: usize = 8;
@@ -454,4 +455,43 @@ async fn adapters_share_a_budget() {
     assert_error(refused, Code::ResourceExhausted, "LIMIT_REACHED", "");
     assert_eq!(world.ids("models/m", &[("a", 1.0)]).await, a);
     world.service.running.stop().await.unwrap();
+}
+
+#[test]
+fn the_command_has_a_verb_for_everything() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    export::hugging_face(&model(), &at("model"), Dtype::F32).unwrap();
+    write(&adapter(1), &at("poems"));
+    let program = Program::start(&at("data"), &[]);
+    program.run(&format!("models import {} --id m", at("model").display()));
+    let import = format!("adapters import {} --base m", at("poems").display());
+    let shown = program.run(&format!("{import} --validate-only"));
+    assert!(shown.contains("18 linears: down_proj, gate_proj"), "{shown}");
+    assert!(program.run("adapters list").contains("no adapters"));
+    program.run(&import);
+    let list = program.json("adapters list --base m");
+    assert_eq!(list["adapters"][0]["name"], "adapters/poems");
+    assert!(program.run("adapters show poems").contains("models/m"));
+    assert!(program.run("adapters load poems").starts_with("adapters/poems loaded"));
+
+    let score = |adapters: &str| {
+        let answer = program.json(&format!("score --model m --tokens 1,2,3,4,5,6 {adapters}"));
+        answer["total_logprob"].as_f64().unwrap()
+    };
+    let (none, with) = (score(""), score("--adapter poems"));
+    assert!((none - with).abs() > 0.01, "{none} {with}");
+    assert_eq!(none, score("--adapter adapters/poems=0"));
+    assert_ne!(with, score("--adapter poems=0.5"));
+    program.run("generate --model m --tokens 1,2 --max-tokens 2 --adapter poems");
+    program.fail(66, "generate --model m --tokens 1,2 --adapter nobody");
+
+    program.run(&format!("adapters export poems --to {}", at("out").display()));
+    for name in [peft::CONFIG, peft::WEIGHTS] {
+        let read = |folder: &str| std::fs::read(at(folder).join(name)).unwrap();
+        assert_eq!(read("out"), read("poems"));
+    }
+    assert!(program.run("adapters unload poems").contains("unloaded"));
+    program.run("adapters delete poems");
+    program.fail(66, "adapters show poems");
 }
