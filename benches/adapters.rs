@@ -1,9 +1,9 @@
-//! Tokens per second of eight sequences decoding together: without adapters, with one for all, with a
-//! different one for each, out of a hundred of rank 8 in memory. The kinds alternate, so that what else
-//! the machine does meets all of them.
+//! Tokens per second of eight sequences decoding together: without adapters, with one for all, with
+//! a different one for each, out of a hundred of rank 8 in memory. The kinds alternate, so that
+//! what else the machine does meets all of them.
 //!
-//! `cargo bench --bench adapters -- [model file or folder] [repetitions]`; without a model, random f32
-//! weights in the shape of SmolLM2-135M.
+//! `cargo bench --bench adapters -- [model file or folder] [repetitions]`; without a model, random
+//! f32 weights in the shape of SmolLM2-135M.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,8 +1,9 @@
 //! Products with thin bf16 factors, for adapters: `h = factor * A x`, then `y += B h`.
 //!
-//! Few rows meet many factors, each of them read once, so the bytes of the factors bound the time. Rows
-//! that share their factors go together in tiles of [`TILE`], which read a factor once for all of them.
-//! Work is shared out by blocks of ranks and of columns; every sum is made by one thread in one order.
+//! Few rows meet many factors, each of them read once, so the bytes of the factors bound the time.
+//! Rows that share their factors go together in tiles of [`TILE`], which read a factor once for all
+//! of them. Work is shared out by blocks of ranks and of columns; every sum is made by one thread
+//! in one order.
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
@@ -80,8 +81,9 @@ pub struct Down<'a> {
     pub factor: f32,
 }
 
-/// Computes all units, each into the block of `h` that ends at its entry of `ends` and starts where the
-/// one before ends. `x` is `[rows, width]`. Panics if a block does not have the size of its unit.
+/// Computes all units, each into the block of `h` that ends at its entry of `ends` and starts where
+/// the one before ends. `x` is `[rows, width]`. Panics if a block does not have the size of its
+/// unit.
 pub fn down<'a>(
     groups: &RowGroups,
     ends: &[usize],
@@ -163,9 +165,9 @@ impl Task for DownTask<'_> {
     }
 }
 
-/// `y[row] += sum over the parts of B h` for the rows of all tiles. `part(tile, i)` is the i-th factor
-/// `B` of a tile, transposed: `[rank, width]`; None ends the list. `y` is `[rows, width]`. Panics if
-/// tiles overlap.
+/// `y[row] += sum over the parts of B h` for the rows of all tiles. `part(tile, i)` is the i-th
+/// factor `B` of a tile, transposed: `[rank, width]`; None ends the list. `y` is `[rows, width]`.
+/// Panics if tiles overlap.
 pub fn up<'a>(
     groups: &RowGroups,
     tiles: &[Tile],
@@ -224,8 +226,8 @@ impl UpTask<'_> {
         let Range { start, end } = self.columns;
         let mut y: [&mut [f32]; N] = std::array::from_fn(|i| {
             let first = self.rows[i] as usize * self.width;
-            // SAFETY: a row is in one tile, and blocks of columns do not overlap, so nobody else writes
-            // here.
+            // SAFETY: a row is in one tile, and blocks of columns do not overlap, so nobody else
+            // writes here.
             unsafe { self.y.slice(first + start..first + end) }
         });
         let mut at = start;

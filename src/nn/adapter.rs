@@ -1,8 +1,8 @@
 //! Low-rank additions to linear weights: `W' = W + scale * B A`.
 //!
-//! Factors are kept as bf16. An adapter's cost in a step is the bytes of its factors, so halving them
-//! halves the cost and doubles how many adapters stay in memory; rounding moves an element by at most
-//! one part in 256, a small share of a small change. Sums are f32.
+//! Factors are kept as bf16. An adapter's cost in a step is the bytes of its factors, so halving
+//! them halves the cost and doubles how many adapters stay in memory; rounding moves an element by
+//! at most one part in 256, a small share of a small change. Sums are f32.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,8 +19,8 @@ pub struct Factors {
     cols: usize,
     /// `A`: `[rank, in]`.
     a: Vec<bf16>,
-    /// `B` transposed: `[rank, out]`, so that adding a multiple of one of its columns to an output runs
-    /// through memory in order.
+    /// `B` transposed: `[rank, out]`, so that adding a multiple of one of its columns to an output
+    /// runs through memory in order.
     b: Vec<bf16>,
     scale: f32,
 }
@@ -36,7 +36,8 @@ impl std::fmt::Debug for Factors {
 }
 
 impl Factors {
-    /// From `a` `[rank, cols]` and `b` `[rows, rank]`, both in row order; `shape` is `[rows, cols]`.
+    /// From `a` `[rank, cols]` and `b` `[rows, rank]`, both in row order; `shape` is `[rows,
+    /// cols]`.
     ///
     /// # Errors
     /// INTERNAL for a rank of 0 or slices of other sizes.

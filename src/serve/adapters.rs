@@ -40,9 +40,9 @@ impl Adapters {
         Self { max_bytes, loading: tokio::sync::Mutex::default(), loaded: Mutex::default() }
     }
 
-    /// The adapter with this digest, read by `open` if it is not there; `bytes` is what it will take. Those
-    /// that no request holds and that were not used for longest make room; LIMIT_REACHED when that
-    /// does not suffice.
+    /// The adapter with this digest, read by `open` if it is not there; `bytes` is what it will
+    /// take. Those that no request holds and that were not used for longest make room;
+    /// LIMIT_REACHED when that does not suffice.
     pub async fn get<F>(
         &self,
         digest: &str,

@@ -185,8 +185,8 @@ impl AdapterService for Adapters {
 }
 
 impl Adapters {
-    /// Copies the files of an import into a folder of its own, so that what is checked is what is kept.
-    /// Gives where they came from.
+    /// Copies the files of an import into a folder of its own, so that what is checked is what is
+    /// kept. Gives where they came from.
     async fn gather(
         &self,
         request: &v1::ImportAdapterRequest,
@@ -276,8 +276,9 @@ fn copy(from: &Path, to: &Path, most: u64) -> Result<()> {
 /// The adapters of a request on a version, loaded.
 ///
 /// # Errors
-/// INVALID_FIELD for too many, names that come twice and weights out of range, RESOURCE_NOT_FOUND for an
-/// unknown adapter, MODEL_UNSUITABLE for one of another model, LIMIT_REACHED where there is no room.
+/// INVALID_FIELD for too many, names that come twice and weights out of range, RESOURCE_NOT_FOUND
+/// for an unknown adapter, MODEL_UNSUITABLE for one of another model, LIMIT_REACHED where there is
+/// no room.
 pub async fn resolve(state: &State, version: &VersionRow, uses: &[v1::AdapterUse]) -> Result<Mix> {
     if uses.len() > MAX_ADAPTERS {
         return Err(Error::field("adapters", format!("more than {MAX_ADAPTERS} adapters")));

@@ -105,8 +105,8 @@ pub struct NewAdapter<'a> {
 }
 
 impl Store {
-    /// Stores the files of `folder` (moved, where that is possible) and writes the row. The same `request_id`
-    /// (where not empty), arguments and content give the row that exists; with others
+    /// Stores the files of `folder` (moved, where that is possible) and writes the row. The same
+    /// `request_id` (where not empty), arguments and content give the row that exists; with others
     /// REQUEST_ID_REUSED.
     pub async fn create_adapter(
         &self,

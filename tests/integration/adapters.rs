@@ -336,7 +336,8 @@ async fn adapters_come_and_go() {
     client.unload_adapter(unload).await.unwrap();
     world.ids("models/m", &[("a", 1.0)]).await;
 
-    // A model goes after its adapters; an object that two adapters share goes with the last of them.
+    // A model goes after its adapters; an object that two adapters share goes with the last of
+    // them.
     let models =
         |id: &str| v1::DeleteModelRequest { name: format!("models/{id}"), ..Default::default() };
     let used = world.service.models().delete_model(models("m")).await;

@@ -1,8 +1,8 @@
 //! Adapters in the file form of the PEFT library: `adapter_config.json` and
 //! `adapter_model.safetensors`.
 //!
-//! Read is LoRA on linear layers. What would change the result and is not done here is refused, each with
-//! its reason; settings of training and settings that are off are passed over.
+//! Read is LoRA on linear layers. What would change the result and is not done here is refused,
+//! each with its reason; settings of training and settings that are off are passed over.
 
 mod config;
 #[cfg(test)]
@@ -34,8 +34,8 @@ const PREFIX: &str = "base_model.model.";
 /// Reads the two files of a folder.
 ///
 /// # Errors
-/// SOURCE_UNAVAILABLE for a missing file, MALFORMED_FILE for what breaks the form, UNSUPPORTED_FORMAT for
-/// kinds of adapters and settings that are not served here.
+/// SOURCE_UNAVAILABLE for a missing file, MALFORMED_FILE for what breaks the form,
+/// UNSUPPORTED_FORMAT for kinds of adapters and settings that are not served here.
 pub fn read(folder: &Path) -> Result<Adapter> {
     for (name, what) in [(CONFIG, "its settings"), (WEIGHTS, "its factors")] {
         if !folder.join(name).is_file() {

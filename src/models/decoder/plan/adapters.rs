@@ -1,7 +1,8 @@
 //! Adapters in the forward: rows of a step, each with the adapters of its request.
 //!
-//! Rows with the same adapters form a group. The linears of a block that share their input also share the
-//! pass through the `A` factors: it runs when the first of them asks, the others find its result.
+//! Rows with the same adapters form a group. The linears of a block that share their input also
+//! share the pass through the `A` factors: it runs when the first of them asks, the others find its
+//! result.
 
 #[cfg(test)]
 mod tests;
@@ -177,8 +178,9 @@ impl Mix {
         Self { parts: parts.into(), namespace }
     }
 
-    /// A number for the set of adapters and weights: 0 for none, equal for equal sets, different (up to
-    /// chance of one in 2^64) for others. Keys and values of one namespace must not serve another.
+    /// A number for the set of adapters and weights: 0 for none, equal for equal sets, different
+    /// (up to chance of one in 2^64) for others. Keys and values of one namespace must not serve
+    /// another.
     pub fn namespace(&self) -> u64 {
         self.namespace
     }
