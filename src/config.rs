@@ -104,6 +104,9 @@ pub struct Limits {
     pub models_bytes: u64,
     /// Seconds without a request after which a model leaves memory; 0: never.
     pub idle_unload_seconds: u64,
+    /// Bytes that loaded adapters may take; 0: an eighth of the machine's memory.
+    #[serde(deserialize_with = "bytes")]
+    pub adapters_bytes: u64,
 }
 
 impl Default for Limits {
@@ -123,6 +126,7 @@ impl Default for Limits {
             prefix_cache: true,
             models_bytes: 0,
             idle_unload_seconds: 0,
+            adapters_bytes: 0,
         }
     }
 }
@@ -375,7 +379,8 @@ impl Config {
         within("limits.context", l.context as u64, 16, 1 << 24)?;
         within("limits.kv_bytes", l.kv_bytes, 1 << 20, 1 << 50)?;
         within("limits.models_bytes", l.models_bytes, 0, 1 << 50)?;
-        within("limits.idle_unload_seconds", l.idle_unload_seconds, 0, 366 * 86_400)
+        within("limits.idle_unload_seconds", l.idle_unload_seconds, 0, 366 * 86_400)?
+        within("limits.adapters_bytes", l.adapters_bytes, 0, 1 << 50)
     }
 }
 

@@ -12,6 +12,7 @@ use tonic::{Request, Status};
 
 use super::error::{CliError, Result};
 use crate::proto::google::longrunning::operations_client::OperationsClient;
+use crate::proto::v1::adapter_service_client::AdapterServiceClient;
 use crate::proto::v1::claim_service_client::ClaimServiceClient;
 use crate::proto::v1::dataset_service_client::DatasetServiceClient;
 use crate::proto::v1::generation_service_client::GenerationServiceClient;
@@ -120,6 +121,8 @@ macro_rules! services {
 services! {
     /// Models and their versions.
     models: ModelServiceClient;
+    /// Adapters.
+    adapters: AdapterServiceClient;
     /// Data sets.
     datasets: DatasetServiceClient;
     /// The catalogue of methods.

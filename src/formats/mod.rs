@@ -1,10 +1,12 @@
-//! File formats, read as hostile and written for other programs: safetensors, GGUF, tokenizers.
+//! File formats, read as hostile and written for other programs: safetensors, GGUF, tokenizers; adapters
+//! in.
 
 mod counting;
 pub mod gguf;
 #[cfg(test)]
 pub(crate) mod hostile;
 pub mod mmap;
+pub mod peft;
 pub mod replacement;
 pub mod safetensors;
 pub mod tokenizer;

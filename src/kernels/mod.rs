@@ -16,6 +16,7 @@ pub mod ggml;
 pub mod grouped;
 pub mod integer;
 pub mod limits;
+pub mod lowrank;
 pub mod memory;
 mod multiversion;
 pub mod norm;

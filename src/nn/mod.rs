@@ -1,4 +1,5 @@
 //! Layers shared by the model families, and the layouts their weights come in.
 
+pub mod adapter;
 pub mod dtype;
 pub mod weight;

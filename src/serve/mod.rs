@@ -1,5 +1,6 @@
 //! Online work on loaded models.
 
+pub mod adapters;
 pub mod constraint;
 pub mod engine;
 pub mod residency;

@@ -212,6 +212,7 @@ impl Residency {
 mod tests {
     use super::*;
     use crate::models::decoder::plan::CacheFormat;
+    use crate::models::decoder::plan::adapters::Mix;
     use crate::models::decoder::random;
     use crate::serve::engine::{Event, Request};
     use crate::serve::sample::Sampling;
@@ -250,7 +251,7 @@ mod tests {
             top_logprobs: 0,
             constraint: None,
             client: 0,
-            namespace: 0,
+            adapters: Mix::default(),
             deadline: None,
         };
         // Nobody reads beyond the first event, so the request stays at work: the channel is shorter.

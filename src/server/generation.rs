@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use tonic::{Request, Response, Status};
 
 use super::State;
-use super::caller;
+use super::caller::{self, Caller};
 use super::download::Messages;
 use crate::data::chat;
 use crate::data::tokenizer::Tokenizer;
@@ -50,6 +50,7 @@ impl GenerationService for Generation {
             Some(generate_request::Prompt::Tokens(tokens)) => Input::Tokens(tokens.ids),
         };
         let row = self.0.store.version(&request.model).await?;
+        let adapters = super::adapters::resolve(&self.0, &row, &request.adapters).await?;
         let engine = self.0.engine(&row).await?;
         let tokenizer = engine.model().tokenizer.clone();
         if !request.stop.is_empty() && tokenizer.is_none() {
@@ -81,7 +82,7 @@ impl GenerationService for Generation {
             top_logprobs: as_size(request.top_logprobs),
             constraint,
             client: caller.client,
-            namespace: 0,
+            adapters,
             deadline: caller.deadline,
         })?;
         metrics::counter!("planish_prompt_tokens_total").increment(prompt_tokens);
@@ -100,6 +101,7 @@ impl GenerationService for Generation {
             Some(score_request::Input::Tokens(tokens)) => Input::Tokens(tokens.ids),
         };
         let row = self.0.store.version(&request.model).await?;
+        let adapters = super::adapters::resolve(&self.0, &row, &request.adapters).await?;
         let engine = self.0.engine(&row).await?;
         let tokenizer = engine.model().tokenizer.clone();
         let for_tokens = tokenizer.clone();
@@ -107,7 +109,8 @@ impl GenerationService for Generation {
         if ids.is_empty() {
             return Err(Error::field("input", "no tokens; give at least one").into());
         }
-        let scores = engine.score(ids.clone(), caller.client, caller.deadline).await?;
+        let Caller { client, deadline } = caller;
+        let scores = engine.score(ids.clone(), adapters, client, deadline).await?;
         let total: f64 = scores.iter().copied().map(f64::from).sum();
         // The first token has no score of its own.
         let logprobs = std::iter::once(None).chain(scores.iter().copied().map(Some));

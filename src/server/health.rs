@@ -22,12 +22,13 @@ const SERVICES: &[(&str, &[Part])] = {
     use crate::proto::google::longrunning::operations_server;
     use crate::proto::inference::grpc_inference_service_server;
     use crate::proto::v1::{
-        dataset_service_server, generation_service_server, job_service_server,
-        method_service_server, model_service_server,
+        adapter_service_server, dataset_service_server, generation_service_server,
+        job_service_server, method_service_server, model_service_server,
     };
     &[
         ("", &[Part::Store, Part::Engines]),
         (model_service_server::SERVICE_NAME, &[Part::Store]),
+        (adapter_service_server::SERVICE_NAME, &[Part::Store]),
         (dataset_service_server::SERVICE_NAME, &[Part::Store]),
         (job_service_server::SERVICE_NAME, &[Part::Store]),
         (operations_server::SERVICE_NAME, &[Part::Store]),

@@ -3,6 +3,7 @@
 //! A request passes the `gate` (credentials, limits, deadline, account), reaches its service, and
 //! leaves as a message or as a status made by `status`.
 
+mod adapters;
 mod auth;
 mod caller;
 mod check;
@@ -42,6 +43,7 @@ use crate::error::{Error, Reason, Result};
 use crate::proto::DESCRIPTORS;
 use crate::proto::google::longrunning::operations_server::OperationsServer;
 use crate::proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
+use crate::proto::v1::adapter_service_server::AdapterServiceServer;
 use crate::proto::v1::claim_service_server::ClaimServiceServer;
 use crate::proto::v1::dataset_service_server::DatasetServiceServer;
 use crate::proto::v1::generation_service_server::GenerationServiceServer;
@@ -108,6 +110,7 @@ impl Server {
             .add_service(v1)
             .add_service(v1alpha)
             .add_service(service!(ModelServiceServer, models::Models(state.clone())))
+            .add_service(service!(AdapterServiceServer, adapters::Adapters(state.clone())))
             .add_service(service!(DatasetServiceServer, datasets::Datasets(state.clone())))
             .add_service(service!(MethodServiceServer, methods::Methods))
             .add_service(service!(JobServiceServer, jobs::Jobs(state.clone())))

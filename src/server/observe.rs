@@ -13,6 +13,9 @@ pub async fn gauges(state: &State) {
     metrics::gauge!("planish_models_resident_bytes").set(stats.resident_bytes as f64);
     metrics::gauge!("planish_generations_running").set(stats.running as f64);
     metrics::gauge!("planish_generations_waiting").set(stats.waiting as f64);
+    let adapters = state.adapters.stats();
+    metrics::gauge!("planish_adapters_loaded").set(adapters.adapters as f64);
+    metrics::gauge!("planish_adapters_resident_bytes").set(adapters.resident_bytes as f64);
     // An ill store is reported elsewhere.
     if let Ok(rows) = state.store.operations(None, MAX_COUNTED, Some(false)).await {
         for (name, kind) in [("queued", S::Queued), ("running", S::Running)] {

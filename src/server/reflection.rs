@@ -11,6 +11,7 @@ use crate::proto::v1 as planish;
 /// Services by name: the descriptors also describe messages of services that we do not offer.
 const SERVICES: &[&str] = &[
     planish::model_service_server::SERVICE_NAME,
+    planish::adapter_service_server::SERVICE_NAME,
     planish::dataset_service_server::SERVICE_NAME,
     planish::method_service_server::SERVICE_NAME,
     planish::job_service_server::SERVICE_NAME,

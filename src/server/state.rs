@@ -16,6 +16,7 @@ use crate::jobs::{self, Jobs};
 use crate::machine;
 use crate::models::decoder::plan::CacheFormat;
 use crate::proto::google::longrunning::Operation;
+use crate::serve::adapters::Adapters;
 use crate::serve::engine::{Engine, Limits};
 use crate::serve::residency::Residency;
 use crate::store::Store;
@@ -34,6 +35,7 @@ pub struct State {
     pub store: Arc<Store>,
     pub jobs: Jobs,
     pub residency: Residency,
+    pub adapters: Adapters,
     pub phase: watch::Receiver<Phase>,
     /// Wakes the health watcher when a part has just failed.
     pub unwell: Notify,
@@ -93,9 +95,14 @@ impl State {
             0 => machine::memory_bytes().map_or(u64::MAX, |bytes| bytes / 2),
             bytes => bytes,
         };
+        let adapters_bytes = match limits.adapters_bytes {
+            0 => machine::memory_bytes().map_or(u64::MAX, |bytes| bytes / 8),
+            bytes => bytes,
+        };
         Ok(Self {
             store,
             jobs,
+            adapters: Adapters::new(adapters_bytes),
             residency: Residency::new(engine_limits, max_bytes),
             phase,
             unwell: Notify::new(),

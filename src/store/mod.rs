@@ -3,6 +3,7 @@
 //! Rows never hold paths, only digests and names, so rows and objects may move to other engines.
 //! Every change is one transaction; bytes are on disk before a row refers to them.
 
+pub mod adapters;
 pub mod datasets;
 pub mod models;
 pub mod names;

@@ -493,7 +493,7 @@ impl Store {
     }
 
     /// Deletes a model, its versions, and the objects nothing else uses. Refused while an unfinished
-    /// operation or a version of another model depends on it.
+    /// operation, a version of another model or an adapter depends on it.
     pub async fn delete_model(&self, id: &str, etag: Option<&str>) -> Result<()> {
         let mut tx = self.sql.write().await?;
         guard(&mut tx, id, etag).await?;
@@ -503,7 +503,8 @@ impl Store {
              WHERE resource = ?1 OR substr(resource, 1, length(?1) + 1) = ?1 || '/' \
              UNION ALL \
              SELECT 'models/' || model || '/versions/' || version FROM versions \
-             WHERE model <> ?2 AND substr(parent, 1, length(?1) + 1) = ?1 || '/' LIMIT 1",
+             WHERE model <> ?2 AND substr(parent, 1, length(?1) + 1) = ?1 || '/' \
+             UNION ALL SELECT 'adapters/' || id FROM adapters WHERE base_model = ?2 LIMIT 1",
         )
         .bind(&name)
         .bind(id)

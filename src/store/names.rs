@@ -1,5 +1,5 @@
 //! Resource names: `models/{model}`, `models/{model}/versions/{version}`, `datasets/{dataset}`,
-//! `operations/{operation}`.
+//! `adapters/{adapter}`, `operations/{operation}`.
 
 use crate::error::{Error, Reason, Result};
 
@@ -35,6 +35,11 @@ pub fn model(name: &str) -> Result<&str> {
 /// The id in `datasets/{dataset}`.
 pub fn dataset(name: &str) -> Result<&str> {
     single(name, "datasets", "datasets/{dataset}")
+}
+
+/// The id in `adapters/{adapter}`.
+pub fn adapter(name: &str) -> Result<&str> {
+    single(name, "adapters", "adapters/{adapter}")
 }
 
 /// The id in `operations/{operation}`.

@@ -11,6 +11,7 @@ use crate::harness::{Service, assert_error, digest, import_dataset, upload, uplo
 
 const SERVICES: &[&str] = &[
     "planish.v1.ModelService",
+    "planish.v1.AdapterService",
     "planish.v1.DatasetService",
     "planish.v1.MethodService",
     "planish.v1.JobService",

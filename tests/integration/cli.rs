@@ -40,14 +40,14 @@ fn expect(code: i32, command: &mut Command) -> Output {
 }
 
 /// A `planish serve` process; killed when the test ends.
-struct Service {
+pub struct Service {
     process: Child,
     endpoint: String,
     address_file: PathBuf,
 }
 
 impl Service {
-    fn start(data: &Path, more: &[&str]) -> Self {
+    pub fn start(data: &Path, more: &[&str]) -> Self {
         // A killed service leaves its address behind; each start has its own file.
         static STARTS: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let start = STARTS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -82,18 +82,18 @@ impl Service {
     }
 
     /// Runs a verb that must succeed; gives its standard output.
-    fn run(&self, line: &str) -> String {
+    pub fn run(&self, line: &str) -> String {
         text(&expect(0, &mut self.client(line)).stdout)
     }
 
     /// Runs a verb that must succeed; gives its JSON.
-    fn json(&self, line: &str) -> Value {
+    pub fn json(&self, line: &str) -> Value {
         let output = self.run(&format!("--output json {line}"));
         serde_json::from_str(&output).unwrap_or_else(|e| panic!("{line}: {e}\n{output}"))
     }
 
     /// Runs a verb that must fail with `code`; gives its standard error.
-    fn fail(&self, code: i32, line: &str) -> String {
+    pub fn fail(&self, code: i32, line: &str) -> String {
         text(&expect(code, &mut self.client(line)).stderr)
     }
 

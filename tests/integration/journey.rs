@@ -248,6 +248,7 @@ async fn texts_need_a_tokenizer_and_scores_do_not() {
     let score = |ids: &[u32]| v1::ScoreRequest {
         model: version.name.clone(),
         input: Some(v1::score_request::Input::Tokens(v1::TokenIds { ids: ids.into() })),
+        ..Default::default()
     };
     let scored = client.score(score(&[1, 2, 3])).await.unwrap().into_inner();
     assert_eq!(scored.tokens.len(), 3);

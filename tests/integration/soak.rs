@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use planish::error::Reason;
+use planish::models::decoder::plan::adapters::Mix;
 use planish::models::decoder::plan::{Cache, CacheFormat, Chunk, Decoder, PAGE};
 use planish::models::decoder::random;
 use planish::serve::engine::{Engine, Event, Limits, Request};
@@ -37,8 +38,9 @@ fn request(prompt: &[u32], max_tokens: usize, client: u64, deadline: Option<Inst
         stop: Vec::new(),
         logprobs: false,
         top_logprobs: 0,
+        constraint: None,
         client,
-        namespace: 0,
+        adapters: Mix::default(),
         deadline,
     }
 }

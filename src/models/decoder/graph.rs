@@ -1,6 +1,8 @@
 //! The differentiable forward on candle tensors: the same mathematics as [`plan`](super::plan), without
 //! a cache, with gradients through every layout.
 
+use std::sync::Arc;
+
 use candle_core::{D, Device, Tensor};
 
 use super::config::{EMBEDDING, FINAL_NORM};
@@ -8,6 +10,7 @@ use super::rotary::Rotary;
 use super::{Activation, Config, LayerKind, plan};
 use crate::error::{Error, Result};
 use crate::models::Model;
+use crate::nn::adapter::{Adapter, Factors};
 use crate::nn::weight::product;
 
 /// Logits `[batch, tokens, vocab]` (f32) of token ids `[batch, tokens]` (u32). Every sequence starts at
@@ -24,6 +27,7 @@ pub struct Graph<'a> {
     config: &'a Config,
     rope: Rotary,
     local_rope: Option<Rotary>,
+    adapters: Vec<(Arc<Adapter>, f32)>,
 }
 
 impl<'a> Graph<'a> {
@@ -35,7 +39,13 @@ impl<'a> Graph<'a> {
             config,
             rope: rotary(&config.rope),
             local_rope: config.local_rope.as_ref().map(rotary),
+            adapters: Vec::new(),
         })
+    }
+
+    /// The same with adapters, each with its weight, on all sequences. Their shapes must fit.
+    pub fn with_adapters(model: &'a Model, adapters: Vec<(Arc<Adapter>, f32)>) -> Result<Self> {
+        Ok(Self { adapters, ..Self::new(model)? })
     }
 
     /// Hidden states `[batch, tokens, hidden]` of token ids `[batch, tokens]` (u32, checked).
@@ -154,7 +164,13 @@ impl<'a> Graph<'a> {
     }
 
     fn linear(&self, x: &Tensor, name: &str, biased: bool) -> Result<Tensor> {
-        let y = product(x, self.model.weight(&format!("{name}.weight"))?)?;
+        let weight = format!("{name}.weight");
+        let mut y = product(x, self.model.weight(&weight)?)?;
+        for (adapter, by) in &self.adapters {
+            if let Some(factors) = adapter.linears.get(&weight) {
+                y = (y + low_rank(x, factors, *by)?)?;
+            }
+        }
         match biased {
             true => Ok(y.broadcast_add(&self.vector(&format!("{name}.bias"))?)?),
             false => Ok(y),
@@ -168,6 +184,20 @@ impl<'a> Graph<'a> {
         }
         Ok(Tensor::from_vec(weight.to_f32(), weight.cols(), &Device::Cpu)?)
     }
+}
+
+/// `by * scale * B A x` for `x` `[batch, tokens, in]`.
+fn low_rank(x: &Tensor, factors: &Factors, by: f32) -> Result<Tensor> {
+    let ([rows, cols], rank) = (factors.shape(), factors.rank());
+    let tensor = |values: &[half::bf16], width: usize| {
+        let values: Vec<f32> = values.iter().map(|v| v.to_f32()).collect();
+        Tensor::from_vec(values, (rank, width), &Device::Cpu)
+    };
+    let (a, b) = (tensor(factors.a(), cols)?, tensor(factors.b(), rows)?);
+    let (batch, length, _) = x.dims3()?;
+    let h = x.reshape((batch * length, cols))?.matmul(&a.t()?)?;
+    let y = (h.matmul(&b)? * f64::from(by * factors.scale()))?;
+    Ok(y.reshape((batch, length, rows))?)
 }
 
 /// `cap * tanh(x / cap)`.

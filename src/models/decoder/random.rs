@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::Config;
 use crate::error::{Error, Reason, Result};
 use crate::models::{Family, Model};
+use crate::nn::adapter::{Adapter, Factors};
 use crate::nn::dtype::Dtype;
 use crate::nn::weight::{Dense, Weight};
 use crate::seed::Stream;
@@ -46,6 +47,34 @@ pub fn model(config: Value, seed: u64) -> Result<Model> {
         weights.insert(name, Arc::new(Weight::Dense(weight)));
     }
     Ok(Model { family: Family::Decoder(decoder), config, weights, tokenizer: None })
+}
+
+/// An adapter of `rank` on the linears of `config` whose names `on` accepts, with factors drawn from
+/// `seed` such that it adds about `size` times what the weights give.
+pub fn adapter(
+    config: &Config,
+    rank: usize,
+    size: f32,
+    seed: u64,
+    on: impl Fn(&str) -> bool,
+) -> Result<Adapter> {
+    let stream = Stream::root(seed);
+    let mut linears = BTreeMap::new();
+    for (name, shape) in config.tensors() {
+        let (&[rows, cols], true) = (&shape[..], name.contains("_proj.") && on(&name)) else {
+            continue;
+        };
+        let mut rng = stream.child(&name).rng();
+        let mut draw = |count: usize, deviation: f32| -> Vec<f32> {
+            let half = deviation * 3.0_f32.sqrt();
+            (0..count).map(|_| half * (2.0 * rng.random::<f32>() - 1.0)).collect()
+        };
+        let a = draw(rank * cols, 1.0 / (cols as f32).sqrt());
+        let b = draw(rows * rank, size / (rank as f32).sqrt());
+        let factors = Factors::from_f32([rows, cols], rank, &a, &b, 1.0)?;
+        linears.insert(name, Arc::new(factors));
+    }
+    Ok(Adapter { linears })
 }
 
 /// A configuration of `architecture` small enough for tests (vocabulary 96, hidden 32, 4 heads of 16

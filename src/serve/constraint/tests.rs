@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use super::*;
 use crate::data::tokenizer::testing;
 use crate::models::decoder::plan::CacheFormat;
+use crate::models::decoder::plan::adapters::Mix;
 use crate::models::decoder::random;
 use crate::seed::Stream;
 use crate::serve::engine::{Engine, Event, Finish, Limits, Request};
@@ -65,7 +66,7 @@ fn request(engine: &Engine, form: &Form, seed: u64, max_tokens: usize) -> Reques
         top_logprobs: 0,
         constraint: Some(engine.vocabulary().unwrap().compile(form).unwrap()),
         client: 0,
-        namespace: 0,
+        adapters: Mix::default(),
         deadline: None,
     }
 }

@@ -28,6 +28,7 @@ use super::constraint::{Constraint, Vocabulary};
 use super::sample::Sampling;
 use crate::error::{Error, Reason, Result};
 use crate::models::Model;
+use crate::models::decoder::plan::adapters::Mix;
 use crate::models::decoder::plan::{Arithmetic, CacheFormat, Decoder, PAGE, PagePool};
 
 /// Events a client may lag behind before its sequence skips steps.
@@ -69,9 +70,9 @@ pub struct Request {
     pub constraint: Option<Constraint>,
     /// Who asks: waiting requests of different clients take turns.
     pub client: u64,
-    /// Requests share what their prompts begin with only within a namespace; one for each set of weights
-    /// (adapters) that keys and values depend on.
-    pub namespace: u64,
+    /// Adapters of the request; they must fit the model. Only requests with the same ones share what their
+    /// prompts begin with.
+    pub adapters: Mix,
     /// When the answer is of no use any more: then the request ends with DEADLINE_EXCEEDED.
     pub deadline: Option<Instant>,
 }
@@ -254,28 +255,32 @@ impl Engine {
     /// # Errors
     /// LIMIT_REACHED for a full queue (with the time after which to try again), INVALID_FIELD for an
     /// empty prompt, ids outside the vocabulary and prompts that leave no room for an answer, TOO_LARGE
-    /// for what the budget of keys and values could never hold, NOT_READY after the thread has failed.
+    /// for what the budget of keys and values could never hold, MODEL_UNSUITABLE for adapters of another
+    /// model, NOT_READY after the thread has failed.
     pub fn generate(&self, request: Request) -> Result<mpsc::Receiver<Result<Event>>> {
         let context = self.shared().limits.context;
         self.check("prompt", &request.prompt, context.saturating_sub(1))?;
         self.check_pages("max_tokens", request.positions(context))?;
+        request.adapters.check(self.shared().model.decoder()?)?;
         let (events, receiver) = mpsc::channel(LAG);
         self.submit(Job::Generate { request, events, queued: Instant::now() })?;
         Ok(receiver)
     }
 
-    /// Log-probabilities of `tokens[1..]` given what stands before each. `client` and `deadline` are
-    /// those of [`Request`].
+    /// Log-probabilities of `tokens[1..]` given what stands before each, under the model with adapters.
+    /// `client` and `deadline` are those of [`Request`].
     ///
     /// # Errors
     /// As [`Engine::generate`].
     pub async fn score(
         &self,
         tokens: Vec<u32>,
+        adapters: Mix,
         client: u64,
         deadline: Option<Instant>,
     ) -> Result<Vec<f32>> {
-        self.ask("input", tokens, Ask::Logprobs, client, deadline).await.map(|scores| scores.values)
+        let scores = self.ask("input", tokens, Ask::Logprobs, adapters, client, deadline).await?;
+        Ok(scores.values)
     }
 
     /// Logits `[tokens, vocab]`, or `[1, vocab]` after the last token alone. They take four bytes each
@@ -291,7 +296,7 @@ impl Engine {
         deadline: Option<Instant>,
     ) -> Result<Scores> {
         let ask = if last_only { Ask::LastLogits } else { Ask::Logits };
-        self.ask("input_ids", tokens, ask, client, deadline).await
+        self.ask("input_ids", tokens, ask, Mix::default(), client, deadline).await
     }
 
     async fn ask(
@@ -299,14 +304,16 @@ impl Engine {
         field: &str,
         tokens: Vec<u32>,
         ask: Ask,
+        adapters: Mix,
         client: u64,
         deadline: Option<Instant>,
     ) -> Result<Scores> {
         self.check(field, &tokens, self.shared().limits.context)?;
+        adapters.check(self.shared().model.decoder()?)?;
         self.check_pages(field, tokens.len())?;
         let (reply, answer) = oneshot::channel();
         let (reply, queued) = (Some(reply), Instant::now());
-        self.submit(Job::Score { tokens, ask, client, deadline, queued, reply })?;
+        self.submit(Job::Score { tokens, ask, adapters, client, deadline, queued, reply })?;
         answer.await.unwrap_or_else(|_| Err(gone()))
     }
 

@@ -7,6 +7,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{Ask, Event, Request, Scores};
 use crate::error::{Error, Reason, Result};
+use crate::models::decoder::plan::adapters::Mix;
 
 /// What waits for a slot.
 pub enum Job {
@@ -18,6 +19,7 @@ pub enum Job {
     Score {
         tokens: Vec<u32>,
         ask: Ask,
+        adapters: Mix,
         client: u64,
         deadline: Option<Instant>,
         queued: Instant,
@@ -164,7 +166,8 @@ mod tests {
     fn job(client: u64, mark: u32, deadline: Option<Instant>) -> (Job, Reply) {
         let (reply, receiver) = oneshot::channel();
         let (ask, queued, reply) = (Ask::Logprobs, Instant::now(), Some(reply));
-        (Job::Score { tokens: vec![mark], ask, client, deadline, queued, reply }, receiver)
+        let adapters = Mix::default();
+        (Job::Score { tokens: vec![mark], ask, adapters, client, deadline, queued, reply }, receiver)
     }
 
     fn mark(job: &Job) -> u32 {

@@ -11,6 +11,7 @@ use super::stop::{Shown, Stops};
 use super::{Ask, Event, Finish, Request, Scores, Token};
 use crate::data::tokenizer::{TextStream, Tokenizer};
 use crate::error::{Error, Result};
+use crate::models::decoder::plan::adapters::Mix;
 use crate::models::decoder::plan::{Cache, PAGE, PagePool};
 use crate::serve::sample::{Logprobs, Sampler};
 
@@ -25,6 +26,8 @@ pub struct Sequence<'a> {
     pub admitted: Instant,
     pub deadline: Option<Instant>,
     pub beginning: Beginning,
+    /// Applied to all its tokens.
+    pub adapters: Mix,
     task: Task<'a>,
 }
 
@@ -97,15 +100,16 @@ impl<'a> Sequence<'a> {
         let admitted = Instant::now();
         let deadline = job.deadline();
         match job {
-            Job::Score { tokens, ask, queued, reply, .. } => {
+            Job::Score { tokens, ask, adapters, queued, reply, .. } => {
                 let queue_seconds = (admitted - queued).as_secs_f64();
                 let scores = Scores { values: Vec::new(), queue_seconds };
                 let task = Task::Score { ask, scores, reply };
-                Self { cache, tokens, admitted, deadline, beginning: Beginning::default(), task }
+                let beginning = Beginning::default();
+                Self { cache, tokens, admitted, deadline, beginning, adapters, task }
             }
             Job::Generate { request, events, queued } => {
                 let mut beginning =
-                    Beginning { namespace: request.namespace, ..Beginning::default() };
+                    Beginning { namespace: request.adapters.namespace(), ..Beginning::default() };
                 if let Some(tree) = tree {
                     path.iter().for_each(|id| tree.hold(*id));
                     cache.attach(path.iter().map(|id| tree.page(*id).clone()));
@@ -117,6 +121,7 @@ impl<'a> Sequence<'a> {
                 let room = cache.capacity().min(request.prompt.len() + LISTED);
                 let mut tokens = Vec::with_capacity(room.max(request.prompt.len()) + 1);
                 tokens.extend_from_slice(&request.prompt);
+                let adapters = request.adapters.clone();
                 let generation = Generation {
                     sampler: Sampler::new(request.sampling, &request.prompt),
                     stops: Stops::new(request.stop.clone()),
@@ -137,7 +142,7 @@ impl<'a> Sequence<'a> {
                     first_logits: None,
                 };
                 let task = Task::Generate(Box::new(generation));
-                Self { cache, tokens, admitted, deadline, beginning, task }
+                Self { cache, tokens, admitted, deadline, beginning, adapters, task }
             }
         }
     }

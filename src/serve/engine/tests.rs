@@ -6,8 +6,10 @@ use rand::Rng as _;
 
 use super::worker::Worker;
 use super::*;
+use crate::models::decoder::plan::adapters::Fitted;
 use crate::models::decoder::plan::{Cache, Chunk};
 use crate::models::decoder::random;
+use crate::nn::adapter::{Adapter, Factors};
 
 const LIMITS: Limits = Limits {
     slots: 3,
@@ -31,6 +33,15 @@ fn engine(architecture: &str, limits: Limits) -> Engine {
     Engine::start(model(architecture), limits).unwrap()
 }
 
+/// An adapter of the tiny Llama that adds nothing.
+fn idle_adapter() -> Mix {
+    let factors = Factors::from_f32([64, 32], 1, &[1.0; 32], &[0.0; 64], 1.0).unwrap();
+    let name = "model.layers.0.self_attn.q_proj.weight".to_owned();
+    let adapter = Adapter { linears: [(name, Arc::new(factors))].into() };
+    let config = model("llama").decoder().unwrap().clone();
+    Mix::new([(Arc::new(Fitted::new("idle", &adapter, &config).unwrap()), 1.0)])
+}
+
 fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
     Request {
         prompt,
@@ -42,7 +53,7 @@ fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
         top_logprobs: 2,
         constraint: None,
         client: 0,
-        namespace: 0,
+        adapters: Mix::default(),
         deadline: None,
     }
 }
@@ -182,12 +193,12 @@ async fn scores_are_the_logprobs_of_generation() {
             logprobs.push(token.logprob.unwrap());
         }
     }
-    let scores = engine.score(ids, 0, None).await.unwrap();
+    let scores = engine.score(ids, Mix::default(), 0, None).await.unwrap();
     for (score, logprob) in scores[1..].iter().zip(logprobs) {
         assert!((score - logprob).abs() < 1e-4, "{score} {logprob}");
     }
     let long: Vec<u32> = (0..150).map(|i| i % 90).collect();
-    assert_eq!(engine.score(long, 0, None).await.unwrap().len(), 149);
+    assert_eq!(engine.score(long, Mix::default(), 0, None).await.unwrap().len(), 149);
 }
 
 #[tokio::test]
@@ -198,7 +209,7 @@ async fn bad_requests_are_refused() {
         assert_eq!(error.reason(), Reason::InvalidField);
         assert_eq!(error.violations()[0].field, "prompt");
     }
-    assert!(engine.score(vec![1; 201], 0, None).await.is_err());
+    assert!(engine.score(vec![1; 201], Mix::default(), 0, None).await.is_err());
     assert!(engine.healthy());
 }
 
@@ -238,7 +249,7 @@ async fn known_beginnings_are_not_computed_again_and_change_nothing() {
     let branch = [&text[..70], &[9; 40]].concat();
     for prefix_cache in [true, false] {
         let engine = engine("llama", Limits { prefix_cache, ..LIMITS });
-        for (prompt, namespace, known) in [
+        for (prompt, other, known) in [
             (&text, 0, 0),
             (&text, 0, 128),
             (&longer, 0, 128),
@@ -249,9 +260,11 @@ async fn known_beginnings_are_not_computed_again_and_change_nothing() {
             (&text[..128].to_vec(), 0, 64),
             (&text[..129].to_vec(), 0, 128),
         ] {
-            let request = Request { namespace, ..request(prompt.clone(), 10) };
+            // An adapter that changes nothing, but might.
+            let adapters = if other == 0 { Mix::default() } else { idle_adapter() };
+            let request = Request { adapters, ..request(prompt.clone(), 10) };
             let (ids, done) = collect(engine.generate(request).unwrap()).await;
-            assert_eq!(ids, alone(&model("llama"), prompt, 10), "{} {namespace}", prompt.len());
+            assert_eq!(ids, alone(&model("llama"), prompt, 10), "{} {other}", prompt.len());
             assert_eq!(cached(&done), if prefix_cache { known } else { 0 });
         }
         // What an answer said is known too: prompt and answer fill the next page.
@@ -261,7 +274,7 @@ async fn known_beginnings_are_not_computed_again_and_change_nothing() {
         let (got, done) = collect(engine.generate(request(all.clone(), 3)).unwrap()).await;
         assert_eq!(got, alone(&model("llama"), &all, 3));
         assert_eq!(cached(&done), if prefix_cache { 192 } else { 0 });
-        let scores = engine.score(text.clone(), 0, None).await.unwrap();
+        let scores = engine.score(text.clone(), Mix::default(), 0, None).await.unwrap();
         assert_eq!(scores.len(), 149);
     }
 }

@@ -12,6 +12,7 @@ use super::share::Shares;
 use super::{Shared, gone};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+use crate::models::decoder::plan::adapters::Mix;
 use crate::models::decoder::plan::{Chunk, Decoder, PAGE};
 
 /// How often the thread looks again whether slow clients have made room.
@@ -56,6 +57,8 @@ pub struct Worker<'a> {
     fates: Vec<Result<Fate>>,
     /// Empty between steps: only its memory is kept.
     chunks: Vec<Chunk<'static>>,
+    /// The adapters of each chunk.
+    mixes: Vec<Mix>,
     path: Vec<NodeId>,
     /// Arrivals at the last look into the queue, whether something was left there, and the first
     /// deadline of that.
@@ -79,6 +82,7 @@ impl<'a> Worker<'a> {
             shares: Shares::default(),
             fates: Vec::new(),
             chunks: Vec::new(),
+            mixes: Vec::new(),
             path: Vec::new(),
             seen: 0,
             waiting: false,
@@ -181,7 +185,7 @@ impl<'a> Worker<'a> {
         if let (Job::Generate { request, .. }, true) = (job, shared.limits.prefix_cache) {
             // The last token runs in any case: its logits are wanted.
             let text = &request.prompt[..request.prompt.len().saturating_sub(1)];
-            tree.find(request.namespace, text, path);
+            tree.find(request.adapters.namespace(), text, path);
         }
         let held = tree.held() + path.iter().filter(|id| !tree.is_held(**id)).count();
         let own: usize = active
@@ -202,7 +206,7 @@ impl<'a> Worker<'a> {
     /// One forward over all sequences that are ready: a token of each that decodes, and pieces of the
     /// prompts.
     fn step(&mut self) {
-        let Self { shared, decoder, tree, active, ready, shares, fates, chunks, .. } = self;
+        let Self { shared, decoder, tree, active, ready, shares, fates, chunks, mixes, .. } = self;
         let vocab = decoder.config().vocab;
         shares.set(active.iter().zip(&*ready).map(|(sequence, ready)| match ready {
             true => sequence.need(),
@@ -217,15 +221,17 @@ impl<'a> Worker<'a> {
 
         let outcome = {
             let mut step = recycled(std::mem::take(chunks));
+            mixes.clear();
             for (sequence, &count) in active.iter_mut().zip(counts) {
                 if count > 0 {
+                    mixes.push(sequence.adapters.clone());
                     let logits = sequence.wanted(count);
                     let first = sequence.cache.len();
                     let tokens = &sequence.tokens[first..first + count];
                     step.push(Chunk { tokens, cache: &mut sequence.cache, logits });
                 }
             }
-            let outcome = decoder.forward(&mut step);
+            let outcome = decoder.forward_with(&mut step, mixes);
             *chunks = recycled(step);
             outcome
         };

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::super::rotary::{Rotary, Table};
 use super::super::{Activation, Config, LayerKind};
+use super::adapters::{Adapters, Site};
 use super::attention::{self, Span, Store};
 use super::cache::Cache;
 use super::linear::{self, Arithmetic, Linear};
@@ -59,6 +60,8 @@ pub(super) struct Buffers {
     up: Vec<f32>,
     /// The input of products, in 8 bits.
     pub rounded: Activations,
+    /// What adapters add to the rows of the step.
+    pub adapters: Adapters,
 }
 
 /// The first `len` elements of a buffer that grows but never shrinks.
@@ -180,6 +183,7 @@ impl Layer {
         let delta = sized(&mut buffers.delta, rows * width);
         let gate = sized(&mut buffers.gate, rows * wide);
         let up = sized(&mut buffers.up, rows * wide);
+        let adapters = &mut buffers.adapters;
         let mut tap = |group: usize, rows: &[f32]| {
             if let Some(tap) = &mut tap {
                 tap(group, rows);
@@ -193,6 +197,9 @@ impl Layer {
         let rounded = &mut buffers.rounded;
         let outputs = [(&self.q, &mut *q), (&self.k, &mut *k), (&self.v, &mut *v)];
         linear::run(x, width, rounded, outputs);
+        adapters.add(self.index, Site::Q, x, q);
+        adapters.add(self.index, Site::K, x, k);
+        adapters.add(self.index, Site::V, x, v);
         let end = spans.iter().map(|s| s.first + s.rows.len()).max().unwrap_or(0);
         self.place(&self.rotary.upto(end), spans, q, k);
         match caches {
@@ -210,6 +217,7 @@ impl Layer {
         }
         tap(1, attended);
         linear::run(attended, q_width, rounded, [(&self.o, &mut *delta)]);
+        adapters.add(self.index, Site::O, attended, delta);
         each_row(hidden, width, x, width, |i, h, x| {
             let delta = &delta[i * width..][..width];
             add_normed(h, delta, self.after_attention.as_deref(), eps, x);
@@ -217,6 +225,8 @@ impl Layer {
         });
         tap(2, x);
         linear::run(x, width, rounded, [(&self.gate, &mut *gate), (&self.up, &mut *up)]);
+        adapters.add(self.index, Site::Gate, x, gate);
+        adapters.add(self.index, Site::Up, x, up);
         let gated = match config.activation {
             Activation::Silu => activation::silu_gated,
             Activation::GeluTanh => activation::gelu_gated,
@@ -224,6 +234,7 @@ impl Layer {
         each_row(gate, wide, up, wide, |_, gate, up| gated(gate, up));
         tap(3, gate);
         linear::run(gate, wide, rounded, [(&self.down, &mut *delta)]);
+        adapters.add(self.index, Site::Down, gate, delta);
         each_row(hidden, width, x, width, |i, h, x| {
             add_normed(h, &delta[i * width..][..width], self.after_mlp.as_deref(), eps, x);
         });

@@ -1,5 +1,6 @@
 //! The forward that serves, evaluates and calibrates: preallocated buffers, weights in their layouts.
 
+pub mod adapters;
 mod attention;
 mod block;
 mod cache;
@@ -17,6 +18,7 @@ pub use block::Block;
 pub use cache::{Cache, CacheFormat, PAGE, Page, PagePool};
 pub use linear::Arithmetic;
 
+use self::adapters::Mix;
 use self::attention::Span;
 use self::block::{Buffers, Layer, Rotaries, sized};
 use self::linear::Matrix;
@@ -112,18 +114,31 @@ impl Decoder {
     /// chunk by chunk. Caches grow by their tokens. Token ids must be below the vocabulary size and
     /// caches must have room (checked, errors name the chunk; then no cache has changed).
     pub fn forward(&mut self, chunks: &mut [Chunk<'_>]) -> Result<&[f32]> {
-        self.run(chunks, Output::Logits)
+        self.run(chunks, &[], Output::Logits)
+    }
+
+    /// Like [`Decoder::forward`], each chunk with the adapters at its place; chunks beyond the end of
+    /// `adapters` have none. Adapters must fit the decoder (checked as the chunks are).
+    pub fn forward_with(&mut self, chunks: &mut [Chunk<'_>], adapters: &[Mix]) -> Result<&[f32]> {
+        self.run(chunks, adapters, Output::Logits)
     }
 
     /// Like [`Decoder::forward`], but gives the final hidden states `[wanted, hidden]`, of which a
     /// [`Head`] makes the logits.
     pub fn states(&mut self, chunks: &mut [Chunk<'_>]) -> Result<&[f32]> {
-        self.run(chunks, Output::States)
+        self.run(chunks, &[], Output::States)
     }
 
-    fn run(&mut self, chunks: &mut [Chunk<'_>], output: Output) -> Result<&[f32]> {
+    fn run(
+        &mut self,
+        chunks: &mut [Chunk<'_>],
+        adapters: &[Mix],
+        output: Output,
+    ) -> Result<&[f32]> {
         for (i, chunk) in chunks.iter().enumerate() {
-            self.check(chunk).map_err(|error| error.within(&format!("chunk {i}")))?;
+            self.check(chunk)
+                .and_then(|()| adapters.get(i).map_or(Ok(()), |mix| mix.check(&self.config)))
+                .map_err(|error| error.within(&format!("chunk {i}")))?;
         }
         for chunk in chunks.iter_mut() {
             chunk.cache.prepare(chunk.tokens.len())?;
@@ -153,7 +168,7 @@ impl Decoder {
                 }
             }
             if rows > 0 {
-                done += self.step(chunks, &step, rows, done, output);
+                done += self.step(chunks, adapters, &step, (rows, done), output);
             }
         }
         debug_assert_eq!(done, wanted);
@@ -191,9 +206,9 @@ impl Decoder {
     fn step(
         &mut self,
         chunks: &mut [Chunk<'_>],
+        adapters: &[Mix],
         parts: &[(usize, Range<usize>)],
-        rows: usize,
-        first: usize,
+        (rows, first): (usize, usize),
         output: Output,
     ) -> usize {
         let width = self.config.hidden;
@@ -209,6 +224,10 @@ impl Decoder {
             embed_rows(&self.config, tokens, out, |row, out| self.embedding.read_row(row, out));
             spans.push(Span { rows: span, first: chunk.cache.len() });
         }
+        let rows_of =
+            parts.iter().zip(&spans).map(|((chunk, _), span)| (*chunk, span.rows.clone()));
+        let mixes = rows_of.filter_map(|(chunk, rows)| Some((adapters.get(chunk)?, rows)));
+        self.buffers.adapters.start(rows, mixes);
         {
             let mut next = parts.iter().map(|(chunk, _)| *chunk).peekable();
             let mut caches: Vec<&mut Cache> = chunks
@@ -224,6 +243,7 @@ impl Decoder {
                 cache.advance(span.rows.len());
             }
         }
+        self.buffers.adapters.end();
 
         // Only the rows whose logits are wanted go through the head.
         let wanted = sized(&mut self.wanted, rows * width);

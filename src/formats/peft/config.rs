@@ -1,0 +1,225 @@
+//! `adapter_config.json`: what decides rank and scale, and what must be off.
+
+use serde::Deserialize;
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde_json::Value;
+
+use super::CONFIG;
+use crate::error::{Error, Reason, Result};
+use crate::formats::{malformed, quoted};
+
+/// Most entries of a pattern.
+const MAX_PATTERN: usize = 1 << 14;
+
+/// Settings that are part of the result; all others describe training or are refused.
+#[derive(Debug)]
+pub struct Settings {
+    rank: u64,
+    alpha: f64,
+    /// Divide by the root of the rank, not by the rank.
+    rslora: bool,
+    ranks: Vec<(Key, u64)>,
+    alphas: Vec<(Key, f64)>,
+}
+
+/// A key of a pattern: the end of a module's name at a dot, or all of it after `^`.
+#[derive(Debug)]
+struct Key {
+    name: String,
+    whole: bool,
+}
+
+#[derive(Deserialize)]
+struct File {
+    peft_type: Option<String>,
+    r: Option<u64>,
+    lora_alpha: Option<f64>,
+    #[serde(default)]
+    use_rslora: Option<bool>,
+    #[serde(default)]
+    rank_pattern: Pattern<u64>,
+    #[serde(default)]
+    alpha_pattern: Pattern<f64>,
+    #[serde(default)]
+    bias: Option<String>,
+    #[serde(default)]
+    init_lora_weights: Value,
+    #[serde(flatten)]
+    rest: serde_json::Map<String, Value>,
+}
+
+/// Settings that must be absent, null, false or empty, and why.
+const OFF: &[(&str, &str)] = &[
+    ("use_dora", "DoRA scales the rows of the merged weight, which is no low-rank addition"),
+    ("use_qalora", "QA-LoRA pools its inputs, which is not done here"),
+    ("use_bdlora", "block-diagonal factors are not served"),
+    ("use_arrow", "Arrow routes between adapters for each token, which is not done here"),
+    ("arrow_config", "Arrow routes between adapters for each token, which is not done here"),
+    ("alora_invocation_tokens", "aLoRA begins in the middle of a sequence, which is not done here"),
+    ("lora_bias", "biases of factors are not served"),
+    ("modules_to_save", "modules that were trained as a whole are no low-rank addition"),
+    ("trainable_token_indices", "changed embeddings are not served"),
+    ("layer_replication", "a model with repeated layers is not the base any more"),
+    ("target_parameters", "factors of bare parameters (experts) are not served"),
+    ("fan_in_fan_out", "the linears of these models are not stored transposed"),
+    ("kasa_config", "KaSA takes components away from the base"),
+    ("megatron_config", "the linears of Megatron are sliced in another way"),
+    ("monteclora_config", "factors that are drawn at random are not served"),
+];
+
+/// Initialisations that change the base, so that the factors fit no model that others have.
+const MUTATING: &[&str] = &["pissa", "olora", "corda", "loftq", "lora_ga"];
+
+impl Settings {
+    pub fn parse(json: &[u8]) -> Result<Self> {
+        let file: File = serde_json::from_slice(json)
+            .map_err(|e| malformed(format!("{CONFIG} cannot be read: {e}")))?;
+        match file.peft_type.as_deref() {
+            Some("LORA") => {}
+            Some(other) => {
+                return Err(unsupported(
+                    "peft_type",
+                    format!("is {}, but only LORA is served", quoted(other)),
+                ));
+            }
+            None => return Err(malformed(format!("{CONFIG} has no peft_type"))),
+        }
+        for (key, reason) in OFF {
+            if file.rest.get(*key).is_some_and(is_on) {
+                return Err(unsupported(key, format!("is set: {reason}")));
+            }
+        }
+        if let Some(bias) = file.bias.as_deref().filter(|b| *b != "none") {
+            return Err(unsupported(
+                "bias",
+                format!("is {}, but only none is served", quoted(bias)),
+            ));
+        }
+        if let Value::String(start) = &file.init_lora_weights {
+            let start = start.to_ascii_lowercase();
+            if MUTATING.iter().any(|m| start.starts_with(m)) {
+                return Err(unsupported(
+                    "init_lora_weights",
+                    format!(
+                        "is {}, which changes the base: save the adapter again with \
+                         path_initial_model_for_weight_conversion",
+                        quoted(&start)
+                    ),
+                ));
+            }
+        }
+        let rank = file.r.unwrap_or(8);
+        let alpha = file.lora_alpha.unwrap_or(8.0);
+        if !alpha.is_finite() {
+            return Err(malformed(format!("lora_alpha of {CONFIG} is not finite")));
+        }
+        Ok(Self {
+            rank,
+            alpha,
+            rslora: file.use_rslora.unwrap_or(false),
+            ranks: keys("rank_pattern", file.rank_pattern)?,
+            alphas: keys("alpha_pattern", file.alpha_pattern)?,
+        })
+    }
+
+    /// The rank that a module's factors are to have.
+    pub fn rank(&self, module: &str) -> u64 {
+        find(&self.ranks, module).unwrap_or(self.rank)
+    }
+
+    /// What the product of a module's factors is multiplied by.
+    pub fn scale(&self, module: &str, rank: usize) -> Result<f32> {
+        let alpha = find(&self.alphas, module).unwrap_or(self.alpha);
+        let rank = rank as f64;
+        let scale = (alpha / if self.rslora { rank.sqrt() } else { rank }) as f32;
+        if scale.is_finite() {
+            return Ok(scale);
+        }
+        Err(malformed(format!("the scale of module {} is not finite", quoted(module))))
+    }
+}
+
+/// The first key that matches wins, as in PEFT.
+fn find<T: Copy>(pattern: &[(Key, T)], module: &str) -> Option<T> {
+    let matches = |key: &Key| {
+        let Some(rest) = module.strip_suffix(key.name.as_str()) else { return false };
+        rest.is_empty() || (!key.whole && rest.ends_with('.'))
+    };
+    pattern.iter().find(|(key, _)| matches(key)).map(|(_, value)| *value)
+}
+
+fn keys<T>(field: &str, pattern: Pattern<T>) -> Result<Vec<(Key, T)>> {
+    let read = |(text, value): (String, T)| {
+        let whole = text.starts_with('^');
+        let name = text.strip_prefix('^').unwrap_or(&text);
+        let name = name.strip_suffix('$').unwrap_or(name).replace("\\.", ".");
+        let plain = !name.is_empty()
+            && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-'));
+        if plain {
+            return Ok((Key { name, whole }, value));
+        }
+        Err(unsupported(
+            field,
+            format!("has the key {}, but only names of modules are read", quoted(&text)),
+        ))
+    };
+    pattern.0.into_iter().map(read).collect()
+}
+
+/// False for what stands for a setting that is not used.
+fn is_on(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(map) => !map.is_empty(),
+        _ => true,
+    }
+}
+
+fn unsupported(key: &str, problem: impl std::fmt::Display) -> Error {
+    Error::new(
+        Reason::UnsupportedFormat,
+        format!(
+            "{key} of {CONFIG} {problem}; merge this adapter into its base and import that instead, \
+             or train it anew without"
+        ),
+    )
+}
+
+/// A map in the order of the file, which decides between two keys that match.
+struct Pattern<T>(Vec<(String, T)>);
+
+impl<T> Default for Pattern<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Pattern<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Ordered<T>(std::marker::PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Ordered<T> {
+            type Value = Pattern<T>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object of numbers by module")
+            }
+
+            fn visit_unit<E>(self) -> Result<Self::Value, E> {
+                Ok(Pattern::default())
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    if entries.len() == MAX_PATTERN {
+                        return Err(serde::de::Error::custom("a pattern has too many entries"));
+                    }
+                    entries.push(entry);
+                }
+                Ok(Pattern(entries))
+            }
+        }
+        deserializer.deserialize_any(Ordered(std::marker::PhantomData))
+    }
+}

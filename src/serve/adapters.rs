@@ -1,0 +1,171 @@
+//! Which adapters are in memory: loaded at their first request, dropped when others need the room.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use crate::error::{Error, Reason, Result};
+use crate::models::decoder::plan::adapters::Fitted;
+
+/// The loaded adapters, by the digest of their content.
+pub struct Adapters {
+    max_bytes: u64,
+    /// One load at a time, as for models.
+    loading: tokio::sync::Mutex<()>,
+    loaded: Mutex<BTreeMap<String, Loaded>>,
+}
+
+struct Loaded {
+    adapter: Arc<Fitted>,
+    used: Instant,
+}
+
+impl Loaded {
+    /// Whether a request holds it: dropping it here would free nothing.
+    fn busy(&self) -> bool {
+        Arc::strong_count(&self.adapter) > 1
+    }
+}
+
+/// What is loaded.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stats {
+    pub adapters: usize,
+    pub resident_bytes: u64,
+}
+
+impl Adapters {
+    /// Room for adapters of `max_bytes` together.
+    pub fn new(max_bytes: u64) -> Self {
+        Self { max_bytes, loading: tokio::sync::Mutex::default(), loaded: Mutex::default() }
+    }
+
+    /// The adapter with this digest, read by `open` if it is not there; `bytes` is what it will
+    /// take. Those that no request holds and that were not used for longest make room;
+    /// LIMIT_REACHED when that does not suffice.
+    pub async fn get<F>(
+        &self,
+        digest: &str,
+        bytes: u64,
+        open: impl FnOnce() -> F,
+    ) -> Result<Arc<Fitted>>
+    where
+        F: Future<Output = Result<Fitted>>,
+    {
+        if let Some(adapter) = self.find(digest) {
+            return Ok(adapter);
+        }
+        let _turn = self.loading.lock().await;
+        if let Some(adapter) = self.find(digest) {
+            return Ok(adapter);
+        }
+        // Before reading, so that there are never more in memory than fit.
+        self.make_room(bytes)?;
+        let adapter = Arc::new(open().await?);
+        let loaded = Loaded { adapter: Arc::clone(&adapter), used: Instant::now() };
+        self.lock().insert(digest.to_owned(), loaded);
+        Ok(adapter)
+    }
+
+    /// Drops the adapter with this digest; requests that hold it keep it. False if there is none.
+    pub fn unload(&self, digest: &str) -> bool {
+        self.lock().remove(digest).is_some()
+    }
+
+    /// What is loaded now.
+    pub fn stats(&self) -> Stats {
+        let loaded = self.lock();
+        Stats {
+            adapters: loaded.len(),
+            resident_bytes: loaded.values().map(|l| l.adapter.bytes()).sum(),
+        }
+    }
+
+    fn find(&self, digest: &str) -> Option<Arc<Fitted>> {
+        let mut loaded = self.lock();
+        let found = loaded.get_mut(digest)?;
+        found.used = Instant::now();
+        Some(Arc::clone(&found.adapter))
+    }
+
+    fn make_room(&self, bytes: u64) -> Result<()> {
+        let mut loaded = self.lock();
+        loop {
+            let taken: u64 = loaded.values().map(|l| l.adapter.bytes()).sum();
+            if taken.saturating_add(bytes) <= self.max_bytes {
+                return Ok(());
+            }
+            let idle = loaded.iter().filter(|(_, l)| !l.busy());
+            let Some(digest) = idle.min_by_key(|(_, l)| l.used).map(|(d, _)| d.clone()) else {
+                return Err(Error::new(
+                    Reason::LimitReached,
+                    format!(
+                        "the adapter takes {bytes} bytes and adapters at work take {taken}, more than \
+                         limits.adapters_bytes allows ({}); try again later or raise the limit",
+                        self.max_bytes
+                    ),
+                ));
+            };
+            tracing::debug!(digest, "an adapter was unloaded to make room");
+            loaded.remove(&digest);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Loaded>> {
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::decoder::{Config, random};
+    use crate::nn::adapter::{Adapter, Factors};
+
+    /// 4 * (80 + 32) elements, 896 bytes.
+    fn fitted(digest: &str) -> Fitted {
+        let config = Config::from_hugging_face(&random::tiny("llama")).unwrap();
+        let factors =
+            Factors::from_f32([80, 32], 4, &[1.0; 128], &[1.0; 320], 1.0).map(Arc::new).unwrap();
+        let linears = [("model.layers.0.mlp.up_proj.weight".to_owned(), factors)].into();
+        Fitted::new(digest, &Adapter { linears }, &config).unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_one_not_used_for_longest_makes_room_unless_it_is_held() {
+        let adapters = Adapters::new(2 * 896);
+        let load =
+            async |digest: &str| adapters.get(digest, 896, || async { Ok(fitted(digest)) }).await;
+        let is_loaded = async |digest: &str| {
+            let nothing = || async { Err(Error::internal("not loaded")) };
+            adapters.get(digest, 0, nothing).await.is_ok()
+        };
+        drop(load("a").await.unwrap());
+        drop(load("b").await.unwrap());
+        drop(load("a").await.unwrap());
+        drop(load("c").await.unwrap());
+        assert!(is_loaded("a").await && is_loaded("c").await && !is_loaded("b").await);
+        assert_eq!(adapters.stats(), Stats { adapters: 2, resident_bytes: 2 * 896 });
+
+        let (held, other) = (load("a").await.unwrap(), load("c").await.unwrap());
+        assert_eq!(load("d").await.unwrap_err().reason(), Reason::LimitReached);
+        drop(other);
+        load("d").await.unwrap();
+        assert!(is_loaded("a").await && !is_loaded("c").await);
+
+        // Unloaded while it is held: the holder keeps it, the next one reads it anew.
+        assert!(adapters.unload("a") && !adapters.unload("a"));
+        assert_eq!(held.digest(), "a");
+        assert!(!Arc::ptr_eq(&held, &load("a").await.unwrap()));
+        let wide = adapters.get("w", 3 * 896, || async { Ok(fitted("w")) }).await;
+        assert_eq!(wide.unwrap_err().reason(), Reason::LimitReached);
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_read_is_not_kept() {
+        let adapters = Adapters::new(1 << 20);
+        let failed = adapters.get("a", 1, || async { Err(Error::internal("no")) }).await;
+        assert!(failed.is_err());
+        assert_eq!(adapters.stats(), Stats::default());
+    }
+}

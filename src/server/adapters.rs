@@ -1,0 +1,372 @@
+//! Adapters.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tonic::{Request, Response, Status};
+
+use super::State;
+use super::download::{self, Piece, Source as File};
+use super::paging::Page;
+use super::{check, convert};
+use crate::error::{Error, Reason, Result};
+use crate::formats::peft;
+use crate::models::decoder::Config;
+use crate::models::decoder::plan::adapters::{Fitted, Mix};
+use crate::nn::adapter::Adapter;
+use crate::proto::v1;
+use crate::proto::v1::adapter_service_server::AdapterService;
+use crate::proto::v1::{export_adapter_response, import_adapter_request};
+use crate::store::adapters::{AdapterRow, Facts, NewAdapter};
+use crate::store::models::VersionRow;
+use crate::store::names;
+use crate::store::objects::check_digest;
+
+/// Files one import may name: PEFT writes two and a README.
+const MAX_FILES: usize = 16;
+/// Adapters of one request.
+const MAX_ADAPTERS: usize = 8;
+/// Largest weight of an adapter.
+const MAX_WEIGHT: f32 = 100.0;
+
+pub struct Adapters(pub Arc<State>);
+
+#[tonic::async_trait]
+impl AdapterService for Adapters {
+    async fn import_adapter(
+        &self,
+        request: Request<v1::ImportAdapterRequest>,
+    ) -> Result<Response<v1::Adapter>, Status> {
+        let request = request.into_inner();
+        names::check_id(&request.adapter_id)
+            .map_err(|e| Error::at(e.reason(), "adapter_id", e.message()))?;
+        check::display_name("display_name", &request.display_name)?;
+        check::request_id(&request.request_id)?;
+        let (model, _) = names::version(&request.base)
+            .map_err(|e| Error::at(e.reason(), "base", e.message()))?;
+        let base = self.0.store.version(&request.base).await?;
+
+        let folder = tempfile::Builder::new()
+            .prefix("adapter-")
+            .tempdir_in(&self.0.scratch)
+            .map_err(Error::from)?;
+        let source = self.gather(&request, folder.path()).await?;
+        let (path, config) = (folder.path().to_owned(), base.config.clone());
+        let facts = super::blocking(move || {
+            let adapter = peft::read(&path)?;
+            Fitted::new("", &adapter, &Config::from_hugging_face(&config)?)?;
+            Ok(Facts::of(&adapter))
+        })
+        .await?;
+        if request.validate_only {
+            let row = AdapterRow {
+                id: request.adapter_id,
+                display_name: request.display_name,
+                base_model: model.to_owned(),
+                base_version: base.name(),
+                digest: String::new(),
+                facts,
+                files: Vec::new(),
+                source: source.to_owned(),
+                created_ms: 0,
+                etag: String::new(),
+            };
+            return Ok(Response::new(v1::Adapter { create_time: None, ..message(row) }));
+        }
+        let new = NewAdapter {
+            id: &request.adapter_id,
+            display_name: &request.display_name,
+            base_model: model,
+            base_version: &base.name(),
+            facts,
+            source,
+            request_id: &request.request_id,
+        };
+        let kept = [peft::CONFIG, peft::WEIGHTS];
+        let row = self.0.store.create_adapter(&new, folder.path(), &kept).await?;
+        Ok(Response::new(message(row)))
+    }
+
+    async fn get_adapter(
+        &self,
+        request: Request<v1::GetAdapterRequest>,
+    ) -> Result<Response<v1::Adapter>, Status> {
+        let request = request.into_inner();
+        let row = self.0.store.adapter(names::adapter(&request.name)?).await?;
+        Ok(Response::new(message(row)))
+    }
+
+    async fn list_adapters(
+        &self,
+        request: Request<v1::ListAdaptersRequest>,
+    ) -> Result<Response<v1::ListAdaptersResponse>, Status> {
+        let request = request.into_inner();
+        let base = match request.base_model.as_str() {
+            "" => None,
+            name => Some(
+                names::model(name).map_err(|e| Error::at(e.reason(), "base_model", e.message()))?,
+            ),
+        };
+        let scope = ["adapters", request.base_model.as_str()];
+        let page = Page::parse(request.page_size, &request.page_token, &scope)?;
+        let mut rows = self.0.store.adapters(base, page.after.as_deref(), page.size + 1).await?;
+        let next_page_token = page.cut(&mut rows, &scope, |row| row.id.clone());
+        let adapters = rows.into_iter().map(message).collect();
+        Ok(Response::new(v1::ListAdaptersResponse { adapters, next_page_token }))
+    }
+
+    async fn delete_adapter(
+        &self,
+        request: Request<v1::DeleteAdapterRequest>,
+    ) -> Result<Response<pbjson_types::Empty>, Status> {
+        let request = request.into_inner();
+        let etag = Some(request.etag.as_str()).filter(|e| !e.is_empty());
+        let row = self.0.store.delete_adapter(names::adapter(&request.name)?, etag).await?;
+        self.0.adapters.unload(&row.digest);
+        Ok(Response::new(pbjson_types::Empty {}))
+    }
+
+    type ExportAdapterStream = download::Messages<v1::ExportAdapterResponse>;
+
+    async fn export_adapter(
+        &self,
+        request: Request<v1::ExportAdapterRequest>,
+    ) -> Result<Response<Self::ExportAdapterStream>, Status> {
+        let request = request.into_inner();
+        let row = self.0.store.adapter(names::adapter(&request.name)?).await?;
+        let paths = self.0.store.adapter_paths(&row).await?;
+        let files = paths.into_iter().map(|(name, path)| File { name, path }).collect();
+        Ok(Response::new(download::stream(files, None, |piece| {
+            let part = match piece {
+                Piece::File { name, size } => export_adapter_response::Part::File(v1::ModelFile {
+                    file_name: name,
+                    digest: String::new(),
+                    size_bytes: convert::signed(size),
+                }),
+                Piece::Chunk(chunk) => export_adapter_response::Part::Chunk(chunk),
+            };
+            Some(v1::ExportAdapterResponse { part: Some(part) })
+        })))
+    }
+
+    async fn load_adapter(
+        &self,
+        request: Request<v1::LoadAdapterRequest>,
+    ) -> Result<Response<v1::LoadAdapterResponse>, Status> {
+        let request = request.into_inner();
+        let row = self.0.store.adapter(names::adapter(&request.name)?).await?;
+        let started = Instant::now();
+        let base = match self.0.store.version(&row.base_version).await {
+            // It may be gone; the model is not.
+            Err(error) if error.reason() == Reason::ResourceNotFound => {
+                self.0.store.version(&format!("models/{}", row.base_model)).await?
+            }
+            base => base?,
+        };
+        let fitted = load(&self.0, &row, &base).await?;
+        Ok(Response::new(v1::LoadAdapterResponse {
+            name: row.name(),
+            resident_bytes: convert::signed(fitted.bytes()),
+            seconds: started.elapsed().as_secs_f64(),
+        }))
+    }
+
+    async fn unload_adapter(
+        &self,
+        request: Request<v1::UnloadAdapterRequest>,
+    ) -> Result<Response<pbjson_types::Empty>, Status> {
+        let request = request.into_inner();
+        let row = self.0.store.adapter(names::adapter(&request.name)?).await?;
+        self.0.adapters.unload(&row.digest);
+        Ok(Response::new(pbjson_types::Empty {}))
+    }
+}
+
+impl Adapters {
+    /// Copies the files of an import into a folder of its own, so that what is checked is what is
+    /// kept. Gives where they came from.
+    async fn gather(
+        &self,
+        request: &v1::ImportAdapterRequest,
+        folder: &Path,
+    ) -> Result<&'static str> {
+        match &request.source {
+            None => Err(Error::field("source", "missing; give a path or uploaded files")),
+            Some(import_adapter_request::Source::Path(path)) => {
+                let from = check::allowed_path(Path::new(path), &self.0.config.import.allow_paths)
+                    .map_err(|e| Error::at(e.reason(), "path", without_field(&e)))?;
+                let (folder, most) = (folder.to_owned(), self.0.config.limits.upload_bytes);
+                super::blocking(move || copy(&from, &folder, most)).await?;
+                Ok("path")
+            }
+            Some(import_adapter_request::Source::Uploaded(uploaded)) => {
+                self.place(&uploaded.files, folder).await?;
+                Ok("upload")
+            }
+        }
+    }
+
+    async fn place(&self, files: &[v1::ModelFile], folder: &Path) -> Result<()> {
+        if files.is_empty() || files.len() > MAX_FILES {
+            let problem = format!("1 to {MAX_FILES} files are taken");
+            return Err(Error::field("uploaded.files", problem));
+        }
+        let mut seen = BTreeSet::new();
+        for (index, file) in files.iter().enumerate() {
+            let at = |name: &str| format!("uploaded.files[{index}].{name}");
+            check::file_name(&at("file_name"), &file.file_name)?;
+            if !seen.insert(&file.file_name) {
+                return Err(Error::field(at("file_name"), "two files have this name"));
+            }
+            check_digest(&file.digest).map_err(|e| Error::field(at("digest"), e.message()))?;
+            let object = self.0.store.objects.find(&file.digest).await?.ok_or_else(|| {
+                Error::at(
+                    Reason::ResourceNotFound,
+                    at("digest"),
+                    "no file with this digest was uploaded; send it with UploadFile",
+                )
+            })?;
+            if file.size_bytes != 0 && file.size_bytes != convert::signed(object.size) {
+                let problem = format!("the uploaded file has {} bytes", object.size);
+                return Err(Error::at(Reason::DigestMismatch, at("size_bytes"), problem));
+            }
+            let from = self.0.store.objects.local_path(&file.digest).await?;
+            let to = folder.join(&file.file_name);
+            // A second name for the same bytes is as good as a copy: objects are write-once.
+            super::blocking(move || {
+                if std::fs::hard_link(&from, &to).is_err() {
+                    std::fs::copy(&from, &to)?;
+                }
+                Ok(())
+            })
+            .await?;
+        }
+        Ok(())
+    }
+}
+
+/// The description alone: the violation repeats the field.
+fn without_field(error: &Error) -> String {
+    error.violations().first().map_or(error.message(), |v| v.description.as_str()).to_owned()
+}
+
+/// Copies what belongs to an adapter from a folder, at most `most` bytes a file.
+fn copy(from: &Path, to: &Path, most: u64) -> Result<()> {
+    for name in [peft::CONFIG, peft::WEIGHTS] {
+        let path = from.join(name);
+        // Neither links, which could lead out of the folder, nor devices.
+        let Ok(metadata) = std::fs::symlink_metadata(&path) else { continue };
+        if !metadata.is_file() {
+            continue;
+        }
+        if metadata.len() > most {
+            return Err(Error::at(
+                Reason::TooLarge,
+                "path",
+                format!("{name} has more bytes than the {most} that limits.upload_bytes allows"),
+            ));
+        }
+        std::fs::copy(path, to.join(name))?;
+    }
+    Ok(())
+}
+
+/// The adapters of a request on a version, loaded.
+///
+/// # Errors
+/// INVALID_FIELD for too many, names that come twice and weights out of range, RESOURCE_NOT_FOUND
+/// for an unknown adapter, MODEL_UNSUITABLE for one of another model, LIMIT_REACHED where there is
+/// no room.
+pub async fn resolve(state: &State, version: &VersionRow, uses: &[v1::AdapterUse]) -> Result<Mix> {
+    if uses.len() > MAX_ADAPTERS {
+        return Err(Error::field("adapters", format!("more than {MAX_ADAPTERS} adapters")));
+    }
+    let mut seen = BTreeSet::new();
+    let mut parts = Vec::with_capacity(uses.len());
+    for (index, one) in uses.iter().enumerate() {
+        let field = |name: &str| format!("adapters[{index}].{name}");
+        let weight = one.weight.unwrap_or(1.0);
+        // False for what is not a number.
+        if !(-MAX_WEIGHT..=MAX_WEIGHT).contains(&weight) {
+            let problem = format!("{weight} is outside -{MAX_WEIGHT} to {MAX_WEIGHT}");
+            return Err(Error::field(field("weight"), problem));
+        }
+        let at_name = |e: Error| Error::at(e.reason(), field("name"), e.message());
+        let id = names::adapter(&one.name).map_err(at_name)?;
+        if !seen.insert(id) {
+            return Err(Error::field(field("name"), "comes twice; give it once with the sum"));
+        }
+        let row = state.store.adapter(id).await.map_err(at_name)?;
+        if row.base_model != version.model {
+            return Err(Error::at(
+                Reason::ModelUnsuitable,
+                field("name"),
+                format!(
+                    "{} was made for models/{}, not for models/{}; name an adapter of this model",
+                    row.name(),
+                    row.base_model,
+                    version.model
+                ),
+            ));
+        }
+        parts.push((load(state, &row, version).await?, weight));
+    }
+    Ok(Mix::new(parts))
+}
+
+/// An adapter in memory, fitted to a version of its model.
+async fn load(state: &State, row: &AdapterRow, version: &VersionRow) -> Result<Arc<Fitted>> {
+    let open = || async {
+        let paths = state.store.adapter_paths(row).await?;
+        let (digest, config) = (row.digest.clone(), version.config.clone());
+        super::blocking(move || {
+            Fitted::new(&digest, &read(&paths)?, &Config::from_hugging_face(&config)?)
+        })
+        .await
+    };
+    state.adapters.get(&row.digest, row.facts.resident_bytes, open).await
+}
+
+/// The files of a stored adapter, which lie under their digests.
+fn read(paths: &std::collections::BTreeMap<String, std::path::PathBuf>) -> Result<Adapter> {
+    let missing = || Error::new(Reason::StoreCorrupt, "an adapter lacks a file; import it again");
+    let config = paths.get(peft::CONFIG).ok_or_else(missing)?;
+    let weights = paths.get(peft::WEIGHTS).ok_or_else(missing)?;
+    peft::parse(&std::fs::read(config)?, &crate::formats::safetensors::open(weights)?)
+}
+
+/// A row as a message of the API.
+fn message(row: AdapterRow) -> v1::Adapter {
+    let total = row.files.iter().fold(0u64, |sum, (_, object)| sum.saturating_add(object.size));
+    v1::Adapter {
+        name: row.name(),
+        display_name: row.display_name,
+        base_model: format!("models/{}", row.base_model),
+        base_version: row.base_version,
+        method: v1::AdapterMethod::Lora.into(),
+        max_rank: row.facts.ranks.1,
+        min_rank: row.facts.ranks.0,
+        max_scale: row.facts.scales.1,
+        min_scale: row.facts.scales.0,
+        target_modules: row.facts.targets,
+        linear_count: i32::try_from(row.facts.linears).unwrap_or(i32::MAX),
+        parameter_count: convert::signed(row.facts.parameters),
+        resident_bytes: convert::signed(row.facts.resident_bytes),
+        total_bytes: convert::signed(total),
+        digest: row.digest,
+        files: row
+            .files
+            .into_iter()
+            .map(|(file_name, object)| v1::ModelFile {
+                file_name,
+                digest: object.digest,
+                size_bytes: convert::signed(object.size),
+            })
+            .collect(),
+        create_time: Some(convert::timestamp(row.created_ms)),
+        etag: row.etag,
+        source: row.source,
+    }
+}
