@@ -5,6 +5,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod bidirectional;
 pub mod cast;
 pub mod dot;
 pub mod gemm;

@@ -23,6 +23,22 @@ pub fn for_ranges(count: usize, grain: usize, work: impl Fn(Range<usize>) + Sync
     });
 }
 
+/// Calls `work` with disjoint runs of whole rows of a matrix and the index of each run's first row; as
+/// [`for_ranges`] otherwise.
+pub fn for_rows(
+    matrix: &mut [f32],
+    width: usize,
+    grain: usize,
+    work: impl Fn(usize, &mut [f32]) + Sync,
+) {
+    let shared = Shared::new(matrix);
+    for_ranges(shared.len() / width, grain, |range| {
+        // SAFETY: ranges are disjoint, so their rows are.
+        let rows = unsafe { shared.slice(range.start * width..range.end * width) };
+        work(range.start, rows);
+    });
+}
+
 thread_local! {
     static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
@@ -99,6 +115,17 @@ mod tests {
             });
             assert!(seen.into_inner().unwrap().iter().all(|n| *n == 1), "{count} by {grain}");
         }
+    }
+
+    #[test]
+    fn rows_are_visited_once_under_their_own_index() {
+        let mut matrix = vec![0.0; 7 * 3];
+        for_rows(&mut matrix, 3, 1, |first, rows| {
+            for (i, row) in rows.chunks_exact_mut(3).enumerate() {
+                row.iter_mut().for_each(|v| *v += (first + i) as f32);
+            }
+        });
+        assert!((0..21).all(|i| matrix[i] == (i / 3) as f32), "{matrix:?}");
     }
 
     #[test]

@@ -19,7 +19,7 @@ const SHARD: u64 = 2 << 30;
 ///
 /// # Errors
 /// `INVALID_FIELD` for another type, `NON_FINITE` for values that `dtype` cannot hold.
-pub fn hugging_face(model: &Model, folder: &Path, dtype: Dtype) -> Result<Vec<PathBuf>> {
+pub fn hugging_face<F>(model: &Model<F>, folder: &Path, dtype: Dtype) -> Result<Vec<PathBuf>> {
     let name = match dtype {
         Dtype::F32 => "float32",
         Dtype::F16 => "float16",
