@@ -5,6 +5,7 @@ mod client;
 mod compare;
 mod config;
 mod datasets;
+mod embed;
 mod error;
 mod generate;
 mod jobs;
@@ -79,6 +80,8 @@ enum Command {
     Score(generate::ScoreArgs),
     /// Text to tokens and back
     Tokenize(generate::TokenizeArgs),
+    /// Texts to vectors, by an encoder
+    Embed(embed::EmbedArgs),
     /// Long work: list, watch, cancel
     #[command(subcommand)]
     Jobs(jobs::Command),
@@ -181,6 +184,7 @@ async fn dispatch(command: Command, context: &Context) -> Result<()> {
         Command::Generate(args) => args.run(context).await,
         Command::Score(args) => args.run(context).await,
         Command::Tokenize(args) => args.run(context).await,
+        Command::Embed(args) => args.run(context).await,
         Command::Jobs(command) => command.run(context).await,
         Command::Serve(args) => serve::run(args).await,
         Command::Config(command) => command.run(context.output),
@@ -214,6 +218,8 @@ mod tests {
             "planish generate --model smol hello --chat --system short --seed 1 --temperature 0",
             "planish score --model smol text",
             "planish tokenize --model smol --tokens 1,2,3",
+            "planish embed --model minilm one two --normalize --pooling cls --dimensions 64",
+            "planish embed --model minilm --file - --normalize=false --no-truncate --output json",
             "planish jobs watch operations/x --timeout 5m",
             "planish config print",
         ];

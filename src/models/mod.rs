@@ -98,14 +98,7 @@ impl AnyModel {
     pub fn encoder(self) -> Result<encoder::Model> {
         match self {
             Self::Encoder(model) => Ok(model),
-            Self::Decoder(_) => Err(Error::new(
-                Reason::ModelUnsuitable,
-                format!(
-                    "the model is a decoder ({}) and makes no embeddings; name an encoder, bert for \
-                     instance",
-                    self.architecture()
-                ),
-            )),
+            Self::Decoder(_) => Err(not_an_encoder(self.architecture())),
         }
     }
 
@@ -155,12 +148,23 @@ impl<T: Clone + Into<AnyModel>> From<&T> for AnyModel {
 }
 
 /// The error of an encoder where a language model is needed.
-fn not_a_decoder(architecture: &str) -> Error {
+pub fn not_a_decoder(architecture: &str) -> Error {
     Error::new(
         Reason::ModelUnsuitable,
         format!(
             "the model is an encoder ({architecture}): it embeds texts, but recipes, evaluations and \
              generation need a decoder; name a language model, llama for instance"
+        ),
+    )
+}
+
+/// The error of a decoder where an encoder is needed.
+pub fn not_an_encoder(architecture: &str) -> Error {
+    Error::new(
+        Reason::ModelUnsuitable,
+        format!(
+            "the model is a decoder ({architecture}) and makes no embeddings; name an encoder, bert for \
+             instance"
         ),
     )
 }

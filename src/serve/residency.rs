@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::engine::{Engine, Limits};
+use super::engine::Limits;
+use super::loaded::Loaded;
 use crate::error::{Error, Reason, Result};
-use crate::models::Model;
+use crate::models::AnyModel;
 
 /// The loaded models, by a key that stands for their content.
 pub struct Residency {
@@ -18,7 +19,7 @@ pub struct Residency {
 }
 
 struct Resident {
-    engine: Engine,
+    engine: Loaded,
     used: Instant,
 }
 
@@ -40,9 +41,9 @@ impl Residency {
 
     /// The engine under `key`, made of what `open` gives if there is none. Idle models that were not
     /// used for longest make room; LIMIT_REACHED when that does not suffice.
-    pub async fn engine<F>(&self, key: &str, open: impl FnOnce() -> F) -> Result<Engine>
+    pub async fn engine<F>(&self, key: &str, open: impl FnOnce() -> F) -> Result<Loaded>
     where
-        F: Future<Output = Result<Model>>,
+        F: Future<Output = Result<AnyModel>>,
     {
         if let Some(engine) = self.find(key) {
             return Ok(engine);
@@ -54,7 +55,7 @@ impl Residency {
         let model = open().await?;
         self.make_room(model.bytes())?;
         let limits = self.limits;
-        let engine = tokio::task::spawn_blocking(move || Engine::start(model, limits))
+        let engine = tokio::task::spawn_blocking(move || Loaded::start(model, limits))
             .await
             .map_err(|e| Error::internal("loading a model failed").with_source(e))??;
         let resident = Resident { engine: engine.clone(), used: Instant::now() };
@@ -85,7 +86,7 @@ impl Residency {
         })
     }
 
-    fn find(&self, key: &str) -> Option<Engine> {
+    fn find(&self, key: &str) -> Option<Loaded> {
         let mut loaded = self.lock();
         let resident = loaded.get_mut(key)?;
         if !resident.engine.healthy() {

@@ -21,7 +21,7 @@ const SERVICES: &[(&str, &[Part])] = {
     use crate::proto::google::longrunning::operations_server;
     use crate::proto::v1::{
         dataset_service_server, generation_service_server, job_service_server,
-        method_service_server, model_service_server,
+        method_service_server, model_service_server, retrieval_service_server,
     };
     &[
         ("", &[Part::Store, Part::Engines]),
@@ -30,6 +30,7 @@ const SERVICES: &[(&str, &[Part])] = {
         (job_service_server::SERVICE_NAME, &[Part::Store]),
         (operations_server::SERVICE_NAME, &[Part::Store]),
         (generation_service_server::SERVICE_NAME, &[Part::Store, Part::Engines]),
+        (retrieval_service_server::SERVICE_NAME, &[Part::Store, Part::Engines]),
         (method_service_server::SERVICE_NAME, &[]),
     ]
 };

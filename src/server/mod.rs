@@ -20,6 +20,7 @@ mod observe;
 mod operations;
 mod paging;
 mod reflection;
+mod retrieval;
 mod state;
 mod status;
 mod tls;
@@ -44,6 +45,7 @@ use crate::proto::v1::generation_service_server::GenerationServiceServer;
 use crate::proto::v1::job_service_server::JobServiceServer;
 use crate::proto::v1::method_service_server::MethodServiceServer;
 use crate::proto::v1::model_service_server::ModelServiceServer;
+use crate::proto::v1::retrieval_service_server::RetrievalServiceServer;
 use gate::{Gate, Phase};
 use state::{State, blocking};
 
@@ -108,7 +110,8 @@ impl Server {
             .add_service(service!(JobServiceServer, jobs::Jobs(state.clone())))
             .add_service(service!(ClaimServiceServer, claims::Claims(state.clone())))
             .add_service(service!(OperationsServer, operations::Operations(state.clone())))
-            .add_service(service!(GenerationServiceServer, generation::Generation(state.clone())));
+            .add_service(service!(GenerationServiceServer, generation::Generation(state.clone())))
+            .add_service(service!(RetrievalServiceServer, retrieval::Retrieval(state.clone())));
         let mut server = tonic::transport::Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE))
             .http2_keepalive_timeout(Some(KEEPALIVE_PATIENCE))

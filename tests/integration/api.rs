@@ -15,6 +15,7 @@ const SERVICES: &[&str] = &[
     "planish.v1.MethodService",
     "planish.v1.JobService",
     "planish.v1.GenerationService",
+    "planish.v1.RetrievalService",
     "google.longrunning.Operations",
 ];
 

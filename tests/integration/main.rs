@@ -6,6 +6,7 @@ mod api;
 mod cli;
 mod clients;
 mod contract;
+mod embedding;
 mod harness;
 mod journey;
 mod layers;

@@ -87,7 +87,8 @@ impl Encoder {
         let width = self.config.hidden;
         assert_eq!(out.len(), inputs.len() * width, "room for one vector an input");
         for (i, input) in inputs.iter().enumerate() {
-            check(&self.config, input.tokens).map_err(|e| e.within(&format!("inputs[{i}]")))?;
+            check_tokens(&self.config, input.tokens)
+                .map_err(|e| e.within(&format!("inputs[{i}]")))?;
         }
         // Texts of like length side by side, the long ones first: threads end at the same time.
         let mut order: Vec<usize> = (0..inputs.len()).collect();
@@ -140,14 +141,14 @@ impl Encoder {
     }
 }
 
-/// Refuses what the embeddings have no rows for.
-fn check(config: &Config, tokens: &[u32]) -> Result<()> {
+/// Refuses what the embeddings have no rows for; errors blame `ids`.
+pub fn check_tokens(config: &Config, tokens: &[u32]) -> Result<()> {
     if tokens.is_empty() {
-        return Err(Error::field("tokens", "no tokens; give at least one"));
+        return Err(Error::field("ids", "no tokens; give at least one"));
     }
     if tokens.len() > config.max_positions {
         return Err(Error::field(
-            "tokens",
+            "ids",
             format!(
                 "{} tokens are more than the {} positions of the model; shorten the text",
                 tokens.len(),
@@ -158,7 +159,7 @@ fn check(config: &Config, tokens: &[u32]) -> Result<()> {
     match tokens.iter().find(|id| **id as usize >= config.vocab) {
         None => Ok(()),
         Some(id) => Err(Error::field(
-            "tokens",
+            "ids",
             format!("id {id} is outside the vocabulary of {}", config.vocab),
         )),
     }

@@ -120,7 +120,7 @@ fn inputs_that_have_no_rows_are_refused_by_place() {
         let inputs = [&good[..], bad].map(|tokens| Input { tokens, pooling: Pooling::Mean });
         let error = encoder.embed(&inputs, &mut [0.0; 64]).unwrap_err();
         assert_eq!(error.reason(), Reason::InvalidField);
-        assert_eq!(error.violations()[0].field, "inputs[1].tokens");
+        assert_eq!(error.violations()[0].field, "inputs[1].ids");
     }
 }
 
