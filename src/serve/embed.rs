@@ -114,7 +114,7 @@ impl Embedder {
     /// longer than the model takes is cut, or refused where `truncate` is false. Long texts take a while.
     ///
     /// # Errors
-    /// `MODEL_UNSUITABLE` without a tokenizer, `INVALID_FIELD` for texts that are too long.
+    /// `MODEL_UNSUITABLE` without a tokenizer, `INVALID_FIELD` (of `text`) for texts that are too long.
     pub fn encode(&self, text: &str, truncate: bool) -> Result<Encoded> {
         let Shared { model, around: (before, after), .. } = self.shared();
         let tokenizer = model.tokenizer.as_deref().ok_or_else(|| {
@@ -131,7 +131,7 @@ impl Embedder {
         let truncated = ids.len() > room;
         if truncated && !truncate {
             return Err(Error::field(
-                "",
+                "text",
                 format!(
                     "{} tokens are more than the {most} that the model takes; shorten the text or let \
                      it be truncated",
@@ -325,12 +325,12 @@ fn pick(active: &[Job], rows: usize) -> Vec<(usize, usize)> {
     let mut left = rows;
     loop {
         let before = picked.len();
-        for (job, next) in active.iter().zip(&mut next).enumerate().map(|(i, (j, n))| ((i, j), n)) {
-            let Some(input) = job.1.request.inputs.get(*next) else { continue };
+        for (at, (job, next)) in active.iter().zip(&mut next).enumerate() {
+            let Some(input) = job.request.inputs.get(*next) else { continue };
             if input.len() > left && !picked.is_empty() {
                 return picked;
             }
-            picked.push((job.0, *next));
+            picked.push((at, *next));
             left = left.saturating_sub(input.len());
             *next += 1;
         }

@@ -255,8 +255,10 @@ fn encode(embedder: &Embedder, texts: Texts, truncate: bool) -> Result<Vec<Encod
     let read = texts.texts.iter().enumerate().map(|(i, text)| {
         let encoded = embedder.encode(text, truncate);
         let encoded = encoded.and_then(|e| check_tokens(config, &e.ids).map(|()| e));
-        encoded.map_err(|e| match e.reason() {
-            Reason::InvalidField => Error::field(format!("texts[{i}]"), e.message()),
+        encoded.map_err(|e| match (e.reason(), e.violations()) {
+            (Reason::InvalidField, [violation]) => {
+                Error::field(format!("texts[{i}]"), violation.description.clone())
+            }
             _ => e,
         })
     });

@@ -347,6 +347,56 @@ async fn exports_carry_the_pooling_and_come_back() {
     service.running.stop().await.unwrap();
 }
 
+/// Runs the command against a server; gives its standard output.
+async fn planish(endpoint: &str, arguments: &[&str]) -> String {
+    let output = tokio::process::Command::new(env!("CARGO_BIN_EXE_planish"))
+        .args(["--endpoint", endpoint])
+        .args(arguments)
+        .output()
+        .await
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {said}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[tokio::test]
+async fn the_command_imports_a_folder_embeds_and_exports() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = support::serve(folder.path()).await;
+    let endpoint = format!("http://{}", running.address());
+    // Laid out as sentence-transformers does, with the pooling in a folder of its own.
+    let source = folder.path().join("source");
+    let model = write_encoder(&source);
+    std::fs::create_dir(source.join("1_Pooling")).unwrap();
+    std::fs::rename(source.join("1_Pooling_config.json"), source.join("1_Pooling/config.json"))
+        .unwrap();
+    planish(&endpoint, &["models", "import", source.to_str().unwrap(), "--id", "e"]).await;
+    let shown = planish(&endpoint, &["models", "show", "e", "--output", "json"]).await;
+    assert!(shown.contains(r#""encoder""#) && shown.contains(r#""bert""#), "{shown}");
+
+    let lines = folder.path().join("lines.txt");
+    std::fs::write(&lines, "w0 w1\n\nw7\n").unwrap();
+    let file = ["embed", "--model", "e", "--file", lines.to_str().unwrap(), "--output", "json"];
+    let answer = planish(&endpoint, &file).await;
+    let ids: [&[u32]; 3] = [&[2, 5, 6, 3], &[2, 3], &[2, 12, 3]];
+    assert_eq!(answer.lines().count(), 3);
+    for (line, ids) in answer.lines().zip(ids) {
+        let embedding: v1::Embedding = serde_json::from_str(line).unwrap();
+        assert_close(&embedding.values, &direct(&model, ids, Pooling::Max));
+    }
+    let table = planish(&endpoint, &["embed", "-m", "e", "w1", "w2", "--dimensions", "3"]).await;
+    assert_eq!(table.lines().count(), 4, "two lines of header, two of texts: {table}");
+
+    let out = folder.path().join("out");
+    planish(&endpoint, &["models", "export", "e", "--type", "f32", "--to", out.to_str().unwrap()])
+        .await;
+    let again = import::open_any(&out).unwrap().encoder().unwrap();
+    assert_eq!((again.family.pooling, again.family.max_tokens), (Pooling::Max, 32));
+    assert!(out.join("1_Pooling/config.json").is_file() && out.join("modules.json").is_file());
+    running.stop().await.unwrap();
+}
+
 /// The folder of all-MiniLM-L6-v2, fetched once into the user's cache folder.
 fn minilm() -> PathBuf {
     let cache = std::env::var_os("XDG_CACHE_HOME")

@@ -65,8 +65,8 @@ pub fn states(model: &Model, tokens: &[u32]) -> Vec<Vec<f64>> {
                     })
                     .collect();
                 let total: f64 = scores.iter().sum();
-                for c in first..first + head {
-                    mixed[c] = (0..tokens.len()).map(|j| scores[j] / total * v[j][c]).sum();
+                for (c, out) in mixed.iter_mut().enumerate().skip(first).take(head) {
+                    *out = scores.iter().zip(&v).map(|(s, v)| s / total * v[c]).sum();
                 }
             }
             let out = linear(&mixed, &place("attention.output.dense"));
