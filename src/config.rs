@@ -379,7 +379,7 @@ impl Config {
         within("limits.context", l.context as u64, 16, 1 << 24)?;
         within("limits.kv_bytes", l.kv_bytes, 1 << 20, 1 << 50)?;
         within("limits.models_bytes", l.models_bytes, 0, 1 << 50)?;
-        within("limits.idle_unload_seconds", l.idle_unload_seconds, 0, 366 * 86_400)?
+        within("limits.idle_unload_seconds", l.idle_unload_seconds, 0, 366 * 86_400)?;
         within("limits.adapters_bytes", l.adapters_bytes, 0, 1 << 50)
     }
 }

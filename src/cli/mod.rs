@@ -7,6 +7,7 @@ mod client;
 mod compare;
 mod config;
 mod datasets;
+mod embed;
 mod error;
 mod generate;
 mod jobs;
@@ -87,6 +88,8 @@ enum Command {
     /// Measure speeds beside what the machine can do
     #[command(subcommand)]
     Bench(bench::Command),
+    /// Texts to vectors, by an encoder
+    Embed(embed::EmbedArgs),
     /// Long work: list, watch, cancel
     #[command(subcommand)]
     Jobs(jobs::Command),
@@ -192,6 +195,7 @@ async fn dispatch(command: Command, context: &Context) -> Result<()> {
         Command::Score(args) => args.run(context).await,
         Command::Tokenize(args) => args.run(context).await,
         Command::Bench(command) => command.run(context).await,
+        Command::Embed(args) => args.run(context).await,
         Command::Jobs(command) => command.run(context).await,
         Command::Serve(args) => serve::run(args).await,
         Command::Config(command) => command.run(context.output),
@@ -234,6 +238,8 @@ mod tests {
             "planish bench kernels --layout q4 --shape 576x1536,192x576 --tokens 1,8",
             "planish bench serve --model smol --clients 8 --rate 2.5 --seconds 10",
             "planish bench serve -m smol --requests 9 --prompt-tokens 8:64 --shared-prefix 4",
+            "planish embed --model minilm one two --normalize --pooling cls --dimensions 64",
+            "planish embed --model minilm --file - --normalize=false --no-truncate --output json",
             "planish jobs watch operations/x --timeout 5m",
             "planish config print",
         ];

@@ -212,8 +212,13 @@ async fn upload_model(context: &Context, client: &Client, path: &Path) -> Result
     let total = paths.iter().filter_map(|p| p.metadata().ok()).map(|m| m.len()).sum();
     let bar = bytes_bar(context.output, total);
     let mut files = Vec::new();
-    for path in &paths {
-        files.push(transfer::upload(client, path, &bar).await?);
+    for file in &paths {
+        let mut sent = transfer::upload(client, file, &bar).await?;
+        // Uploads know no folders: a module's settings go under the module's name.
+        if let Some(module) = file.parent().filter(|folder| *folder != path && path.is_dir()) {
+            sent.file_name = format!("{}_{}", transfer::file_name(module)?, sent.file_name);
+        }
+        files.push(sent);
     }
     bar.finish_and_clear();
     Ok(UploadedFiles { files })
@@ -230,6 +235,11 @@ fn model_files(path: &Path) -> Result<Vec<PathBuf>> {
         let file = entry.map_err(reading)?.path();
         if file.is_file() && file.file_name().and_then(|n| n.to_str()).is_some_and(belongs) {
             files.push(file);
+        } else if file.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.ends_with("_Pooling"))
+            && file.join("config.json").is_file()
+        {
+            // How a sentence-transformers model pools.
+            files.push(file.join("config.json"));
         }
     }
     files.sort();

@@ -281,6 +281,9 @@ impl Incoming {
         }
         let folder = path.parent().filter(|f| !f.as_os_str().is_empty());
         let failed = |e| CliError::file(&format!("writing {}", path.display()), &e);
+        if let Some(folder) = folder.filter(|_| !to.single) {
+            fs::create_dir_all(folder).await.map_err(failed)?;
+        }
         let (file, partial) = tempfile::Builder::new()
             .prefix(".planish-")
             .tempfile_in(folder.unwrap_or(Path::new(".")))
@@ -333,13 +336,19 @@ async fn readable(file: &File) -> std::io::Result<()> {
     Ok(())
 }
 
-/// A file name from the server that stays inside the folder.
+/// A file name from the server that stays inside the folder; a module of an encoder has its settings in
+/// a folder of its own (`1_Pooling/config.json`).
 fn safe(name: &str) -> Result<&str> {
-    let plain = !name.is_empty()
-        && !name.starts_with('.')
-        && !name.contains(['/', '\\', ':'])
-        && !name.chars().any(char::is_control);
-    if plain {
+    let plain = |name: &str| {
+        !name.is_empty()
+            && !name.starts_with('.')
+            && !name.contains(['/', '\\', ':'])
+            && !name.chars().any(char::is_control)
+    };
+    let module = name
+        .strip_suffix("/config.json")
+        .is_some_and(|folder| plain(folder) && folder.starts_with(|c: char| c.is_ascii_digit()));
+    if plain(name) || module {
         Ok(name)
     } else {
         Err(CliError::failure(format!("the server sent a file called {name:?}; not written")))
@@ -353,6 +362,11 @@ mod tests {
     #[test]
     fn names_from_the_server_stay_in_the_folder() {
         assert!(safe("model-00001-of-00002.safetensors").is_ok());
+        assert!(safe("1_Pooling/config.json").is_ok());
+        let inside = ["../config.json", "/config.json", "a/config.json", "1/../config.json"];
+        for bad in inside.iter().chain(&["1/b/config.json", "1_Pooling/x.json"]) {
+            assert!(safe(bad).is_err(), "{bad:?}");
+        }
         for bad in ["", "..", "../x", "/etc/passwd", "a/b", "a\\b", "c:x", ".bashrc", "a\nb"] {
             assert!(safe(bad).is_err(), "{bad}");
         }

@@ -37,7 +37,7 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
         None => return Err(Error::field("source", "is missing; give a uri or uploaded files")),
     };
     job.progress.report(FETCHED, "opening the model")?;
-    let model = import::open(&path)?;
+    let model = import::open_any(&path)?;
     job.progress.report(OPENED, "writing the version")?;
     let lineage = v1::Lineage {
         source,

@@ -6,6 +6,7 @@
 pub mod activation;
 pub mod attention;
 pub mod bf16;
+pub mod bidirectional;
 pub mod cast;
 pub mod dot;
 pub mod dual_grained;

@@ -30,7 +30,7 @@ pub fn for_ranges(count: usize, grain: usize, work: impl Fn(Range<usize>) + Sync
 
 /// Calls `f` with the index and the rows of two matrices of equally many rows, at least `grain` rows a
 /// thread.
-pub fn for_rows(
+pub fn for_row_pairs(
     a: &mut [f32],
     a_width: usize,
     b: &mut [f32],
@@ -48,6 +48,22 @@ pub fn for_rows(
         let other = unsafe { b.slice(range.start * b_width..range.end * b_width) };
         let rows = own.chunks_exact_mut(a_width).zip(other.chunks_exact_mut(b_width));
         range.zip(rows).for_each(|(i, (a, b))| f(i, a, b));
+    });
+}
+
+/// Calls `work` with disjoint runs of whole rows of a matrix and the index of each run's first row; as
+/// [`for_ranges`] otherwise.
+pub fn for_rows(
+    matrix: &mut [f32],
+    width: usize,
+    grain: usize,
+    work: impl Fn(usize, &mut [f32]) + Sync,
+) {
+    let shared = Shared::new(matrix);
+    for_ranges(shared.len() / width, grain, |range| {
+        // SAFETY: ranges are disjoint, so their rows are.
+        let rows = unsafe { shared.slice(range.start * width..range.end * width) };
+        work(range.start, rows);
     });
 }
 
@@ -388,12 +404,23 @@ mod tests {
     #[test]
     fn rows_are_visited_in_pairs() {
         let (mut a, mut b) = (vec![0.0; 3 * 50], vec![0.0; 2 * 50]);
-        for_rows(&mut a, 3, &mut b, 2, 4, |i, a, b| {
+        for_row_pairs(&mut a, 3, &mut b, 2, 4, |i, a, b| {
             a.fill(i as f32);
             b.fill(-(i as f32));
         });
         assert!(a.iter().enumerate().all(|(i, v)| *v == (i / 3) as f32));
         assert!(b.iter().enumerate().all(|(i, v)| *v == -((i / 2) as f32)));
+    }
+
+    #[test]
+    fn rows_are_visited_once_under_their_own_index() {
+        let mut matrix = vec![0.0; 7 * 3];
+        for_rows(&mut matrix, 3, 1, |first, rows| {
+            for (i, row) in rows.chunks_exact_mut(3).enumerate() {
+                row.iter_mut().for_each(|v| *v += (first + i) as f32);
+            }
+        });
+        assert!((0..21).all(|i| matrix[i] == (i / 3) as f32), "{matrix:?}");
     }
 
     #[test]

@@ -8,8 +8,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::decoder::Config;
-use super::{Family, Model};
+use super::{Family, Model, decoder, encoder};
 use crate::data::tokenizer::{self, Tokenizer};
 use crate::error::{Error, Reason, Result};
 use crate::formats::malformed;
@@ -44,11 +43,25 @@ pub(super) fn text(path: &Path, limit: u64) -> Result<String> {
     String::from_utf8(text).map_err(|_| malformed(format!("{shown} is not UTF-8")))
 }
 
+/// A configuration of any family.
+pub(super) enum AnyFamily {
+    Decoder(decoder::Config),
+    Encoder(encoder::Config),
+}
+
+/// A small file of settings in JSON.
+pub(super) fn json(path: &Path) -> Result<Value> {
+    serde_json::from_str(&text(path, MAX_CONFIG)?)
+        .map_err(|e| malformed(format!("{} cannot be read: {e}", path.display())))
+}
+
 /// The configuration and the family it describes.
-pub(super) fn config(path: &Path) -> Result<(Value, Family)> {
-    let config: Value = serde_json::from_str(&text(path, MAX_CONFIG)?)
-        .map_err(|e| malformed(format!("{} cannot be read: {e}", path.display())))?;
-    let family = Family::Decoder(Config::from_hugging_face(&config)?);
+pub(super) fn config(path: &Path) -> Result<(Value, AnyFamily)> {
+    let config = json(path)?;
+    let family = match encoder::is_encoder(&config) {
+        true => AnyFamily::Encoder(encoder::Config::from_hugging_face(&config)?),
+        false => AnyFamily::Decoder(decoder::Config::from_hugging_face(&config)?),
+    };
     Ok((config, family))
 }
 
@@ -97,16 +110,45 @@ pub(super) fn pretty(value: &Value) -> String {
     format!("{sorted:#}\n")
 }
 
+/// What a configuration says of a model's parts.
+pub(super) trait Parts {
+    /// Every tensor the model must have, with its shape.
+    fn tensors(&self) -> Vec<(String, Vec<usize>)>;
+    /// Rows of the embedding matrix.
+    fn vocab(&self) -> usize;
+}
+
+impl Parts for Family {
+    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let Self::Decoder(config) = self;
+        config.tensors()
+    }
+
+    fn vocab(&self) -> usize {
+        let Self::Decoder(config) = self;
+        config.vocab
+    }
+}
+
+impl Parts for encoder::Config {
+    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        Self::tensors(self)
+    }
+
+    fn vocab(&self) -> usize {
+        self.vocab
+    }
+}
+
 /// A model of checked parts: every tensor that the configuration asks for, in its shape, and no other.
-pub(super) fn assemble(
-    family: Family,
+pub(super) fn assemble<F: Parts>(
+    family: F,
     config: Value,
     mut weights: BTreeMap<String, Arc<Weight>>,
     tokenizer: Option<Arc<Tokenizer>>,
-) -> Result<Model> {
-    let Family::Decoder(decoder) = &family;
+) -> Result<Model<F>> {
     let mut checked = BTreeMap::new();
-    for (name, shape) in decoder.tensors() {
+    for (name, shape) in family.tensors() {
         let weight = weights.remove(&name).ok_or_else(|| {
             Error::new(
                 Reason::MalformedFile,
@@ -120,12 +162,12 @@ pub(super) fn assemble(
         return Err(unexpected(name));
     }
     if let Some(tokenizer) = &tokenizer
-        && tokenizer.vocab_size() > decoder.vocab
+        && tokenizer.vocab_size() > family.vocab()
     {
         // Ids beyond the embeddings would only fail later, in the middle of a text.
         tracing::warn!(
             tokens = tokenizer.vocab_size(),
-            embeddings = decoder.vocab,
+            embeddings = family.vocab(),
             "the tokenizer has tokens that the model has no embeddings for"
         );
     }

@@ -1,6 +1,7 @@
 //! Models: a family's configuration, named weights, and the text side (tokenizer, chat template).
 
 pub mod decoder;
+pub mod encoder;
 pub mod export;
 mod files;
 mod gguf;
@@ -14,7 +15,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Reason, Result};
 use crate::nn::weight::{Record, Weight};
 
-/// The configuration of a model, by family.
+/// The configuration of a model whose blocks methods walk through, by family.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Family {
     /// Decoder-only language models (Llama, Mistral, Qwen, Gemma and their relatives).
@@ -30,10 +31,11 @@ impl Family {
     }
 }
 
-/// A model in memory. Weights are shared: cloning a model copies no tensor.
+/// A model in memory. Weights are shared: cloning a model copies no tensor. Methods, calibration and
+/// evaluation take the families of [`Family`]; [`encoder::Model`] is this with an encoder's settings.
 #[derive(Clone)]
-pub struct Model {
-    pub family: Family,
+pub struct Model<F = Family> {
+    pub family: F,
     /// `config.json` in Hugging Face form, kept whole so that exports lose nothing.
     pub config: serde_json::Value,
     /// Weights by their Hugging Face names (`model.layers.0.self_attn.q_proj.weight`).
@@ -42,7 +44,132 @@ pub struct Model {
     pub tokenizer: Option<Arc<Tokenizer>>,
 }
 
-impl Model {
+/// What a file or a version may hold.
+#[derive(Clone)]
+pub enum AnyModel {
+    Decoder(Model),
+    Encoder(encoder::Model),
+}
+
+macro_rules! each {
+    ($self:ident, $model:ident => $e:expr) => {
+        match $self {
+            AnyModel::Decoder($model) => $e,
+            AnyModel::Encoder($model) => $e,
+        }
+    };
+}
+
+impl AnyModel {
+    /// The family's name, as method cards and versions have it.
+    pub fn family(&self) -> &'static str {
+        match self {
+            Self::Decoder(model) => model.family.name(),
+            Self::Encoder(_) => encoder::FAMILY,
+        }
+    }
+
+    /// The architecture within the family, `llama` or `bert` for instance.
+    pub fn architecture(&self) -> &str {
+        match self {
+            Self::Decoder(model) => {
+                let Family::Decoder(config) = &model.family;
+                &config.architecture
+            }
+            Self::Encoder(model) => &model.family.architecture,
+        }
+    }
+
+    /// The model as one that methods change and the engine serves.
+    ///
+    /// # Errors
+    /// `MODEL_UNSUITABLE` for an encoder.
+    pub fn decoder(self) -> Result<Model> {
+        match self {
+            Self::Decoder(model) => Ok(model),
+            Self::Encoder(model) => Err(not_a_decoder(&model.family.architecture)),
+        }
+    }
+
+    /// The model as one that embeds.
+    ///
+    /// # Errors
+    /// `MODEL_UNSUITABLE` for a decoder.
+    pub fn encoder(self) -> Result<encoder::Model> {
+        match self {
+            Self::Encoder(model) => Ok(model),
+            Self::Decoder(_) => Err(not_an_encoder(self.architecture())),
+        }
+    }
+
+    /// `config.json` in Hugging Face form.
+    pub fn config(&self) -> &serde_json::Value {
+        each!(self, model => &model.config)
+    }
+
+    /// Weights by their names.
+    pub fn weights(&self) -> &BTreeMap<String, Arc<Weight>> {
+        each!(self, model => &model.weights)
+    }
+
+    /// The tokenizer, if the model came with one.
+    pub fn tokenizer(&self) -> Option<&Arc<Tokenizer>> {
+        each!(self, model => model.tokenizer.as_ref())
+    }
+
+    /// Bytes of all weights.
+    pub fn bytes(&self) -> u64 {
+        each!(self, model => model.bytes())
+    }
+
+    /// Number of weights' elements.
+    pub fn parameters(&self) -> u64 {
+        each!(self, model => model.parameters())
+    }
+}
+
+impl From<Model> for AnyModel {
+    fn from(model: Model) -> Self {
+        Self::Decoder(model)
+    }
+}
+
+impl From<encoder::Model> for AnyModel {
+    fn from(model: encoder::Model) -> Self {
+        Self::Encoder(model)
+    }
+}
+
+/// A copy that shares the weights.
+impl<T: Clone + Into<AnyModel>> From<&T> for AnyModel {
+    fn from(model: &T) -> Self {
+        model.clone().into()
+    }
+}
+
+/// The error of an encoder where a language model is needed.
+pub fn not_a_decoder(architecture: &str) -> Error {
+    Error::new(
+        Reason::ModelUnsuitable,
+        format!(
+            "the model is an encoder ({architecture}): it embeds texts, but recipes, evaluations and \
+             generation need a decoder; name a language model, llama for instance"
+        ),
+    )
+}
+
+/// The error of a decoder where an encoder is needed.
+pub fn not_an_encoder(architecture: &str) -> Error {
+    Error::new(
+        Reason::ModelUnsuitable,
+        format!(
+            "the model is a decoder ({architecture}) and makes no embeddings; name an encoder, bert for \
+             instance"
+        ),
+    )
+}
+
+impl<F> Model<F> {
     /// The weight called `name`.
     pub fn weight(&self, name: &str) -> Result<&Arc<Weight>> {
         self.weights.get(name).ok_or_else(|| {
@@ -50,6 +177,18 @@ impl Model {
         })
     }
 
+    /// Bytes of all weights.
+    pub fn bytes(&self) -> u64 {
+        self.weights.values().map(|w| w.bytes()).sum()
+    }
+
+    /// Number of weights' elements.
+    pub fn parameters(&self) -> u64 {
+        self.weights.values().map(|w| w.shape().iter().product::<usize>() as u64).sum()
+    }
+}
+
+impl Model {
     /// The decoder configuration, or an error that names `what` needs it.
     pub fn decoder(&self) -> Result<&decoder::Config> {
         match &self.family {
@@ -77,16 +216,6 @@ impl Model {
                 })
                 .collect(),
         }
-    }
-
-    /// Bytes of all weights.
-    pub fn bytes(&self) -> u64 {
-        self.weights.values().map(|w| w.bytes()).sum()
-    }
-
-    /// Number of weights' elements.
-    pub fn parameters(&self) -> u64 {
-        self.weights.values().map(|w| w.shape().iter().product::<usize>() as u64).sum()
     }
 }
 

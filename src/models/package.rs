@@ -7,7 +7,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Family, Model, ModelInfo, TensorInfo, files};
+use super::files::{AnyFamily, Parts};
+use super::{AnyModel, Family, Model, ModelInfo, TensorInfo, files, not_a_decoder};
 use crate::error::{Error, Reason, Result};
 use crate::formats::safetensors::{self, Plan, Tensor};
 use crate::formats::{malformed, quoted};
@@ -36,7 +37,7 @@ struct Manifest {
 /// Writes the files of a version into `folder`. `lineage` is what `planish.json` keeps of the
 /// version's origin; it must not contain times or anything else that differs between equal runs.
 /// Equal models and lineages give equal bytes. Returns the file names, sorted.
-pub fn write(model: &Model, lineage: &Value, folder: &Path) -> Result<Vec<String>> {
+pub fn write<F>(model: &Model<F>, lineage: &Value, folder: &Path) -> Result<Vec<String>> {
     let mut plans = Vec::new();
     let mut owners = BTreeMap::new();
     for (name, weight) in &model.weights {
@@ -74,8 +75,13 @@ pub fn write(model: &Model, lineage: &Value, folder: &Path) -> Result<Vec<String
 ///
 /// # Errors
 /// `MALFORMED_FILE` for files that are missing, broken or disagree, `UNSUPPORTED_FORMAT` for versions
-/// written by a newer program.
+/// written by a newer program, `MODEL_UNSUITABLE` for an encoder, which [`read_any`] takes.
 pub fn read(files: &BTreeMap<String, PathBuf>) -> Result<Model> {
+    read_any(files)?.decoder()
+}
+
+/// Reads a version of any family; otherwise as [`read`].
+pub fn read_any(files: &BTreeMap<String, PathBuf>) -> Result<AnyModel> {
     let (config, family) = files::config(find(files, files::CONFIG)?)?;
     let manifest = manifest(files)?;
     let mut weights = BTreeMap::new();
@@ -85,12 +91,23 @@ pub fn read(files: &BTreeMap<String, PathBuf>) -> Result<Model> {
         weights.insert(name, Arc::new(weight));
     }
     let tokenizer = files::tokenizer(|name| files.get(name).cloned(), &config)?;
-    files::assemble(family, config, weights, tokenizer)
+    Ok(match family {
+        AnyFamily::Decoder(family) => {
+            files::assemble(Family::Decoder(family), config, weights, tokenizer)?.into()
+        }
+        AnyFamily::Encoder(family) => files::assemble(family, config, weights, tokenizer)?.into(),
+    })
 }
 
 /// Reads only headers and configuration.
+///
+/// # Errors
+/// As [`read`].
 pub fn read_info(files: &BTreeMap<String, PathBuf>) -> Result<ModelInfo> {
-    let (_, family) = files::config(find(files, files::CONFIG)?)?;
+    let family = match files::config(find(files, files::CONFIG)?)?.1 {
+        AnyFamily::Decoder(family) => Family::Decoder(family),
+        AnyFamily::Encoder(family) => return Err(not_a_decoder(&family.architecture)),
+    };
     let manifest = manifest(files)?;
     let mut tensors = BTreeMap::new();
     for (name, (record, parts)) in stored(files, manifest.tensors)? {
@@ -105,8 +122,7 @@ pub fn read_info(files: &BTreeMap<String, PathBuf>) -> Result<ModelInfo> {
         };
         tensors.insert(name, TensorInfo { record, shape, bytes });
     }
-    let Family::Decoder(decoder) = &family;
-    for (name, shape) in decoder.tensors() {
+    for (name, shape) in family.tensors() {
         let tensor = tensors.get(&name).ok_or_else(|| {
             Error::new(
                 Reason::MalformedFile,

@@ -2,6 +2,8 @@
 
 pub mod adapters;
 pub mod constraint;
+pub mod embed;
 pub mod engine;
 pub mod residency;
 pub mod sample;
+pub mod serving;

@@ -6,9 +6,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::engine::{Engine, Limits};
+use super::engine::Limits;
+use super::serving::Serving;
 use crate::error::{Error, Reason, Result};
-use crate::models::Model;
+use crate::models::AnyModel;
 
 /// The loaded models, by a key that stands for their content.
 pub struct Residency {
@@ -22,7 +23,7 @@ pub struct Residency {
 }
 
 struct Resident {
-    engine: Engine,
+    engine: Serving,
     used: Instant,
 }
 
@@ -65,9 +66,9 @@ impl Residency {
 
     /// The engine under `key`, made of what `open` gives if there is none. Idle models that were not
     /// used for longest make room; LIMIT_REACHED when that does not suffice.
-    pub async fn engine<F>(&self, key: &str, open: impl FnOnce() -> F) -> Result<Engine>
+    pub async fn engine<F>(&self, key: &str, open: impl FnOnce() -> F) -> Result<Serving>
     where
-        F: Future<Output = Result<Model>>,
+        F: Future<Output = Result<AnyModel>>,
     {
         if let Some(engine) = self.find(key) {
             return Ok(engine);
@@ -79,7 +80,7 @@ impl Residency {
         let model = open().await?;
         self.make_room(model.bytes())?;
         let limits = self.limits;
-        let engine = tokio::task::spawn_blocking(move || Engine::start(model, limits))
+        let engine = tokio::task::spawn_blocking(move || Serving::start(model, limits))
             .await
             .map_err(|e| Error::internal("loading a model failed").with_source(e))??;
         let resident = Resident { engine: engine.clone(), used: Instant::now() };
@@ -161,7 +162,7 @@ impl Residency {
         })
     }
 
-    fn find(&self, key: &str) -> Option<Engine> {
+    fn find(&self, key: &str) -> Option<Serving> {
         let mut loaded = self.lock();
         let resident = loaded.get_mut(key)?;
         if !resident.engine.healthy() {
@@ -214,7 +215,7 @@ mod tests {
     use crate::models::decoder::plan::CacheFormat;
     use crate::models::decoder::plan::adapters::Mix;
     use crate::models::decoder::random;
-    use crate::serve::engine::{Event, Request};
+    use crate::serve::engine::{Engine, Event, Request};
     use crate::serve::sample::Sampling;
 
     const LIMITS: Limits = Limits {
@@ -227,7 +228,8 @@ mod tests {
     };
 
     async fn engine(residency: &Residency, key: &str) -> Result<Engine> {
-        residency.engine(key, || async { random::model(random::tiny("llama"), 3) }).await
+        let open = || async { random::model(random::tiny("llama"), 3).map(AnyModel::Decoder) };
+        residency.engine(key, open).await?.decoder()
     }
 
     fn keys(residency: &Residency) -> Vec<String> {

@@ -24,6 +24,7 @@ mod observe;
 mod operations;
 mod paging;
 mod reflection;
+mod retrieval;
 mod state;
 mod status;
 mod tls;
@@ -50,6 +51,7 @@ use crate::proto::v1::generation_service_server::GenerationServiceServer;
 use crate::proto::v1::job_service_server::JobServiceServer;
 use crate::proto::v1::method_service_server::MethodServiceServer;
 use crate::proto::v1::model_service_server::ModelServiceServer;
+use crate::proto::v1::retrieval_service_server::RetrievalServiceServer;
 use gate::{Gate, Phase};
 use state::{State, blocking};
 
@@ -120,7 +122,8 @@ impl Server {
             .add_service(service!(
                 GrpcInferenceServiceServer,
                 inference::Inference::new(state.clone())
-            ));
+            ))
+            .add_service(service!(RetrievalServiceServer, retrieval::Retrieval(state.clone())));
         let mut server = tonic::transport::Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE))
             .http2_keepalive_timeout(Some(KEEPALIVE_PATIENCE))

@@ -333,15 +333,15 @@ impl Models {
         }
         // Conversions take all of a disk and a core: few at a time.
         let _turn = self.0.exports.acquire().await;
-        let model = self.0.store.open_version(row).await?;
+        let model = self.0.store.open_any_version(row).await?;
         let folder = tempfile::Builder::new().prefix("export-").tempdir_in(&self.0.scratch)?;
         let gguf_name = format!("{}.gguf", row.model);
         super::blocking(move || {
             let paths = match form {
-                Form::HuggingFace(dtype) => export::hugging_face(&model, folder.path(), dtype)?,
+                Form::HuggingFace(dtype) => export::any(&model, folder.path(), dtype)?,
                 Form::Gguf(format) => {
                     let path = folder.path().join(gguf_name);
-                    export::gguf(&model, &path, format)?;
+                    export::gguf(&model.decoder()?, &path, format)?;
                     vec![path]
                 }
                 Form::Native => Vec::new(),
@@ -349,8 +349,9 @@ impl Models {
             let files = paths
                 .into_iter()
                 .map(|path| {
-                    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                    File { name, path }
+                    // Within the folder: some files lie in one of their own.
+                    let name = path.strip_prefix(folder.path()).unwrap_or(&path);
+                    File { name: name.to_string_lossy().into_owned(), path }
                 })
                 .collect();
             Ok((files, Some(folder)))

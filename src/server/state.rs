@@ -15,10 +15,13 @@ use crate::error::{Error, Reason, Result};
 use crate::jobs::{self, Jobs};
 use crate::machine;
 use crate::models::decoder::plan::CacheFormat;
+use crate::models::{encoder, not_a_decoder, not_an_encoder};
 use crate::proto::google::longrunning::Operation;
 use crate::serve::adapters::Adapters;
+use crate::serve::embed::Embedder;
 use crate::serve::engine::{Engine, Limits};
 use crate::serve::residency::Residency;
+use crate::serve::serving::Serving;
 use crate::store::Store;
 use crate::store::models::VersionRow;
 use crate::store::operations::Kind;
@@ -114,10 +117,27 @@ impl State {
         })
     }
 
-    /// The engine of a version, loaded if it is not yet. Engines go by digest: equal versions share one,
-    /// and a name that is used again does not find the model that had it before.
+    /// The engine of a version that generates, loaded if it is not yet.
     pub async fn engine(&self, row: &VersionRow) -> Result<Engine> {
-        let engine = self.residency.engine(&row.digest, || self.store.open_version(row)).await;
+        // Known from the row, so that nothing is loaded to be refused.
+        if row.family == encoder::FAMILY {
+            return Err(not_a_decoder(&row.architecture));
+        }
+        self.serving(row).await?.decoder()
+    }
+
+    /// The engine of a version that embeds, loaded if it is not yet.
+    pub async fn embedder(&self, row: &VersionRow) -> Result<Embedder> {
+        if row.family != encoder::FAMILY {
+            return Err(not_an_encoder(&row.architecture));
+        }
+        self.serving(row).await?.encoder()
+    }
+
+    /// What serves a version, loaded if it is not yet. Engines go by digest: equal versions share one,
+    /// and a name that is used again does not find the model that had it before.
+    pub async fn serving(&self, row: &VersionRow) -> Result<Serving> {
+        let engine = self.residency.engine(&row.digest, || self.store.open_any_version(row)).await;
         engine.inspect_err(|error| {
             if error.reason() != Reason::LimitReached {
                 tracing::warn!(model = row.name(), "loading failed: {error}");
@@ -127,8 +147,8 @@ impl State {
     }
 
     /// Loads a version and keeps it in memory until it is unloaded.
-    pub async fn load(&self, row: &VersionRow) -> Result<Engine> {
-        let engine = self.engine(row).await?;
+    pub async fn load(&self, row: &VersionRow) -> Result<Serving> {
+        let engine = self.serving(row).await?;
         if self.residency.pin(&row.digest) {
             return Ok(engine);
         }
@@ -166,7 +186,7 @@ impl State {
         if let Some(tokenizer) = find() {
             return Ok(tokenizer);
         }
-        let tokenizer = self.store.open_version(row).await?.tokenizer;
+        let tokenizer = self.store.open_any_version(row).await?.tokenizer().cloned();
         let mut kept = self.tokenizers.lock().unwrap_or_else(PoisonError::into_inner);
         kept.retain(|(digest, _)| *digest != row.digest);
         kept.push((row.digest.clone(), tokenizer.clone()));

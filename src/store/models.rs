@@ -13,7 +13,7 @@ use super::objects::{Object, consume_lease, digest_text, hash_file};
 use super::sql::json;
 use super::{Store, blocking, check_etag, names, new_etag, now_ms};
 use crate::error::{Error, Reason, Result};
-use crate::models::{Family, Model, ModelInfo, package};
+use crate::models::{AnyModel, Model, ModelInfo, package};
 use crate::proto::v1;
 
 /// A model's row.
@@ -168,17 +168,15 @@ pub(super) struct Facts {
 }
 
 impl Facts {
-    fn of(model: &Model) -> Self {
+    fn of(model: &AnyModel) -> Self {
         let mut layout_bytes = BTreeMap::new();
-        for tensor in model.info().tensors.values() {
-            *layout_bytes.entry(layout_name(&tensor.record)).or_insert(0) += tensor.bytes;
+        for weight in model.weights().values() {
+            *layout_bytes.entry(layout_name(&weight.record())).or_insert(0) += weight.bytes();
         }
         Self {
-            family: model.family.name().to_owned(),
-            architecture: match &model.family {
-                Family::Decoder(config) => config.architecture.clone(),
-            },
-            config: model.config.clone(),
+            family: model.family().to_owned(),
+            architecture: model.architecture().to_owned(),
+            config: model.config().clone(),
             parameters: model.parameters(),
             weight_bytes: model.bytes(),
             layout_bytes,
@@ -221,7 +219,7 @@ impl Store {
         &self,
         model_id: &str,
         display_name: &str,
-        model: &Model,
+        model: impl Into<AnyModel>,
         (lineage, place): (&v1::Lineage, i32),
         scratch: &Path,
     ) -> Result<VersionRow> {
@@ -249,16 +247,20 @@ impl Store {
     /// Writes a model's files below `scratch` as [`Store::write_version`] would store them.
     pub async fn draft(
         &self,
-        model: &Model,
+        model: impl Into<AnyModel>,
         lineage: &v1::Lineage,
         scratch: &Path,
     ) -> Result<Draft> {
+        let model = model.into();
         let kept = reproducible(lineage)?;
         let (copy, parent) = (model.clone(), scratch.to_owned());
         let (folder, files) = blocking(move || {
             std::fs::create_dir_all(&parent)?;
             let folder = tempfile::Builder::new().prefix("version-").tempdir_in(parent)?;
-            let written = package::write(&copy, &kept, folder.path())?;
+            let written = match &copy {
+                AnyModel::Decoder(model) => package::write(model, &kept, folder.path())?,
+                AnyModel::Encoder(model) => package::write(model, &kept, folder.path())?,
+            };
             let files = written.into_iter().map(|name| {
                 let object = hash_file(&folder.path().join(&name))?;
                 Ok((name, object))
@@ -267,7 +269,7 @@ impl Store {
             Ok((folder, files))
         })
         .await?;
-        Ok(Draft { folder, files, facts: Facts::of(model) })
+        Ok(Draft { folder, files, facts: Facts::of(&model) })
     }
 
     /// Makes a version visible, or gives up its objects where the same step was written before.
@@ -382,7 +384,13 @@ impl Store {
         Ok(paths)
     }
 
-    /// Opens a version's model (weights memory-mapped).
+    /// Opens a version's model of whatever family (weights memory-mapped).
+    pub async fn open_any_version(&self, row: &VersionRow) -> Result<AnyModel> {
+        let paths = self.version_paths(row).await?;
+        blocking(move || package::read_any(&paths)).await
+    }
+
+    /// Opens a version's model (weights memory-mapped); MODEL_UNSUITABLE for an encoder.
     pub async fn open_version(&self, row: &VersionRow) -> Result<Model> {
         let paths = self.version_paths(row).await?;
         blocking(move || package::read(&paths)).await

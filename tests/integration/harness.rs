@@ -13,6 +13,7 @@ use planish::proto::v1::generation_service_client::GenerationServiceClient;
 use planish::proto::v1::job_service_client::JobServiceClient;
 use planish::proto::v1::method_service_client::MethodServiceClient;
 use planish::proto::v1::model_service_client::ModelServiceClient;
+use planish::proto::v1::retrieval_service_client::RetrievalServiceClient;
 use planish::server::{Running, Server};
 use prost::{Message, Name};
 use sha2::{Digest, Sha256};
@@ -86,6 +87,10 @@ impl Service {
 
     pub fn inference(&self) -> GrpcInferenceServiceClient<Channel> {
         GrpcInferenceServiceClient::new(self.channel.clone())
+    }
+
+    pub fn retrieval(&self) -> RetrievalServiceClient<Channel> {
+        RetrievalServiceClient::new(self.channel.clone())
     }
 
     /// Imports `text` as a data set.

@@ -8,6 +8,7 @@ mod bench;
 mod cli;
 mod clients;
 mod contract;
+mod embedding;
 mod harness;
 mod inference;
 mod journey;

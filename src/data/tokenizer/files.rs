@@ -2,8 +2,11 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Tokenizer, contained};
+use super::{Tokenizer, contained, malformed};
 use crate::error::{Error, Reason, Result};
+
+/// Special tokens round a text; templates in use have one or two on each side.
+const MAX_AROUND: usize = 16;
 
 /// Templates in use have up to some tens of kilobytes.
 const MAX_TEMPLATE: usize = 1 << 20;
@@ -135,6 +138,28 @@ impl Tokenizer {
             _ => None,
         };
         id.and_then(|id| self.token(id))
+    }
+
+    /// The special tokens that `tokenizer.json` itself puts before and after a text: `[CLS]` and `[SEP]`
+    /// of BERT.
+    ///
+    /// # Errors
+    /// MALFORMED_FILE for a template that does more than that.
+    pub fn around(&self) -> Result<(Vec<u32>, Vec<u32>)> {
+        let encode = |special: bool| {
+            contained(|| Ok(self.inner.encode_fast("a", special)?.get_ids().to_vec()))
+        };
+        let (plain, whole) = (encode(false)?, encode(true)?);
+        let at = match plain.len() {
+            0 => None,
+            length => whole.windows(length).position(|part| part == plain),
+        };
+        match at {
+            Some(at) if whole.len() <= plain.len() + MAX_AROUND => {
+                Ok((whole[..at].to_vec(), whole[at + plain.len()..].to_vec()))
+            }
+            _ => Err(malformed("its template does not put a few tokens round a text")),
+        }
     }
 
     /// The token that `tokenizer.json` itself puts in front of texts.

@@ -20,6 +20,8 @@ use crate::error::{Error, Reason, Result};
 
 /// Larger than any tokenizer.json published so far (the largest are near 35 MB).
 const MAX_BYTES: usize = 256 << 20;
+/// Characters of a word of word pieces; files in use say 100 or 200.
+const MAX_WORD: usize = 512;
 /// Nesting of the known parts stays under ten.
 const MAX_DEPTH: usize = 32;
 
@@ -54,6 +56,21 @@ pub fn read(json: &str) -> Result<(Inner, Option<u32>)> {
         ModelWrapper::Unigram(_) => None,
     };
     let unknown = unknown.map_or(unk_id, |token| inner.token_to_id(token));
+    if let ModelWrapper::WordPiece(model) = inner.get_model() {
+        // Words are tried at every length from every start, which takes the cube of their length.
+        if model.max_input_chars_per_word > MAX_WORD {
+            return Err(malformed(format!(
+                "max_input_chars_per_word is {}, more than the {MAX_WORD} that are taken",
+                model.max_input_chars_per_word
+            )));
+        }
+        if unknown.is_none() {
+            return Err(malformed(format!(
+                "the unknown token '{:.40}' has no id",
+                model.unk_token
+            )));
+        }
+    }
     Ok((inner, unknown))
 }
 
@@ -259,6 +276,14 @@ mod tests {
             r#"{"vocab":{"a":-1},"merges":[]}"#,
             r#"{"vocab":3,"merges":[]}"#,
             r#"{"type":"Unigram","vocab":[["a",0.0]],"unk_id":7}"#,
+            r###"{"type":"WordPiece","vocab":{"a":0},"unk_token":"?","continuing_subword_prefix":"##",
+                "max_input_chars_per_word":100}"###,
+            r###"{"type":"WordPiece","vocab":{"?":0},"unk_token":"?","continuing_subword_prefix":"##",
+                "max_input_chars_per_word":100000}"###,
+            r###"{"type":"WordPiece","vocab":{"?":-1},"unk_token":"?","continuing_subword_prefix":"##",
+                "max_input_chars_per_word":100}"###,
+            r###"{"type":"WordPiece","vocab":["?"],"unk_token":"?","continuing_subword_prefix":"##",
+                "max_input_chars_per_word":100}"###,
             "{}",
             "[]",
         ] {

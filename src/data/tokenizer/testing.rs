@@ -1,4 +1,4 @@
-//! A small tokenizer for tests.
+//! Small tokenizers for tests.
 
 use serde_json::json;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -106,4 +106,59 @@ pub fn pieces() -> Tokenizer {
     let mut tokenizer = Tokenizer::new(json.to_string()).unwrap();
     tokenizer.eos = vec![1];
     tokenizer
+}
+
+/// BERT's word pieces over a tiny vocabulary: `[PAD]` 0, `[UNK]` 1, `[CLS]` 2, `[SEP]` 3, `[MASK]` 4, then
+/// the pieces below from 5 on.
+pub fn word_pieces() -> Tokenizer {
+    const PIECES: &[&str] = &[
+        "a", "un", "##aff", "##able", "run", "##ning", "##s", "cafe", "!", ",", "中", "文", "2",
+        "##4", "straße", "β",
+    ];
+    let names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];
+    let vocabulary: serde_json::Map<_, _> = names
+        .iter()
+        .chain(PIECES)
+        .enumerate()
+        .map(|(id, piece)| ((*piece).to_owned(), json!(id)))
+        .collect();
+    let special = |name: &str, id: u32| json!({ "id": name, "ids": [id], "tokens": [name] });
+    let piece = |kind: &str, id: &str| json!({ kind: { "id": id, "type_id": 0 } });
+    let added = names.iter().enumerate().map(|(id, name)| {
+        json!({
+            "id": id, "content": name, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true,
+        })
+    });
+    let template =
+        [piece("SpecialToken", "[CLS]"), piece("Sequence", "A"), piece("SpecialToken", "[SEP]")];
+    let pair = [piece("Sequence", "A"), piece("Sequence", "B")];
+    let json = json!({
+        "version": "1.0",
+        "truncation": {
+            "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0,
+        },
+        "padding": {
+            "strategy": { "Fixed": 16 }, "direction": "Right", "pad_to_multiple_of": null,
+            "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]",
+        },
+        "added_tokens": added.collect::<Vec<_>>(),
+        "normalizer": {
+            "type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true,
+            "strip_accents": null, "lowercase": true,
+        },
+        "pre_tokenizer": { "type": "BertPreTokenizer" },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": template,
+            "pair": pair,
+            "special_tokens": { "[CLS]": special("[CLS]", 2), "[SEP]": special("[SEP]", 3) },
+        },
+        "decoder": { "type": "WordPiece", "prefix": "##", "cleanup": true },
+        "model": {
+            "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 20, "vocab": vocabulary,
+        },
+    });
+    Tokenizer::new(json.to_string()).unwrap()
 }

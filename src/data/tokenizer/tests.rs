@@ -269,3 +269,53 @@ fn pieces_of_a_long_text_have_the_tokens_of_the_whole() {
     let line = "hello ".repeat(100);
     assert_eq!(byte_level.cut(&line, false, 64).unwrap(), None);
 }
+
+#[test]
+fn word_pieces_of_known_texts() {
+    let tokenizer = testing::word_pieces();
+    let ids = |text: &str| tokenizer.encode(text, true, true).unwrap();
+    for (text, want) in [
+        ("unaffable", &[6, 7, 8][..]),
+        ("Running runs!", &[9, 10, 9, 11, 13]),
+        // Accents go with the capitals, in either spelling of them.
+        ("Café,CAFE\u{301}", &[12, 14, 12]),
+        // Ideographs are words by themselves; a no-break space is a space, a zero byte is nothing.
+        ("a中文a", &[5, 15, 16, 5]),
+        ("a\u{a0}a\u{0}", &[5, 5]),
+        ("24", &[17, 18]),
+        ("Straße Β", &[19, 20]),
+        // No pieces: one unknown token a word, however much of it was known.
+        ("unknown aa", &[1, 1]),
+        ("runrunrunrunrunrunrun", &[1]),
+        ("a [SEP] a", &[5, 3, 5]),
+        ("", &[]),
+    ] {
+        assert_eq!(ids(text), want, "{text:?}");
+    }
+    // Spelled out where text may not hold special tokens: two brackets and a word, all unknown.
+    assert_eq!(tokenizer.encode("[SEP]", true, false).unwrap(), [1, 1, 1]);
+    assert_eq!(tokenizer.around().unwrap(), (vec![2], vec![3]));
+    assert_eq!(tokenizer.decode(&[2, 6, 7, 8, 13, 3], true).unwrap(), "unaffable!");
+}
+
+#[test]
+fn templates_that_do_more_than_surround_a_text_are_refused() {
+    let changed = |change: &dyn Fn(&mut Value)| {
+        let mut json: Value = serde_json::from_str(&testing::word_pieces().json).unwrap();
+        change(&mut json["post_processor"]);
+        Tokenizer::new(json.to_string()).unwrap().around()
+    };
+    assert_eq!(changed(&|post| *post = Value::Null).unwrap(), (vec![], vec![]));
+    let bert = json!({ "type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2] });
+    assert_eq!(changed(&|post| *post = bert.clone()).unwrap(), (vec![2], vec![3]));
+    // A template of a hundred tokens, and one without the text.
+    for times in [100, 1] {
+        let token = json!({ "SpecialToken": { "id": "[CLS]", "type_id": 0 } });
+        let mut template = vec![token; times];
+        if times > 1 {
+            template.push(json!({ "Sequence": { "id": "A", "type_id": 0 } }));
+        }
+        let error = changed(&|post| post["single"] = json!(template)).unwrap_err();
+        assert_eq!(error.reason(), Reason::MalformedFile);
+    }
+}

@@ -7,7 +7,7 @@ use crate::error::{Error, Reason, Result};
 
 /// More weights than any machine this runs on could hold; keeps all later size arithmetic far from
 /// overflow.
-const MAX_PARAMETERS: u128 = 1 << 40;
+pub(in crate::models) const MAX_PARAMETERS: u128 = 1 << 40;
 
 impl Config {
     /// From `config.json`; every value is checked, unknown architectures are refused. Errors are
@@ -47,7 +47,8 @@ impl Config {
                 return Err(refuse(
                     "model_type",
                     format!(
-                        "'{other}' is not supported; use llama, mistral, qwen2, qwen3 or gemma3_text"
+                        "'{other}' is not supported; use llama, mistral, qwen2, qwen3, gemma3_text or \
+                         bert"
                     ),
                 ));
             }
@@ -181,14 +182,14 @@ impl Defaults {
     };
 }
 
-fn refuse(key: &str, description: impl Into<String>) -> Error {
+pub(in crate::models) fn refuse(key: &str, description: impl Into<String>) -> Error {
     Error::at(Reason::UnsupportedModel, format!("config.{key}"), description)
 }
 
 /// Checked look-ups in a JSON object. A key that holds null counts as absent.
 #[derive(Clone, Copy)]
-struct Keys<'a> {
-    map: &'a Value,
+pub(in crate::models) struct Keys<'a> {
+    pub map: &'a Value,
 }
 
 impl<'a> Keys<'a> {
@@ -196,15 +197,15 @@ impl<'a> Keys<'a> {
         self.map.get(key).filter(|v| !v.is_null())
     }
 
-    fn present(&self, key: &str) -> bool {
+    pub fn present(&self, key: &str) -> bool {
         self.get(key).is_some()
     }
 
-    fn text(&self, key: &str) -> Result<Option<&'a str>> {
+    pub fn text(&self, key: &str) -> Result<Option<&'a str>> {
         self.get(key).map(|v| v.as_str().ok_or_else(|| refuse(key, "is not a string"))).transpose()
     }
 
-    fn flag(&self, key: &str, default: bool) -> Result<bool> {
+    pub fn flag(&self, key: &str, default: bool) -> Result<bool> {
         match self.get(key) {
             None => Ok(default),
             Some(v) => v.as_bool().ok_or_else(|| refuse(key, "is not true or false")),
@@ -212,7 +213,7 @@ impl<'a> Keys<'a> {
     }
 
     /// A whole number in `1..=most`; without a default the key must be there.
-    fn size(&self, key: &str, default: Option<usize>, most: usize) -> Result<usize> {
+    pub fn size(&self, key: &str, default: Option<usize>, most: usize) -> Result<usize> {
         let Some(value) = self.get(key) else {
             return match default {
                 Some(value) if value <= most => Ok(value),
@@ -229,7 +230,12 @@ impl<'a> Keys<'a> {
         }
     }
 
-    fn number(&self, key: &str, default: f64, range: std::ops::RangeInclusive<f64>) -> Result<f64> {
+    pub fn number(
+        &self,
+        key: &str,
+        default: f64,
+        range: std::ops::RangeInclusive<f64>,
+    ) -> Result<f64> {
         match self.get(key) {
             None => Ok(default),
             Some(v) => match v.as_f64() {

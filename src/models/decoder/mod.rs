@@ -2,7 +2,7 @@
 
 mod config;
 pub mod graph;
-mod hugging_face;
+pub(super) mod hugging_face;
 pub mod plan;
 pub mod random;
 #[cfg(test)]

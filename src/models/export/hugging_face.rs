@@ -8,18 +8,31 @@ use serde_json::Value;
 use super::{each_rows, put_dense};
 use crate::error::{Error, Result};
 use crate::formats::safetensors::{Plan, write_shards};
-use crate::models::{Model, files};
+use crate::models::{AnyModel, Model, encoder, files};
 use crate::nn::dtype::Dtype;
 
 /// Bytes of a shard.
 const SHARD: u64 = 2 << 30;
+
+/// [`hugging_face`] for a model of any family; encoders get the files of sentence-transformers too.
+pub fn any(model: &AnyModel, folder: &Path, dtype: Dtype) -> Result<Vec<PathBuf>> {
+    match model {
+        AnyModel::Decoder(model) => hugging_face(model, folder, dtype),
+        AnyModel::Encoder(model) => {
+            let mut paths = hugging_face(model, folder, dtype)?;
+            let names = encoder::sentence::write(&model.family, folder)?;
+            paths.extend(names.into_iter().map(|name| folder.join(name)));
+            Ok(paths)
+        }
+    }
+}
 
 /// Writes a Hugging Face folder (config.json, safetensors shards, tokenizer files); returns its files.
 /// Every weight becomes dense `dtype` elements: F32, F16 or BF16.
 ///
 /// # Errors
 /// `INVALID_FIELD` for another type, `NON_FINITE` for values that `dtype` cannot hold.
-pub fn hugging_face(model: &Model, folder: &Path, dtype: Dtype) -> Result<Vec<PathBuf>> {
+pub fn hugging_face<F>(model: &Model<F>, folder: &Path, dtype: Dtype) -> Result<Vec<PathBuf>> {
     let name = match dtype {
         Dtype::F32 => "float32",
         Dtype::F16 => "float16",

@@ -12,7 +12,7 @@ use crate::nn::dtype::Dtype;
 use crate::nn::weight::Weight;
 
 pub use gguf::{GgufFormat, gguf};
-pub use hugging_face::hugging_face;
+pub use hugging_face::{any, hugging_face};
 
 /// Elements that are converted at a time: a few megabytes, whatever the size of the tensor.
 const CHUNK: usize = 1 << 20;

@@ -7,15 +7,27 @@ use std::sync::Arc;
 use crate::error::{Error, Reason, Result};
 use crate::formats::{malformed, mmap, quoted, safetensors};
 use crate::models::decoder::Config;
-use crate::models::{Family, Model, files};
+use crate::models::files::AnyFamily;
+use crate::models::{AnyModel, Family, encoder, files};
 use crate::nn::weight::{Dense, Weight};
 
 /// Largest index of a sharded checkpoint.
 const MAX_INDEX: usize = 64 << 20;
 
 /// Opens the model in `folder`; `only` names the one file of weights where the caller chose it.
-pub(super) fn open(folder: &Path, only: Option<&Path>) -> Result<Model> {
+pub(super) fn open(folder: &Path, only: Option<&Path>) -> Result<AnyModel> {
     let (mut config, family) = files::config(&folder.join(files::CONFIG))?;
+    let find = |name: &str| Some(folder.join(name)).filter(|path| path.is_file());
+    let decoder = match family {
+        AnyFamily::Decoder(decoder) => decoder,
+        AnyFamily::Encoder(_) => {
+            encoder::sentence::read(folder, &mut config)?;
+            let family = encoder::Config::from_hugging_face(&config)?;
+            let weights = weights(folder, only, encoder::tensor_name)?;
+            let tokenizer = files::tokenizer(find, &config)?;
+            return Ok(files::assemble(family, config, weights, tokenizer)?.into());
+        }
+    };
     // A multimodal configuration: only the text model is read, so only that is kept.
     if let Some(text) = config.get_mut("text_config").map(serde_json::Value::take) {
         let tied = config.get("tie_word_embeddings").cloned();
@@ -28,19 +40,27 @@ pub(super) fn open(folder: &Path, only: Option<&Path>) -> Result<Model> {
             }
         }
     }
-    let Family::Decoder(decoder) = &family;
+    let weights = weights(folder, only, |name| tensor_name(&decoder, name))?;
+    let tokenizer = files::tokenizer(find, &config)?;
+    Ok(files::assemble(Family::Decoder(decoder), config, weights, tokenizer)?.into())
+}
+
+/// The tensors under our names; `rename` gives none for those that are left out.
+fn weights(
+    folder: &Path,
+    only: Option<&Path>,
+    rename: impl Fn(&str) -> Result<Option<String>>,
+) -> Result<BTreeMap<String, Arc<Weight>>> {
     let mut weights = BTreeMap::new();
     for (name, tensor) in tensors(folder, only)? {
-        let Some(ours) = tensor_name(decoder, &name)? else { continue };
+        let Some(ours) = rename(&name)? else { continue };
         let weight = Dense::new(tensor.shape, tensor.dtype, tensor.data)
             .map_err(|e| e.within(&format!("tensor {}", quoted(&name))))?;
         if weights.insert(ours, Arc::new(Weight::Dense(weight))).is_some() {
             return Err(malformed(format!("tensor {} appears twice", quoted(&name))));
         }
     }
-    let find = |name: &str| Some(folder.join(name)).filter(|path| path.is_file());
-    let tokenizer = files::tokenizer(find, &config)?;
-    files::assemble(family, config, weights, tokenizer)
+    Ok(weights)
 }
 
 /// All tensors of the folder's file or shards.

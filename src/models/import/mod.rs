@@ -7,7 +7,7 @@ mod source;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{Model, files, package};
+use super::{AnyModel, Model, files, package};
 use crate::error::{Error, Reason, Result};
 
 pub use source::Source;
@@ -18,13 +18,19 @@ pub use source::Source;
 ///
 /// # Errors
 /// `SOURCE_UNAVAILABLE` when nothing is there, `UNSUPPORTED_FORMAT` when it is nothing that is read,
-/// `MALFORMED_FILE` and `UNSUPPORTED_MODEL` for what is wrong inside.
+/// `MALFORMED_FILE` and `UNSUPPORTED_MODEL` for what is wrong inside, `MODEL_UNSUITABLE` for an encoder,
+/// which [`open_any`] takes.
 pub fn open(path: &Path) -> Result<Model> {
+    open_any(path)?.decoder()
+}
+
+/// Opens a model of any family; otherwise as [`open`].
+pub fn open_any(path: &Path) -> Result<AnyModel> {
     let shown = path.display();
     let meta = fs::metadata(path).map_err(|e| Error::from(e).within(&shown.to_string()))?;
     if !meta.is_dir() {
         if crate::formats::gguf::is_gguf(path) {
-            return gguf::open(path);
+            return Ok(gguf::open(path)?.into());
         }
         if path.extension().is_some_and(|e| e == "safetensors") {
             let folder = path.parent().unwrap_or(Path::new("."));
@@ -38,7 +44,7 @@ pub fn open(path: &Path) -> Result<Model> {
         ));
     }
     if path.join(package::MANIFEST).is_file() {
-        return package::read(&plain_files(path)?);
+        return package::read_any(&plain_files(path)?);
     }
     if path.join(files::CONFIG).is_file() {
         return hugging_face::open(path, None);
@@ -48,7 +54,7 @@ pub fn open(path: &Path) -> Result<Model> {
         .filter(|file| file.extension().is_some_and(|e| e == "gguf"))
         .collect();
     match &ggufs[..] {
-        [only] => gguf::open(only),
+        [only] => Ok(gguf::open(only)?.into()),
         [] => Err(Error::new(
             Reason::UnsupportedFormat,
             format!("{shown} holds neither config.json nor a .gguf file; name a model's folder"),

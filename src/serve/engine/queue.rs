@@ -167,7 +167,10 @@ mod tests {
         let (reply, receiver) = oneshot::channel();
         let (ask, queued, reply) = (Ask::Logprobs, Instant::now(), Some(reply));
         let adapters = Mix::default();
-        (Job::Score { tokens: vec![mark], ask, adapters, client, deadline, queued, reply }, receiver)
+        (
+            Job::Score { tokens: vec![mark], ask, adapters, client, deadline, queued, reply },
+            receiver,
+        )
     }
 
     fn mark(job: &Job) -> u32 {

@@ -12,7 +12,7 @@ use super::linear::{self, Arithmetic, Linear};
 use super::{Tap, vector};
 use crate::error::Result;
 use crate::kernels::quantize::Activations;
-use crate::kernels::threads::for_rows;
+use crate::kernels::threads::for_row_pairs;
 use crate::kernels::{activation, norm, rope};
 use crate::nn::weight::Weight;
 
@@ -81,7 +81,7 @@ fn each_row(
     b_width: usize,
     f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
 ) {
-    for_rows(a, a_width, b, b_width, (GRAIN / (a_width + b_width)).max(1), f);
+    for_row_pairs(a, a_width, b, b_width, (GRAIN / (a_width + b_width)).max(1), f);
 }
 
 /// The weights of one block, ready to run.

@@ -95,10 +95,15 @@ pub fn fetch(place: &Place, folder: &Path, watch: Watch<'_>) -> Result<PathBuf> 
 
 /// The files to fetch, the one to open first: all of a safetensors model, or the only `.gguf`.
 fn choose(files: Vec<String>) -> Result<Vec<String>, String> {
-    // Names with a folder are other variants of the model, and a stranger's paths.
+    // Names with a folder are other variants of the model, and a stranger's paths; but for the one where
+    // sentence-transformers says how to pool.
+    const POOLING: &str = "1_Pooling/config.json";
     let mut files: Vec<_> = files
         .into_iter()
-        .filter(|f| !f.contains(['/', '\\']) && !f.starts_with('.') && is_model_file(f))
+        .filter(|f| {
+            let plain = !f.contains(['/', '\\']) && !f.starts_with('.');
+            f == POOLING || (plain && is_model_file(f))
+        })
         .collect();
     files.sort();
     let mut ggufs: Vec<_> = files.extract_if(.., |f| f.ends_with(".gguf")).collect();
@@ -228,6 +233,8 @@ mod tests {
                 "tokenizer.json",
                 "onnx/model.safetensors",
                 "../config.json",
+                "1_Pooling/config.json",
+                "2_Pooling/../config.json",
                 "consolidated.safetensors",
                 "model-00001-of-00001.safetensors",
                 "config.json",
@@ -235,7 +242,12 @@ mod tests {
                 "pytorch_model.bin",
             ])
             .unwrap(),
-            ["config.json", "model-00001-of-00001.safetensors", "tokenizer.json"]
+            [
+                "config.json",
+                "1_Pooling/config.json",
+                "model-00001-of-00001.safetensors",
+                "tokenizer.json",
+            ]
         );
         assert_eq!(pick(&["x.gguf", "config.json"]).unwrap(), ["x.gguf"]);
         assert!(pick(&["x.gguf", "y.gguf"]).unwrap_err().contains("x.gguf, y.gguf"));

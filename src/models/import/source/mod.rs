@@ -84,6 +84,9 @@ fn is_model_file(name: &str) -> bool {
         && (lower == "config.json"
             || lower == "generation_config.json"
             || lower == "special_tokens_map.json"
+            // How a sentence-transformers model pools.
+            || lower == "modules.json"
+            || lower == "sentence_bert_config.json"
             || lower.starts_with("tokenizer")
             || lower.ends_with(".safetensors.index.json"));
     settings || matches!(extension, "gguf" | "safetensors" | "jinja") || find::part(name).is_some()
@@ -119,6 +122,8 @@ mod tests {
             "tokenizer.json",
             "tokenizer_config.json",
             "chat_template.jinja",
+            "modules.json",
+            "sentence_bert_config.json",
         ] {
             assert!(is_model_file(name), "{name}");
         }

@@ -1,0 +1,182 @@
+//! One block over the rows of a step.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::super::{Activation, Config, Model};
+use super::GRAIN;
+use crate::error::{Error, Reason, Result};
+use crate::kernels::{activation, bidirectional, norm, threads};
+use crate::nn::weight::Weight;
+
+/// A product and the bias that whatever comes next adds.
+struct Linear {
+    weight: Arc<Weight>,
+    bias: Vec<f32>,
+}
+
+impl Linear {
+    fn new(model: &Model, name: &str, shape: [usize; 2]) -> Result<Self> {
+        Ok(Self {
+            weight: Arc::clone(tensor(model, &format!("{name}.weight"), &shape)?),
+            bias: vector(model, &format!("{name}.bias"), shape[0])?,
+        })
+    }
+
+    /// `y = x w^T`, without the bias.
+    fn product(&self, x: &[f32], y: &mut [f32]) {
+        self.weight.multiply(x, y);
+    }
+}
+
+/// A layer normalisation.
+pub(super) struct Norm {
+    weight: Vec<f32>,
+    shift: Vec<f32>,
+    eps: f32,
+}
+
+impl Norm {
+    pub fn new(model: &Model, place: &str) -> Result<Self> {
+        let config = &model.family;
+        Ok(Self {
+            weight: vector(model, &format!("{place}.LayerNorm.weight"), config.hidden)?,
+            shift: vector(model, &format!("{place}.LayerNorm.bias"), config.hidden)?,
+            eps: config.norm_eps,
+        })
+    }
+
+    pub fn apply(&self, rows: &mut [f32]) {
+        norm::layer_norm(rows, &self.weight, &self.shift, self.eps);
+    }
+
+    /// The end of a block's half: `states = norm(states + delta + bias)`.
+    fn add(&self, states: &mut [f32], delta: &[f32], bias: &[f32]) {
+        let width = self.weight.len();
+        threads::for_rows(states, width, GRAIN / width + 1, |first, rows| {
+            let delta = &delta[first * width..][..rows.len()];
+            norm::add_layer_norm(rows, delta, bias, &self.weight, &self.shift, self.eps);
+        });
+    }
+}
+
+/// Activations of a step, kept between steps so that embedding allocates little.
+#[derive(Default)]
+pub(super) struct Buffers {
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    attended: Vec<f32>,
+    delta: Vec<f32>,
+    wide: Vec<f32>,
+}
+
+/// The weights of one block, ready to run.
+pub(super) struct Layer {
+    config: Arc<Config>,
+    /// Of queries, keys and values; they share their input.
+    qkv: [Linear; 3],
+    out: Linear,
+    after_attention: Norm,
+    up: Linear,
+    down: Linear,
+    after_mlp: Norm,
+}
+
+impl Layer {
+    pub fn new(model: &Model, config: &Arc<Config>, index: usize) -> Result<Self> {
+        let (hidden, wide) = (config.hidden, config.intermediate);
+        let place = |name: &str| format!("encoder.layer.{index}.{name}");
+        let linear = |name: &str, rows, cols| Linear::new(model, &place(name), [rows, cols]);
+        Ok(Self {
+            qkv: [
+                linear("attention.self.query", hidden, hidden)?,
+                linear("attention.self.key", hidden, hidden)?,
+                linear("attention.self.value", hidden, hidden)?,
+            ],
+            out: linear("attention.output.dense", hidden, hidden)?,
+            after_attention: Norm::new(model, &place("attention.output"))?,
+            up: linear("intermediate.dense", wide, hidden)?,
+            down: linear("output.dense", hidden, wide)?,
+            after_mlp: Norm::new(model, &place("output"))?,
+            config: Arc::clone(config),
+        })
+    }
+
+    /// Runs the block over `states` (`[rows, hidden]`, in place); `sequences` tile the rows.
+    pub fn forward(&self, buffers: &mut Buffers, states: &mut [f32], sequences: &[Range<usize>]) {
+        let config = &*self.config;
+        let rows = states.len() / config.hidden;
+        let len = states.len();
+        let q = sized(&mut buffers.q, len);
+        let k = sized(&mut buffers.k, len);
+        let v = sized(&mut buffers.v, len);
+        let attended = sized(&mut buffers.attended, len);
+        let delta = sized(&mut buffers.delta, len);
+        let wide = sized(&mut buffers.wide, rows * config.intermediate);
+
+        self.project(states, [&mut *q, &mut *k, &mut *v]);
+        let shape = bidirectional::Shape {
+            heads: config.heads,
+            dim: config.head_dim(),
+            scale: 1.0 / (config.head_dim() as f32).sqrt(),
+        };
+        let [query, key, value] = &self.qkv;
+        let inputs = (biased(q, query), biased(k, key), biased(v, value));
+        bidirectional::attend(&shape, sequences, inputs, attended);
+        self.out.product(attended, delta);
+        self.after_attention.add(states, delta, &self.out.bias);
+        self.up.product(states, wide);
+        self.activate(wide);
+        self.down.product(wide, delta);
+        self.after_mlp.add(states, delta, &self.down.bias);
+    }
+
+    /// Queries, keys and values of the same rows.
+    fn project(&self, states: &[f32], out: [&mut [f32]; 3]) {
+        for (linear, out) in self.qkv.iter().zip(out) {
+            linear.product(states, out);
+        }
+    }
+
+    fn activate(&self, wide: &mut [f32]) {
+        let bias = &self.up.bias;
+        let run = match self.config.activation {
+            Activation::Gelu => activation::bias_gelu,
+            Activation::GeluTanh => activation::bias_gelu_tanh,
+            Activation::Relu => activation::bias_relu,
+        };
+        threads::for_rows(wide, bias.len(), GRAIN / bias.len() + 1, |_, rows| run(rows, bias));
+    }
+}
+
+fn biased<'a>(rows: &'a [f32], linear: &'a Linear) -> bidirectional::Input<'a> {
+    bidirectional::Input { rows, bias: &linear.bias }
+}
+
+/// The first `len` elements of a buffer that grows but never shrinks.
+pub(super) fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
+}
+
+/// The weight `name`, which must have `shape`.
+pub(super) fn tensor<'a>(model: &'a Model, name: &str, shape: &[usize]) -> Result<&'a Arc<Weight>> {
+    let weight = model.weight(name)?;
+    if weight.shape() != shape {
+        return Err(Error::new(
+            Reason::MalformedFile,
+            format!(
+                "tensor '{name}' has shape {:?}, but the configuration asks for {shape:?}",
+                weight.shape()
+            ),
+        ));
+    }
+    Ok(weight)
+}
+
+fn vector(model: &Model, name: &str, len: usize) -> Result<Vec<f32>> {
+    tensor(model, name, &[len]).map(|weight| weight.to_f32())
+}

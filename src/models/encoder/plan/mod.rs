@@ -1,0 +1,190 @@
+//! The forward that serves: texts of all lengths in one matrix without padding, preallocated buffers,
+//! weights in their layouts.
+
+mod layer;
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use self::layer::{Buffers, Layer, Norm, sized};
+use super::{Config, Model, Pooling};
+use crate::error::{Error, Result};
+use crate::kernels::{norm, threads};
+use crate::nn::weight::Weight;
+
+/// Rows that run through the layers at once, where no single text is longer: enough for fast products.
+const STEP: usize = 1024;
+/// Elements of the widest buffer, for models so wide that fewer rows must do.
+const ELEMENTS: usize = 1 << 26;
+/// Elements of rows that are worth a task of their own.
+const GRAIN: usize = 1 << 13;
+
+/// A text in tokens and what becomes of their states.
+#[derive(Debug, Clone, Copy)]
+pub struct Input<'a> {
+    pub tokens: &'a [u32],
+    pub pooling: Pooling,
+}
+
+/// An encoder ready to run. Weights are shared with the model; buffers are its own.
+pub struct Encoder {
+    config: Arc<Config>,
+    words: Arc<Weight>,
+    /// Position embeddings with the one of type 0 added: a text alone has no other type.
+    positions: Vec<f32>,
+    norm: Norm,
+    layers: Vec<Layer>,
+    states: Vec<f32>,
+    buffers: Buffers,
+}
+
+impl Encoder {
+    /// Checks that every tensor is there and has its shape.
+    pub fn new(model: &Model) -> Result<Self> {
+        let config = Arc::new(model.family.clone());
+        let table = |name: &str, rows: usize| {
+            let name = format!("embeddings.{name}.weight");
+            layer::tensor(model, &name, &[rows, config.hidden]).cloned()
+        };
+        let words = table("word_embeddings", config.vocab)?;
+        let mut positions = table("position_embeddings", config.max_positions)?.to_f32();
+        let mut first = vec![0.0; config.hidden];
+        table("token_type_embeddings", config.types)?.read_rows(0, &mut first);
+        for row in positions.chunks_exact_mut(config.hidden) {
+            norm::add(row, &first);
+        }
+        Ok(Self {
+            words,
+            positions,
+            norm: Norm::new(model, "embeddings")?,
+            layers: (0..config.layers)
+                .map(|i| Layer::new(model, &config, i))
+                .collect::<Result<_>>()?,
+            states: Vec::new(),
+            buffers: Buffers::default(),
+            config,
+        })
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Rows of a full step; texts are gathered up to here.
+    pub fn step_rows(&self) -> usize {
+        let widest = self.config.intermediate.max(self.config.hidden);
+        (ELEMENTS / widest).clamp(1, STEP)
+    }
+
+    /// One vector `[hidden]` for each input, in order. A vector depends on its own text alone.
+    ///
+    /// # Errors
+    /// `INVALID_FIELD` that names the input for no tokens, ids outside the vocabulary, and more tokens
+    /// than the model has positions; nothing has run then.
+    pub fn embed(&mut self, inputs: &[Input<'_>], out: &mut [f32]) -> Result<()> {
+        let width = self.config.hidden;
+        assert_eq!(out.len(), inputs.len() * width, "room for one vector an input");
+        for (i, input) in inputs.iter().enumerate() {
+            check_tokens(&self.config, input.tokens)
+                .map_err(|e| e.within(&format!("inputs[{i}]")))?;
+        }
+        // Texts of like length side by side, the long ones first: threads end at the same time.
+        let mut order: Vec<usize> = (0..inputs.len()).collect();
+        order.sort_by_key(|&i| std::cmp::Reverse(inputs[i].tokens.len()));
+        let most = self.step_rows();
+        let mut left = order.as_slice();
+        while !left.is_empty() {
+            let mut rows = 0;
+            let fitting = left.iter().take_while(|&&i| {
+                rows += inputs[i].tokens.len();
+                rows <= most
+            });
+            let (step, rest) = left.split_at(fitting.count().max(1));
+            self.step(inputs, step, out);
+            left = rest;
+        }
+        Ok(())
+    }
+
+    /// Runs some of the inputs at once.
+    fn step(&mut self, inputs: &[Input<'_>], step: &[usize], out: &mut [f32]) {
+        let width = self.config.hidden;
+        let mut tokens = Vec::new();
+        let sequences: Vec<Range<usize>> = step
+            .iter()
+            .map(|&i| {
+                let start = tokens.len();
+                tokens.extend(inputs[i].tokens.iter().copied().zip(0..));
+                start..tokens.len()
+            })
+            .collect();
+        let states = sized(&mut self.states, tokens.len() * width);
+        let grain = GRAIN / width + 1;
+        let (words, positions, norm) = (&*self.words, &self.positions, &self.norm);
+        threads::for_rows(states, width, grain, |first, rows| {
+            for (row, &(token, position)) in rows.chunks_exact_mut(width).zip(&tokens[first..]) {
+                let position: usize = position;
+                words.read_rows(token as usize, row);
+                norm::add(row, &positions[position * width..][..width]);
+            }
+            norm.apply(rows);
+        });
+        for layer in &self.layers {
+            layer.forward(&mut self.buffers, states, &sequences);
+        }
+        for (&i, rows) in step.iter().zip(&sequences) {
+            let states = &states[rows.start * width..rows.end * width];
+            pool(inputs[i].pooling, states, &mut out[i * width..][..width]);
+        }
+    }
+}
+
+/// Refuses what the embeddings have no rows for; errors blame `ids`.
+pub fn check_tokens(config: &Config, tokens: &[u32]) -> Result<()> {
+    if tokens.is_empty() {
+        return Err(Error::field("ids", "no tokens; give at least one"));
+    }
+    if tokens.len() > config.max_positions {
+        return Err(Error::field(
+            "ids",
+            format!(
+                "{} tokens are more than the {} positions of the model; shorten the text",
+                tokens.len(),
+                config.max_positions
+            ),
+        ));
+    }
+    match tokens.iter().find(|id| **id as usize >= config.vocab) {
+        None => Ok(()),
+        Some(id) => Err(Error::field(
+            "ids",
+            format!("id {id} is outside the vocabulary of {}", config.vocab),
+        )),
+    }
+}
+
+/// One vector of the states of a text.
+fn pool(pooling: Pooling, states: &[f32], out: &mut [f32]) {
+    let (first, rest) = states.split_at(out.len());
+    out.copy_from_slice(first);
+    match pooling {
+        Pooling::Cls => {}
+        Pooling::Mean => {
+            rest.chunks_exact(out.len()).for_each(|row| norm::add(out, row));
+            let share = out.len() as f32 / states.len() as f32;
+            out.iter_mut().for_each(|v| *v *= share);
+        }
+        Pooling::Max => {
+            for row in rest.chunks_exact(out.len()) {
+                for (o, v) in out.iter_mut().zip(row) {
+                    // Not a number must show.
+                    if *v > *o || v.is_nan() {
+                        *o = *v;
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! The forward against the naive one, in all batches.
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use super::super::{random, reference};
+use super::*;
+use crate::error::Reason;
+use crate::nn::dtype::Dtype;
+use crate::nn::weight::{Dense, Ggml, GgmlType};
+
+fn model(changes: &Value, seed: u64) -> Model {
+    let mut config = random::tiny();
+    for (key, value) in changes.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    random::model(config, seed).unwrap()
+}
+
+fn text(length: usize, seed: usize) -> Vec<u32> {
+    (0..length).map(|i| ((i * 37 + seed * 11 + i * i) % 96) as u32).collect()
+}
+
+fn one(encoder: &mut Encoder, tokens: &[u32], pooling: Pooling) -> Vec<f32> {
+    let mut out = vec![0.0; encoder.config().hidden];
+    encoder.embed(&[Input { tokens, pooling }], &mut out).unwrap();
+    out
+}
+
+fn pooled(states: &[Vec<f64>], pooling: Pooling) -> Vec<f64> {
+    let channel = |c: usize| states.iter().map(move |row| row[c]);
+    (0..states[0].len())
+        .map(|c| match pooling {
+            Pooling::Mean => channel(c).sum::<f64>() / states.len() as f64,
+            Pooling::Cls => states[0][c],
+            Pooling::Max => channel(c).fold(f64::NEG_INFINITY, f64::max),
+        })
+        .collect()
+}
+
+#[test]
+fn every_setting_matches_the_naive_forward() {
+    for (changes, seed) in [
+        (json!({}), 1),
+        (json!({ "hidden_act": "relu", "num_hidden_layers": 1 }), 2),
+        (json!({ "hidden_act": "gelu_new", "layer_norm_eps": 1e-3 }), 3),
+        // Heads of 9 channels, widths that are no multiple of anything.
+        (json!({ "hidden_size": 27, "num_attention_heads": 3, "intermediate_size": 41 }), 4),
+        (json!({ "hidden_size": 40, "num_attention_heads": 1, "type_vocab_size": 1 }), 5),
+    ] {
+        let model = model(&changes, seed);
+        let mut encoder = Encoder::new(&model).unwrap();
+        for length in [1, 2, 3, 7, 16, 33, 64] {
+            let tokens = text(length, seed as usize);
+            let states = reference::states(&model, &tokens);
+            for pooling in [Pooling::Mean, Pooling::Cls, Pooling::Max] {
+                let got = one(&mut encoder, &tokens, pooling);
+                for (got, want) in got.iter().zip(pooled(&states, pooling)) {
+                    assert!(
+                        (f64::from(*got) - want).abs() < 1e-4,
+                        "{changes} {length} {pooling:?}: {got} not {want}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_vector_does_not_depend_on_its_batch() {
+    let model = model(&json!({}), 7);
+    let mut encoder = Encoder::new(&model).unwrap();
+    // More rows than a step takes, in no order.
+    let texts: Vec<Vec<u32>> = (0..60).map(|i| text(1 + (i * 29) % 64, i)).collect();
+    assert!(texts.iter().map(Vec::len).sum::<usize>() > encoder.step_rows());
+    let poolings = [Pooling::Mean, Pooling::Cls, Pooling::Max];
+    let inputs: Vec<_> = texts
+        .iter()
+        .enumerate()
+        .map(|(i, tokens)| Input { tokens, pooling: poolings[i % 3] })
+        .collect();
+    let mut out = vec![f32::NAN; texts.len() * 32];
+    encoder.embed(&inputs, &mut out).unwrap();
+    for (input, got) in inputs.iter().zip(out.chunks_exact(32)) {
+        let alone = one(&mut encoder, input.tokens, input.pooling);
+        for (a, b) in alone.iter().zip(got) {
+            assert!((a - b).abs() < 1e-6, "{}: {a} and {b}", input.tokens.len());
+        }
+    }
+    // No inputs, no output.
+    encoder.embed(&[], &mut []).unwrap();
+}
+
+#[test]
+fn weights_run_in_their_layouts() {
+    let dense = model(&json!({}), 9);
+    let mut stored = dense.clone();
+    for (name, weight) in &mut stored.weights {
+        let [rows, cols] = weight.shape() else { continue };
+        let (shape, values) = ([*rows, *cols], weight.to_f32());
+        *weight = Arc::new(match (name.contains("dense"), cols % 32) {
+            (true, 0) => Weight::Ggml(Ggml::quantize(shape, GgmlType::Q8_0, &values).unwrap()),
+            _ => Weight::Dense(Dense::from_f32(shape.to_vec(), &values, Dtype::BF16).unwrap()),
+        });
+    }
+    let mut encoder = Encoder::new(&stored).unwrap();
+    let tokens = text(20, 3);
+    let want = pooled(&reference::states(&stored, &tokens), Pooling::Mean);
+    for (got, want) in one(&mut encoder, &tokens, Pooling::Mean).iter().zip(want) {
+        assert!((f64::from(*got) - want).abs() < 1e-4, "{got} not {want}");
+    }
+}
+
+#[test]
+fn inputs_that_have_no_rows_are_refused_by_place() {
+    let mut encoder = Encoder::new(&model(&json!({}), 1)).unwrap();
+    let (good, long) = (text(3, 1), text(65, 1));
+    for bad in [&[][..], &[1, 96], &long] {
+        let inputs = [&good[..], bad].map(|tokens| Input { tokens, pooling: Pooling::Mean });
+        let error = encoder.embed(&inputs, &mut [0.0; 64]).unwrap_err();
+        assert_eq!(error.reason(), Reason::InvalidField);
+        assert_eq!(error.violations()[0].field, "inputs[1].ids");
+    }
+}
+
+#[test]
+fn missing_and_wrong_tensors_are_refused() {
+    let mut broken = model(&json!({}), 1);
+    let name = "encoder.layer.1.attention.self.key.bias";
+    let bias = broken.weights.remove(name).unwrap();
+    let reason = |model: &Model| Encoder::new(model).err().unwrap().reason();
+    assert_eq!(reason(&broken), Reason::TensorNotFound);
+    let longer = Dense::from_f32(vec![33], &[0.0; 33], Dtype::F32).unwrap();
+    broken.weights.insert(name.to_owned(), Arc::new(Weight::Dense(longer)));
+    assert_eq!(reason(&broken), Reason::MalformedFile);
+    broken.weights.insert(name.to_owned(), bias);
+    assert!(Encoder::new(&broken).is_ok());
+}
