@@ -70,11 +70,14 @@ pub fn attention_operations(config: &Config, first: usize, count: usize) -> u64 
 
 /// Bytes of keys and values that these queries, one by one, read.
 pub fn cache_bytes(config: &Config, format: CacheFormat, first: usize, count: usize) -> u64 {
-    let element = match format {
-        CacheFormat::F32 => 4,
-        CacheFormat::F16 => 2,
+    // A scale beside each head's numbers, where they are rounded to bytes.
+    let head = config.head_dim as u64;
+    let head = match format {
+        CacheFormat::F32 => 4 * head,
+        CacheFormat::F16 => 2 * head,
+        CacheFormat::Q8 => head + 4,
     };
-    2 * element * config.key_channels() as u64 * seen(config, first, count)
+    2 * head * config.kv_heads as u64 * seen(config, first, count)
 }
 
 #[cfg(test)]

@@ -34,6 +34,7 @@ fn format_name<S: serde::Serializer>(format: &CacheFormat, to: S) -> Result<S::O
     to.serialize_str(match format {
         CacheFormat::F32 => "f32",
         CacheFormat::F16 => "f16",
+        CacheFormat::Q8 => "q8",
     })
 }
 

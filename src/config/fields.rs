@@ -67,7 +67,7 @@ pub const FIELDS: &[Field] = &[
         Kind::Number,
         "seconds without a request after which a model leaves memory; 0: never",
     ),
-    (
+    field(
         "limits.adapters_bytes",
         Kind::Number,
         "bytes that loaded adapters may take; 0: an eighth of the machine's memory",

@@ -323,7 +323,7 @@ mod tests {
         let input = |rows| Input { rows, bias: &none };
         let mut out = [0.0; 2];
         let shape = Shape { heads: 1, dim: 1, scale: 1.0 };
-        attend(&shape, &[0..2], (input(&q), input(&k), input(&v)), &mut out);
+        attend(&shape, std::slice::from_ref(&(0..2)), (input(&q), input(&k), input(&v)), &mut out);
         assert_eq!(out, [7.0, 7.0]);
     }
 }

@@ -368,9 +368,17 @@ mod tests {
 
     use super::*;
     use crate::data::tokenizer::testing;
+    use crate::models::decoder::plan::CacheFormat;
     use crate::models::encoder::random;
 
-    const LIMITS: Limits = Limits { slots: 1, queue: 2, context: 64 };
+    const LIMITS: Limits = Limits {
+        slots: 1,
+        queue: 2,
+        context: 64,
+        kv_bytes: 1 << 20,
+        kv_format: CacheFormat::F32,
+        prefix_cache: false,
+    };
 
     fn embedder(limits: Limits) -> Embedder {
         let mut config = random::tiny();

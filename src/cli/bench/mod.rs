@@ -72,6 +72,7 @@ struct ModelArgs {
 enum CacheArg {
     F32,
     F16,
+    Q8,
 }
 
 #[derive(Debug, Args)]
@@ -239,6 +240,7 @@ impl ModelArgs {
                 cache: match self.cache {
                     CacheArg::F32 => CacheFormat::F32,
                     CacheArg::F16 => CacheFormat::F16,
+                    CacheArg::Q8 => CacheFormat::Q8,
                 },
             };
             work(&mut bench)

@@ -263,21 +263,6 @@ struct File<'a> {
     model: Bpe<'a>,
 }
 
-impl File<'_> {
-    /// Sorts the keys of what is made as JSON; the parts themselves keep their order.
-    fn sort_all_objects(&mut self) {
-        self.added_tokens.iter_mut().for_each(Json::sort_all_objects);
-        for part in [
-            &mut self.normalizer,
-            &mut self.pre_tokenizer,
-            &mut self.post_processor,
-            &mut self.decoder,
-        ] {
-            part.sort_all_objects();
-        }
-    }
-}
-
 #[derive(Serialize)]
 struct Bpe<'a> {
     r#type: &'static str,

@@ -370,7 +370,7 @@ async fn an_answer_keeps_its_first_space_its_stops_its_length_and_the_models_log
         let cut = answer(engine.generate(greedy(&regex("[ab]{40}"), 6)).unwrap()).await.unwrap();
         assert_eq!((cut.ids.len(), cut.finish), (6, Finish::Length));
         let all = [vec![3, 4, 5], cut.ids].concat();
-        let scores = engine.score(all).await.unwrap();
+        let scores = engine.score(all, Mix::default(), 0, None).await.unwrap();
         for (score, logprob) in scores[2..].iter().zip(cut.logprobs) {
             assert!((score - logprob).abs() < 1e-4, "{score} {logprob}");
         }

@@ -286,7 +286,7 @@ async fn a_tiny_budget_evicts_and_refuses_what_can_never_fit() {
     let refused = engine.generate(request(vec![1; 150], 43)).unwrap_err();
     assert_eq!(refused.reason(), Reason::TooLarge);
     assert_eq!(refused.violations()[0].field, "max_tokens");
-    let refused = engine.score(vec![1; 193], 0, None).await.unwrap_err();
+    let refused = engine.score(vec![1; 193], Mix::default(), 0, None).await.unwrap_err();
     assert_eq!(refused.violations()[0].field, "input");
     // Each prompt fills two pages of its own: there is room for one at a time and one kept page.
     let prompts: Vec<Vec<u32>> = (0..6).map(|seed| vec![seed; 130]).collect();
