@@ -6,6 +6,7 @@
 
 #![allow(unsafe_op_in_unsafe_fn)]
 
+use super::super::few::prefetch;
 use super::super::quantize::{Activations, BLOCK};
 use super::super::simd::Simd;
 use super::panels::{VECTOR, block_bytes};
@@ -53,6 +54,17 @@ impl<const BITS: u8> Codes<BITS> {
     }
 }
 
+/// Up to so many tokens the memory is what a panel waits for.
+pub(super) const FEW: usize = 4;
+
+/// Asks for the lines that follow those of a block.
+#[inline(always)]
+pub(super) fn ask_ahead(block: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(VECTOR) {
+        prefetch(block.wrapping_add(line));
+    }
+}
+
 /// A panel: where its codes and scales start, and what is subtracted from each code.
 #[derive(Clone, Copy)]
 pub(super) struct Panel<G: Scales> {
@@ -88,7 +100,12 @@ pub(super) unsafe fn tile<S: Simd, const BITS: u8, G: Scales, const T: usize>(
     while block < blocks {
         let unit = reader.unit::<S>(unit_at);
         for inside in 0..reader.blocks() {
-            let w = Codes::<BITS>::unpack::<S>(panel.codes.add(block * block_bytes(BITS)));
+            let at = panel.codes.add(block * block_bytes(BITS));
+            if T <= FEW {
+                ask_ahead(at, block_bytes(BITS));
+                prefetch(unit_at);
+            }
+            let w = Codes::<BITS>::unpack::<S>(at);
             let (scale, min) = reader.block::<S>(unit, unit_at, inside);
             for (t, total) in sums.iter_mut().enumerate() {
                 let q = codes.add(t * blocks * BLOCK + block * BLOCK);

@@ -10,7 +10,7 @@
 use super::super::quantize::{Activations, BLOCK};
 use super::super::simd::Simd;
 use super::panels::{LANES, VECTOR, block_bytes};
-use super::tile::Codes;
+use super::tile::{Codes, FEW, ask_ahead};
 
 /// Columns whose products fit into an i32.
 pub(super) const MOST_COLS: usize = i32::MAX as usize / (128 * 127);
@@ -134,7 +134,11 @@ pub(super) unsafe fn tile<S: Simd, G: Groups, const BITS: u8, const T: usize>(
     for group in 0..blocks / each {
         let mut inside = [S::splat_i32(0); T];
         for block in group * each..(group + 1) * each {
-            let w = Codes::<BITS>::unpack::<S>(panel.codes.add(block * block_bytes(BITS)));
+            let at = panel.codes.add(block * block_bytes(BITS));
+            if T <= FEW {
+                ask_ahead(at, block_bytes(BITS));
+            }
+            let w = Codes::<BITS>::unpack::<S>(at);
             for (t, sum) in inside.iter_mut().enumerate() {
                 let q = codes.add((t * blocks + block) * BLOCK);
                 for (v, w) in w.into_iter().enumerate() {

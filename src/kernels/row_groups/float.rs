@@ -11,7 +11,7 @@ use crate::kernels::simd::{self, Level, Simd, Task};
 use crate::kernels::threads::{self, Shared, with_scratch};
 
 /// Up to here rows are lanes.
-const FEW: usize = 8;
+const FEW: usize = 3;
 
 /// Groups whose activations are packed before the first of them is multiplied: what was just written in other
 /// pieces cannot be read at once.
@@ -392,17 +392,17 @@ impl Task for Many<'_> {
                 let mut lane = 0;
                 while lane < lanes {
                     let tile = Tile { values, columns, xt, lanes, lane, row: g * p.group + lane };
+                    let wide = self.level >= Level::Avx512 && place.count > 16;
                     lane += match (lanes - lane, self.level) {
-                        (8.., Level::Avx512 | Level::Vnni) => {
+                        (8.., Level::Avx512 | Level::Vnni) if wide => {
                             tile.multiply::<S, 8, 2>(self.y, place)
                         }
-                        (4.., Level::Avx512 | Level::Vnni) => {
-                            tile.multiply::<S, 4, 2>(self.y, place)
+                        (8.., Level::Avx512 | Level::Vnni) => {
+                            tile.multiply::<S, 8, 1>(self.y, place)
                         }
-                        (2.., Level::Avx512 | Level::Vnni) => {
-                            tile.multiply::<S, 2, 2>(self.y, place)
-                        }
+                        (4.., _) if wide => tile.multiply::<S, 4, 2>(self.y, place),
                         (4.., _) => tile.multiply::<S, 4, 1>(self.y, place),
+                        (2.., _) if wide => tile.multiply::<S, 2, 2>(self.y, place),
                         (2.., _) => tile.multiply::<S, 2, 1>(self.y, place),
                         _ => tile.multiply::<S, 1, 2>(self.y, place),
                     };
