@@ -201,12 +201,12 @@ pub async fn download_adapter(
     to: &Destination,
     bar: &ProgressBar,
 ) -> Result<Vec<(PathBuf, i64)>> {
-    use export_adapter_response::Part as From;
+    use export_adapter_response::Part;
     let parts = client.adapters().export_adapter(request).await?.into_inner();
     let parts = parts.map(|message| {
         Ok(message?.part.map(|part| match part {
-            From::File(file) => export_model_response::Part::File(file),
-            From::Chunk(bytes) => export_model_response::Part::Chunk(bytes),
+            Part::File(file) => export_model_response::Part::File(file),
+            Part::Chunk(bytes) => export_model_response::Part::Chunk(bytes),
         }))
     });
     receive(parts, to, bar).await

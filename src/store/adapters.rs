@@ -112,11 +112,11 @@ impl Store {
         &self,
         new: &NewAdapter<'_>,
         folder: &Path,
-        names: &[&str],
+        file_names: &[&str],
     ) -> Result<AdapterRow> {
         names::check_id(new.id)?;
-        let mut files = Vec::with_capacity(names.len());
-        for name in names {
+        let mut files = Vec::with_capacity(file_names.len());
+        for name in file_names {
             let object = self.objects.put_file(&folder.join(name), None).await?;
             files.push(((*name).to_owned(), object));
         }
