@@ -372,7 +372,7 @@ async fn the_command_imports_a_folder_embeds_and_exports() {
     std::fs::rename(source.join("1_Pooling_config.json"), source.join("1_Pooling/config.json"))
         .unwrap();
     planish(&endpoint, &["models", "import", source.to_str().unwrap(), "--id", "e"]).await;
-    let shown = planish(&endpoint, &["models", "show", "e", "--output", "json"]).await;
+    let shown = planish(&endpoint, &["models", "show", "e@1", "--output", "json"]).await;
     assert!(shown.contains(r#""encoder""#) && shown.contains(r#""bert""#), "{shown}");
 
     let lines = folder.path().join("lines.txt");
