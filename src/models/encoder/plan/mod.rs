@@ -111,7 +111,8 @@ impl Encoder {
     /// Runs some of the inputs at once.
     fn step(&mut self, inputs: &[Input<'_>], step: &[usize], out: &mut [f32]) {
         let width = self.config.hidden;
-        let mut tokens = Vec::new();
+        // With their positions.
+        let mut tokens: Vec<(u32, usize)> = Vec::new();
         let sequences: Vec<Range<usize>> = step
             .iter()
             .map(|&i| {
@@ -125,7 +126,6 @@ impl Encoder {
         let (words, positions, norm) = (&*self.words, &self.positions, &self.norm);
         threads::for_rows(states, width, grain, |first, rows| {
             for (row, &(token, position)) in rows.chunks_exact_mut(width).zip(&tokens[first..]) {
-                let position: usize = position;
                 words.read_rows(token as usize, row);
                 norm::add(row, &positions[position * width..][..width]);
             }
