@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use futures::StreamExt as _;
 use planish::data::tokenizer::Tokenizer;
+use planish::models::decoder::plan::CacheFormat;
 use planish::models::encoder::plan::{Encoder, Input};
 use planish::models::encoder::{Pooling, random};
 use planish::models::import::{self, Source};
@@ -459,7 +460,18 @@ async fn minilm_gives_the_vectors_that_others_give() {
     let config = &model.family;
     assert_eq!((config.layers, config.hidden, config.heads), (6, 384, 12));
     assert_eq!((config.pooling, config.normalize, config.max_tokens), (Pooling::Mean, true, 256));
-    let embedder = Embedder::start(model, Limits { slots: 1, queue: 1, context: 0 }).unwrap();
+    let embedder = Embedder::start(
+        model,
+        Limits {
+            slots: 1,
+            queue: 1,
+            context: 0,
+            kv_bytes: 1 << 20,
+            kv_format: CacheFormat::F32,
+            prefix_cache: false,
+        },
+    )
+    .unwrap();
     let mut inputs = Vec::new();
     for (text, ids, _) in KNOWN {
         let encoded = embedder.encode(text, false).unwrap();
