@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use planish::error::Result;
 use planish::models::decoder::plan::adapters::{Fitted, Mix};
-use planish::models::decoder::plan::{Cache, Chunk, Decoder};
+use planish::models::decoder::plan::{Arithmetic, Cache, Chunk, Decoder};
 use planish::models::{Model, decoder::random, import};
 
 const SEQUENCES: usize = 8;
@@ -28,7 +28,7 @@ fn main() -> Result<()> {
         None => smol()?,
     };
     let repetitions = arguments.next().and_then(|n| n.parse().ok()).unwrap_or(5_usize).max(1);
-    let mut decoder = Decoder::new(&model)?;
+    let mut decoder = Decoder::with(&model, Arithmetic::Integer)?;
     let places: [(&str, fn(&str) -> bool); 2] = [
         ("q and v", |name| name.contains("q_proj") || name.contains("v_proj")),
         ("all linears", |_| true),

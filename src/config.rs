@@ -175,6 +175,21 @@ pub struct Import {
 pub struct Compute {
     /// Threads for computing; 0: one for each core.
     pub threads: usize,
+    /// Numbers in which encoders compute.
+    pub encoders: EncoderPrecision,
+}
+
+/// Numbers in which encoders compute.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EncoderPrecision {
+    /// Activations stay f32.
+    #[default]
+    F32,
+    /// Weights and activations are rounded to bf16.
+    Bf16,
+    /// Weights and activations are rounded to 8 bits.
+    Int8,
 }
 
 /// How logs are written.

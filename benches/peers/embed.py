@@ -124,7 +124,7 @@ def peer(name, options):
 def planish(options):
     rates = {}
     for batch, length in SHAPES:
-        words = [PROGRAM, "--output", "json", "bench", "embed", MINILM, "--batch", batch, "--length", length,
+        words = [PROGRAM, "--output", "json", "bench", "embed", MINILM, "--batch", batch, "--length", length, "--precision", options.precision,
                  "--threads", options.threads, "--repetitions", options.repetitions, "--no-limits"]
         done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
         if done.returncode:
@@ -154,6 +154,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repetitions", type=int, default=3, help="of each program in each round")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precision", choices=["f32", "bf16", "int8"], default="f32", help="of planish")
     parser.add_argument("--out", type=Path, default=PEERS / "results" / "embed.json")
     options = parser.parse_args()
     if options.rounds < 1 or options.repetitions < 1:

@@ -5,7 +5,10 @@ use rand::{Rng, RngCore};
 
 use crate::error::Result;
 use crate::nn::dtype::Dtype;
-use crate::nn::weight::{Dense, Ggml, GgmlType, Grouped, GroupedSpec, Sparse, ValueFormat, Weight};
+use crate::nn::weight::{
+    Dense, DualGrained, Ggml, GgmlType, Grouped, GroupedSpec, RowGroupValues, RowGroups, Sparse,
+    ValueFormat, Weight,
+};
 use crate::seed::Stream;
 
 /// A layout that can be made.
@@ -23,10 +26,19 @@ pub enum Layout {
     },
     /// Half of the elements, anywhere, with one bit for each.
     Bitmap(ValueFormat),
+    /// Eight rows that share their kept columns: `eighths` of eight.
+    RowGroups {
+        values: RowGroupValues,
+        eighths: u32,
+    },
+    /// 4-bit groups inside 8-bit rows.
+    DualGrained,
 }
 
 /// Inputs that share a scale, in layouts that leave the choice.
 const GROUP: usize = 64;
+/// Rows that share their kept columns.
+const ROWS: usize = 8;
 
 impl Layout {
     /// Every layout, by the name under which results are printed.
@@ -45,6 +57,7 @@ impl Layout {
             all.push((format!("grouped-{bits}"), Self::Grouped(grid(bits, false))));
         }
         all.push(("grouped-4-symmetric".to_owned(), Self::Grouped(grid(4, true))));
+        all.push(("dual-grained".to_owned(), Self::DualGrained));
         for (name, values) in [
             ("f16", ValueFormat::F16),
             ("bf16", ValueFormat::BF16),
@@ -54,6 +67,17 @@ impl Layout {
             all.push((format!("sparse-3:4-{name}"), Self::NOfM { keep: 1, of: 4, values }));
             all.push((format!("sparse-bitmap-{name}"), Self::Bitmap(values)));
         }
+        for (name, values) in [
+            ("f32", RowGroupValues::F32),
+            ("bf16", RowGroupValues::BF16),
+            ("int8", RowGroupValues::Int8),
+        ] {
+            for eighths in [8, 4] {
+                let share = eighths * 100 / 8;
+                let layout = Self::RowGroups { values, eighths };
+                all.push((format!("row-groups-{name}-{share}"), layout));
+            }
+        }
         all
     }
 
@@ -62,8 +86,8 @@ impl Layout {
         let cols = cols.next_multiple_of(match self {
             Self::Ggml(kind) => kind.block_elements(),
             Self::Grouped(spec) => spec.group,
-            Self::NOfM { .. } | Self::Bitmap(_) => GROUP,
-            Self::Dense(_) => 1,
+            Self::NOfM { .. } | Self::Bitmap(_) | Self::DualGrained => GROUP,
+            Self::Dense(_) | Self::RowGroups { .. } => 1,
         });
         let shape = [rows, cols];
         let mut rng = stream.rng();
@@ -94,6 +118,17 @@ impl Layout {
                 });
                 Weight::Sparse(sparse(shape, &values, format, None)?)
             }
+            Self::RowGroups { values: format, eighths } => {
+                for rows in values.chunks_mut(ROWS * cols) {
+                    let kept: Vec<bool> =
+                        (0..cols).map(|_| rng.random_range(0..8) < eighths).collect();
+                    for row in rows.chunks_exact_mut(cols) {
+                        row.iter_mut().zip(&kept).filter(|(_, k)| !**k).for_each(|(v, _)| *v = 0.0);
+                    }
+                }
+                Weight::RowGroups(RowGroups::from_dense(shape, &values, ROWS, format)?)
+            }
+            Self::DualGrained => Weight::DualGrained(DualGrained::round(shape, GROUP, &values)?),
         })
     }
 }

@@ -4,6 +4,7 @@
 //! Everything here computes with the threads that the program computes with, [`threads`].
 
 pub mod cost;
+pub mod embed;
 pub mod kernels;
 pub mod layouts;
 pub mod limits;

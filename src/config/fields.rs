@@ -79,6 +79,7 @@ pub const FIELDS: &[Field] = &[
         "folders that clients may import from; none when empty",
     ),
     field("compute.threads", Kind::Number, "threads for computing; 0: one for each core"),
+    field("compute.encoders", Kind::Text, "numbers in which encoders compute: f32, bf16 or int8"),
     field("telemetry.filter", Kind::Text, "filter of the log: a level, or `target=level` pairs"),
     field("telemetry.format", Kind::Text, "form of log lines: text or json"),
     field("telemetry.metrics_listen", Kind::Text, "address of the Prometheus page"),

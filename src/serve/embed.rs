@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 
 use super::engine::Limits;
 use crate::error::{Error, Reason, Result};
-use crate::models::encoder::plan::{Encoder, Input, check_tokens};
+use crate::models::encoder::plan::{Encoder, Input, Precision, check_tokens};
 use crate::models::encoder::{Model, Pooling};
 
 /// Requests whose texts share steps.
@@ -47,6 +47,8 @@ struct Job {
 
 struct Shared {
     model: Arc<Model>,
+    /// Of the weights in memory.
+    bytes: u64,
     /// Special tokens before and after every text.
     around: (Vec<u32>, Vec<u32>),
     limits: Limits,
@@ -88,14 +90,18 @@ impl Embedder {
     ///
     /// # Errors
     /// `MALFORMED_FILE` for tensors or a tokenizer that do not fit.
-    pub fn start(model: Model, limits: Limits) -> Result<Self> {
-        let encoder = Encoder::new(&model)?;
+    pub fn start(mut model: Model, limits: Limits, precision: Precision) -> Result<Self> {
+        let encoder = Encoder::with(&model, precision)?;
+        let bytes = encoder.weight_bytes();
         let around = match &model.tokenizer {
             Some(tokenizer) => tokenizer.around()?,
             None => Default::default(),
         };
+        // The encoder has what it needs of them; the rest would stay in memory twice.
+        model.weights.clear();
         let shared = Arc::new(Shared {
             model: Arc::new(model),
+            bytes,
             around,
             limits,
             queue: Mutex::default(),
@@ -170,7 +176,7 @@ impl Embedder {
         answer.await.unwrap_or_else(|_| Err(gone()))
     }
 
-    /// The model as it was loaded.
+    /// The model without its weights.
     pub fn model(&self) -> &Arc<Model> {
         &self.shared().model
     }
@@ -188,7 +194,7 @@ impl Embedder {
 
     /// Bytes the weights take in memory.
     pub fn resident_bytes(&self) -> u64 {
-        self.shared().model.bytes()
+        self.shared().bytes
     }
 
     fn shared(&self) -> &Shared {
@@ -380,21 +386,25 @@ mod tests {
         prefix_cache: false,
     };
 
-    fn embedder(limits: Limits) -> Embedder {
+    fn model() -> Model {
         let mut config = random::tiny();
         config["sentence_transformers"] = json!({ "pooling": "cls", "max_seq_length": 8 });
         let mut model = random::model(config, 5).unwrap();
         model.tokenizer = Some(Arc::new(testing::word_pieces()));
-        Embedder::start(model, limits).unwrap()
+        model
+    }
+
+    fn embedder(limits: Limits) -> Embedder {
+        Embedder::start(model(), limits, Precision::F32).unwrap()
     }
 
     fn request(inputs: Vec<Vec<u32>>) -> Request {
         Request { inputs, pooling: None, normalize: None, dimensions: 0 }
     }
 
-    fn direct(embedder: &Embedder, tokens: &[u32], pooling: Pooling) -> Vec<f32> {
+    fn direct(tokens: &[u32], pooling: Pooling) -> Vec<f32> {
         let mut out = vec![0.0; 32];
-        let mut encoder = Encoder::new(embedder.model()).unwrap();
+        let mut encoder = Encoder::new(&model()).unwrap();
         encoder.embed(&[Input { tokens, pooling }], &mut out).unwrap();
         out
     }
@@ -417,7 +427,7 @@ mod tests {
             assert_eq!(vectors.len(), 1 + (i as usize * 13) % 60);
             for (t, vector) in (0..).zip(&vectors).step_by(7) {
                 let ids: Vec<u32> = (0..1 + (t * 7) % 60).collect();
-                close(vector, &direct(&embedder, &ids, Pooling::Cls));
+                close(vector, &direct(&ids, Pooling::Cls));
             }
         }
         // The thread counts once more before it sleeps.
@@ -430,7 +440,7 @@ mod tests {
     async fn options_win_over_the_model() {
         let embedder = embedder(LIMITS);
         let ids = vec![3, 1, 4, 1, 5];
-        let plain = direct(&embedder, &ids, Pooling::Max);
+        let plain = direct(&ids, Pooling::Max);
         let asked = Request { pooling: Some(Pooling::Max), ..request(vec![ids.clone()]) };
         close(&embedder.embed(asked.clone()).await.unwrap()[0], &plain);
         // Cut first, then scaled: three values of length 1 in the same direction.
@@ -504,7 +514,7 @@ mod tests {
         // Everybody leaves: a new request is taken and answered long before the old ones would be done.
         asked.clear();
         let answer = embedder.embed(request(vec![vec![7, 8]])).await.unwrap();
-        close(&answer[0], &direct(&embedder, &[7, 8], Pooling::Cls));
+        close(&answer[0], &direct(&[7, 8], Pooling::Cls));
         assert!(embedder.healthy() && embedder.resident_bytes() > 0);
     }
 }

@@ -10,10 +10,12 @@ use super::engine::Limits;
 use super::serving::Serving;
 use crate::error::{Error, Reason, Result};
 use crate::models::AnyModel;
+use crate::models::encoder::plan::Precision;
 
 /// The loaded models, by a key that stands for their content.
 pub struct Residency {
     limits: Limits,
+    precision: Precision,
     max_bytes: u64,
     /// One load at a time: two at once would each count on the room that the other takes.
     loading: tokio::sync::Mutex<()>,
@@ -53,10 +55,12 @@ pub struct Stats {
 }
 
 impl Residency {
-    /// Room for models of `max_bytes` together; each gets an engine with `limits`.
-    pub fn new(limits: Limits, max_bytes: u64) -> Self {
+    /// Room for models of `max_bytes` together; each gets an engine with `limits`, encoders one that
+    /// computes in `precision`.
+    pub fn new(limits: Limits, precision: Precision, max_bytes: u64) -> Self {
         Self {
             limits,
+            precision,
             max_bytes,
             loading: tokio::sync::Mutex::default(),
             loaded: Mutex::default(),
@@ -79,8 +83,8 @@ impl Residency {
         }
         let model = open().await?;
         self.make_room(model.bytes())?;
-        let limits = self.limits;
-        let engine = tokio::task::spawn_blocking(move || Serving::start(model, limits))
+        let (limits, precision) = (self.limits, self.precision);
+        let engine = tokio::task::spawn_blocking(move || Serving::start(model, limits, precision))
             .await
             .map_err(|e| Error::internal("loading a model failed").with_source(e))??;
         let resident = Resident { engine: engine.clone(), used: Instant::now() };
@@ -238,7 +242,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_used_or_pinned_is_not_idle() {
-        let residency = Residency::new(LIMITS, u64::MAX);
+        let residency = Residency::new(LIMITS, Precision::F32, u64::MAX);
         for key in ["busy", "idle", "pinned"] {
             engine(&residency, key).await.unwrap();
         }
@@ -281,7 +285,7 @@ mod tests {
     #[tokio::test]
     async fn pinned_models_do_not_make_room() {
         let bytes = random::model(random::tiny("llama"), 3).unwrap().bytes();
-        let residency = Residency::new(LIMITS, bytes);
+        let residency = Residency::new(LIMITS, Precision::F32, bytes);
         engine(&residency, "a").await.unwrap();
         engine(&residency, "b").await.unwrap();
         assert_eq!(keys(&residency), ["b"]);

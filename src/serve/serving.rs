@@ -3,6 +3,7 @@
 use super::embed::Embedder;
 use super::engine::{Engine, Limits};
 use crate::error::Result;
+use crate::models::encoder::plan::Precision;
 use crate::models::{AnyModel, not_a_decoder, not_an_encoder};
 
 /// What serves a model.
@@ -22,11 +23,13 @@ macro_rules! each {
 }
 
 impl Serving {
-    /// Loads the model on a thread of its own.
-    pub fn start(model: AnyModel, limits: Limits) -> Result<Self> {
+    /// Loads the model on a thread of its own; `precision` is that of encoders.
+    pub fn start(model: AnyModel, limits: Limits, precision: Precision) -> Result<Self> {
         match model {
             AnyModel::Decoder(model) => Engine::start(model, limits).map(Self::Decoder),
-            AnyModel::Encoder(model) => Embedder::start(model, limits).map(Self::Encoder),
+            AnyModel::Encoder(model) => {
+                Embedder::start(model, limits, precision).map(Self::Encoder)
+            }
         }
     }
 

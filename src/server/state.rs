@@ -9,12 +9,13 @@ use tonic::Response;
 
 use super::convert;
 use super::gate::Phase;
-use crate::config::{Config, KvFormat};
+use crate::config::{Config, EncoderPrecision, KvFormat};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Reason, Result};
 use crate::jobs::{self, Jobs};
 use crate::machine;
 use crate::models::decoder::plan::CacheFormat;
+use crate::models::encoder::plan::Precision;
 use crate::models::{encoder, not_a_decoder, not_an_encoder};
 use crate::proto::google::longrunning::Operation;
 use crate::serve::adapters::Adapters;
@@ -102,11 +103,16 @@ impl State {
             0 => machine::memory_bytes().map_or(u64::MAX, |bytes| bytes / 8),
             bytes => bytes,
         };
+        let precision = match config.compute.encoders {
+            EncoderPrecision::F32 => Precision::F32,
+            EncoderPrecision::Bf16 => Precision::Bf16,
+            EncoderPrecision::Int8 => Precision::Int8,
+        };
         Ok(Self {
             store,
             jobs,
             adapters: Adapters::new(adapters_bytes),
-            residency: Residency::new(engine_limits, max_bytes),
+            residency: Residency::new(engine_limits, precision, max_bytes),
             phase,
             unwell: Notify::new(),
             well: AtomicBool::new(false),

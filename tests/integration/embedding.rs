@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures::StreamExt as _;
 use planish::data::tokenizer::Tokenizer;
 use planish::models::decoder::plan::CacheFormat;
-use planish::models::encoder::plan::{Encoder, Input};
+use planish::models::encoder::plan::{Encoder, Input, Precision};
 use planish::models::encoder::{Pooling, random};
 use planish::models::import::{self, Source};
 use planish::models::{AnyModel, encoder, export};
@@ -470,6 +470,7 @@ async fn minilm_gives_the_vectors_that_others_give() {
             kv_format: CacheFormat::F32,
             prefix_cache: false,
         },
+        Precision::F32,
     )
     .unwrap();
     let mut inputs = Vec::new();

@@ -5,18 +5,22 @@
 
 mod serve;
 
+use std::path::{Path, PathBuf};
+
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 
 use super::Context;
 use super::error::{CliError, Result};
 use super::output::{self, Output, facts, significant, size, table};
+use crate::bench::embed::{self, Embed};
 use crate::bench::kernels::{self, Bound, Row, SHAPES, Settings, TOKENS};
 use crate::bench::limits::Limits;
 use crate::bench::model::{Decode, Prefill, Run, Subject};
 use crate::bench::stats::Spread;
 use crate::bench::{Machine, set_threads};
 use crate::models::decoder::plan::{Arithmetic, CacheFormat};
+use crate::models::encoder::plan::Precision;
 use crate::models::import::{self, Source};
 
 #[derive(Debug, Subcommand)]
@@ -27,6 +31,8 @@ pub enum Command {
     Prefill(PrefillArgs),
     /// Several sequences that decode in the same steps
     Batch(BatchArgs),
+    /// Texts of one length through an encoder
+    Embed(EmbedArgs),
     /// The products of every weight layout
     Kernels(KernelsArgs),
     /// Load on a running server
@@ -115,6 +121,40 @@ pub struct BatchArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct EmbedArgs {
+    /// File or folder of the model, pypi:package or hf:owner/name
+    model: String,
+    /// Texts that are embedded at once
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    batch: usize,
+    /// Tokens of each text
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    length: usize,
+    /// Numbers in which the encoder computes
+    #[arg(long, value_enum, value_name = "NUMBERS", default_value_t = PrecisionArg::F32)]
+    precision: PrecisionArg,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum PrecisionArg {
+    F32,
+    Bf16,
+    Int8,
+}
+
+impl From<PrecisionArg> for Precision {
+    fn from(precision: PrecisionArg) -> Self {
+        match precision {
+            PrecisionArg::F32 => Self::F32,
+            PrecisionArg::Bf16 => Self::Bf16,
+            PrecisionArg::Int8 => Self::Int8,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
 pub struct KernelsArgs {
     /// Only layouts whose name contains this
     #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
@@ -167,6 +207,7 @@ impl Command {
                 let work = move |bench: &mut Bench| bench.batch(prompt, tokens, &sequences);
                 model.measure(context.output, work).await
             }
+            Self::Embed(args) => args.run(context.output).await,
             Self::Kernels(args) => {
                 let form = context.output;
                 blocking(move || args.run(form)).await
@@ -218,18 +259,7 @@ impl ModelArgs {
         let place = folder.path().to_owned();
         blocking(move || {
             self.common.apply()?;
-            let source = Source::parse(&self.model)?;
-            if let Source::Path(path) = &source {
-                // Before the limits are measured, and with the exit code of what is not there.
-                std::fs::metadata(path)
-                    .map_err(|e| CliError::file(&format!("reading {}", path.display()), &e))?;
-            }
-            let say = |message: &str| {
-                if !form.is_json() {
-                    eprintln!("{message}");
-                }
-            };
-            let model = import::open(&source.fetch(&place, &say, &|| false)?)?;
+            let model = import::open(&fetch(&self.model, &place, form)?)?;
             let subject = Subject::new(&model, self.common.arithmetic())?;
             let mut bench = Bench {
                 form,
@@ -247,6 +277,51 @@ impl ModelArgs {
         })
         .await
     }
+}
+
+/// Files of the model, fetched into `place` if they are not here.
+fn fetch(model: &str, place: &Path, form: Output) -> Result<PathBuf> {
+    let source = Source::parse(model)?;
+    if let Source::Path(path) = &source {
+        // Before the limits are measured, and with the exit code of what is not there.
+        std::fs::metadata(path)
+            .map_err(|e| CliError::file(&format!("reading {}", path.display()), &e))?;
+    }
+    let say = |message: &str| {
+        if !form.is_json() {
+            eprintln!("{message}");
+        }
+    };
+    Ok(source.fetch(place, &say, &|| false)?)
+}
+
+impl EmbedArgs {
+    async fn run(self, form: Output) -> Result<()> {
+        let folder = tempfile::tempdir().map_err(|e| CliError::file("making a folder", &e))?;
+        let place = folder.path().to_owned();
+        blocking(move || {
+            self.common.apply()?;
+            let model = import::open_any(&fetch(&self.model, &place, form)?)?.encoder()?;
+            let run = embed::Run {
+                batch: self.batch,
+                length: self.length,
+                repetitions: self.common.repetitions.into(),
+            };
+            let found = embed::measure(&model, self.precision.into(), run)?;
+            let limits = self.common.limits(found.weight_bytes);
+            print(form, "embed", Some(&self.model), limits.as_ref(), found, embed_text)
+        })
+        .await
+    }
+}
+
+fn embed_text(found: &Embed) -> String {
+    facts(&[
+        ("sentences/s", spread(&found.sentences_per_second)),
+        ("milliseconds a batch", spread(&found.milliseconds)),
+        ("weights", bytes(found.weight_bytes)),
+        ("least cosine to f32", format!("{:.6}", found.least_cosine)),
+    ])
 }
 
 impl Bench {

@@ -5,29 +5,11 @@ use std::sync::Arc;
 
 use super::super::{Activation, Config, Model};
 use super::GRAIN;
+use super::linear::{Linear, Precision, products};
 use crate::error::{Error, Reason, Result};
+use crate::kernels::quantize::Activations;
 use crate::kernels::{activation, bidirectional, norm, threads};
 use crate::nn::weight::Weight;
-
-/// A product and the bias that whatever comes next adds.
-struct Linear {
-    weight: Arc<Weight>,
-    bias: Vec<f32>,
-}
-
-impl Linear {
-    fn new(model: &Model, name: &str, shape: [usize; 2]) -> Result<Self> {
-        Ok(Self {
-            weight: Arc::clone(tensor(model, &format!("{name}.weight"), &shape)?),
-            bias: vector(model, &format!("{name}.bias"), shape[0])?,
-        })
-    }
-
-    /// `y = x w^T`, without the bias.
-    fn product(&self, x: &[f32], y: &mut [f32]) {
-        self.weight.multiply(x, y);
-    }
-}
 
 /// A layer normalisation.
 pub(super) struct Norm {
@@ -69,6 +51,8 @@ pub(super) struct Buffers {
     attended: Vec<f32>,
     delta: Vec<f32>,
     wide: Vec<f32>,
+    /// The input of products, in 8 bits.
+    rounded: Activations,
 }
 
 /// The weights of one block, ready to run.
@@ -84,10 +68,16 @@ pub(super) struct Layer {
 }
 
 impl Layer {
-    pub fn new(model: &Model, config: &Arc<Config>, index: usize) -> Result<Self> {
+    pub fn new(
+        model: &Model,
+        config: &Arc<Config>,
+        index: usize,
+        precision: Precision,
+    ) -> Result<Self> {
         let (hidden, wide) = (config.hidden, config.intermediate);
         let place = |name: &str| format!("encoder.layer.{index}.{name}");
-        let linear = |name: &str, rows, cols| Linear::new(model, &place(name), [rows, cols]);
+        let linear =
+            |name: &str, rows, cols| Linear::new(model, &place(name), [rows, cols], precision);
         Ok(Self {
             qkv: [
                 linear("attention.self.query", hidden, hidden)?,
@@ -115,28 +105,30 @@ impl Layer {
         let delta = sized(&mut buffers.delta, len);
         let wide = sized(&mut buffers.wide, rows * config.intermediate);
 
-        self.project(states, [&mut *q, &mut *k, &mut *v]);
+        let rounded = &mut buffers.rounded;
+        let width = config.hidden;
+        let [query, key, value] = &self.qkv;
+        let outputs = [(query, &mut *q), (key, &mut *k), (value, &mut *v)];
+        products(states, width, rounded, outputs);
         let shape = bidirectional::Shape {
             heads: config.heads,
             dim: config.head_dim(),
             scale: 1.0 / (config.head_dim() as f32).sqrt(),
         };
-        let [query, key, value] = &self.qkv;
         let inputs = (biased(q, query), biased(k, key), biased(v, value));
         bidirectional::attend(&shape, sequences, inputs, attended);
-        self.out.product(attended, delta);
+        products(attended, width, rounded, [(&self.out, &mut *delta)]);
         self.after_attention.add(states, delta, &self.out.bias);
-        self.up.product(states, wide);
+        products(states, width, rounded, [(&self.up, &mut *wide)]);
         self.activate(wide);
-        self.down.product(wide, delta);
+        products(wide, config.intermediate, rounded, [(&self.down, &mut *delta)]);
         self.after_mlp.add(states, delta, &self.down.bias);
     }
 
-    /// Queries, keys and values of the same rows.
-    fn project(&self, states: &[f32], out: [&mut [f32]; 3]) {
-        for (linear, out) in self.qkv.iter().zip(out) {
-            linear.product(states, out);
-        }
+    /// Bytes of the matrices.
+    pub fn weight_bytes(&self) -> u64 {
+        let linears = self.qkv.iter().chain([&self.out, &self.up, &self.down]);
+        linears.map(Linear::bytes).sum()
     }
 
     fn activate(&self, wide: &mut [f32]) {
@@ -177,6 +169,6 @@ pub(super) fn tensor<'a>(model: &'a Model, name: &str, shape: &[usize]) -> Resul
     Ok(weight)
 }
 
-fn vector(model: &Model, name: &str, len: usize) -> Result<Vec<f32>> {
+pub(super) fn vector(model: &Model, name: &str, len: usize) -> Result<Vec<f32>> {
     tensor(model, name, &[len]).map(|weight| weight.to_f32())
 }

@@ -2,11 +2,14 @@
 //! weights in their layouts.
 
 mod layer;
+mod linear;
 #[cfg(test)]
 mod tests;
 
 use std::ops::Range;
 use std::sync::Arc;
+
+pub use self::linear::Precision;
 
 use self::layer::{Buffers, Layer, Norm, sized};
 use super::{Config, Model, Pooling};
@@ -41,8 +44,13 @@ pub struct Encoder {
 }
 
 impl Encoder {
-    /// Checks that every tensor is there and has its shape.
+    /// An encoder that computes in f32. Checks that every tensor is there and has its shape.
     pub fn new(model: &Model) -> Result<Self> {
+        Self::with(model, Precision::F32)
+    }
+
+    /// An encoder that computes as asked. Checks that every tensor is there and has its shape.
+    pub fn with(model: &Model, precision: Precision) -> Result<Self> {
         let config = Arc::new(model.family.clone());
         let table = |name: &str, rows: usize| {
             let name = format!("embeddings.{name}.weight");
@@ -60,7 +68,7 @@ impl Encoder {
             positions,
             norm: Norm::new(model, "embeddings")?,
             layers: (0..config.layers)
-                .map(|i| Layer::new(model, &config, i))
+                .map(|i| Layer::new(model, &config, i, precision))
                 .collect::<Result<_>>()?,
             states: Vec::new(),
             buffers: Buffers::default(),
@@ -70,6 +78,12 @@ impl Encoder {
 
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Bytes of the weights in memory.
+    pub fn weight_bytes(&self) -> u64 {
+        let layers: u64 = self.layers.iter().map(Layer::weight_bytes).sum();
+        layers + self.words.bytes() + size_of_val(&self.positions[..]) as u64
     }
 
     /// Rows of a full step; texts are gathered up to here.

@@ -137,3 +137,35 @@ fn missing_and_wrong_tensors_are_refused() {
     broken.weights.insert(name.to_owned(), bias);
     assert!(Encoder::new(&broken).is_ok());
 }
+
+#[test]
+fn fewer_bits_are_close_to_f32() {
+    let model = model(&json!({ "intermediate_size": 64 }), 11);
+    let texts: Vec<Vec<u32>> = [1, 5, 16, 40].map(|n| text(n, n)).into();
+    let inputs: Vec<_> =
+        texts.iter().map(|tokens| Input { tokens, pooling: Pooling::Mean }).collect();
+    let run = |precision: Precision| {
+        let mut out = vec![f32::NAN; texts.len() * 32];
+        Encoder::with(&model, precision).unwrap().embed(&inputs, &mut out).unwrap();
+        out
+    };
+    let exact = run(Precision::F32);
+    for (precision, least) in [(Precision::Bf16, 0.9999), (Precision::Int8, 0.99)] {
+        for (a, b) in exact.chunks_exact(32).zip(run(precision).chunks_exact(32)) {
+            let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+            let cosine = dot(a, b) / (dot(a, a) * dot(b, b)).sqrt();
+            assert!(cosine > least, "{precision:?}: {cosine}");
+        }
+        assert_ne!(run(precision), exact, "{precision:?} rounds");
+    }
+}
+
+#[test]
+fn widths_without_kernels_run_as_they_are() {
+    let narrow = model(&json!({ "hidden_size": 27, "num_attention_heads": 3 }), 4);
+    let mut exact = Encoder::new(&narrow).unwrap();
+    let mut rounded = Encoder::with(&narrow, Precision::Int8).unwrap();
+    let tokens = text(9, 2);
+    let (a, b) = (one(&mut exact, &tokens, Pooling::Cls), one(&mut rounded, &tokens, Pooling::Cls));
+    assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 0.1), "{a:?} {b:?}");
+}
