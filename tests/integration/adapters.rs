@@ -176,7 +176,8 @@ fn named(name: &str) -> String {
 async fn requests_in_one_batch_have_their_own_adapters() {
     let world = World::start(|_| {}).await;
     let (a, b) = (adapter(1), adapter(2));
-    let choices: [(&str, &[(&str, f32)], &[(&Adapter, f32)]); 5] = [
+    type Choice<'a> = (&'a str, &'a [(&'a str, f32)], &'a [(&'a Adapter, f32)]);
+    let choices: [Choice<'_>; 5] = [
         ("none", &[], &[]),
         ("with-a", &[("a", 1.0)], &[(&a, 1.0)]),
         ("with-b", &[("b", 1.0)], &[(&b, 1.0)]),

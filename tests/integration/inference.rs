@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 use futures::StreamExt as _;
-use planish::models::decoder::plan::{Cache, Chunk, Decoder};
+use planish::models::decoder::plan::{Cache, CacheFormat, Chunk, Decoder};
 use planish::models::import;
 use planish::proto::inference::infer_parameter::ParameterChoice;
 use planish::proto::inference::model_infer_request::{
@@ -163,7 +163,9 @@ async fn logits_are_those_of_the_decoder() {
     let model = import::open(&folder).unwrap();
     // More than one step of the engine.
     let tokens: Vec<u32> = (0..150).map(|i| i * 31 % 256).collect();
-    let mut cache = Cache::new(model.decoder().unwrap(), tokens.len());
+    // As the engine keeps keys and values.
+    let config = model.decoder().unwrap();
+    let mut cache = Cache::with_format(config, tokens.len(), CacheFormat::F16);
     let mut decoder = Decoder::new(&model).unwrap();
     let chunk = Chunk { tokens: &tokens, cache: &mut cache, logits: 0..tokens.len() };
     let expected = decoder.forward(&mut [chunk]).unwrap();

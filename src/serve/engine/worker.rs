@@ -100,6 +100,8 @@ impl<'a> Worker<'a> {
         }
         if self.ready.contains(&true) {
             self.step();
+            // The next turn may wait for work.
+            self.leaving.retain_mut(|s| !s.abandoned() && !s.flush());
         }
         self.shared.kept.store(self.tree.len(), Ordering::Release);
         self.shared.running.store(self.active.len(), Ordering::Release);
@@ -233,6 +235,8 @@ impl<'a> Worker<'a> {
             }
             let outcome = decoder.forward_with(&mut step, mixes);
             *chunks = recycled(step);
+            // Adapters that nobody uses any more can make room.
+            mixes.clear();
             outcome
         };
         fates.clear();

@@ -12,8 +12,10 @@ impl Few<'_> {
     pub(super) unsafe fn vnni(self) {
         self.each(
             128,
+            // SAFETY: this function has the instructions.
             #[inline(always)]
             |mask, x, out| unsafe { pack_vnni(mask, x, out) },
+            // SAFETY: this function has the instructions; `each` gives whole pieces.
             #[inline(always)]
             |values, lanes, packed, out| unsafe {
                 match lanes {
@@ -33,6 +35,7 @@ impl Few<'_> {
         self.each(
             0,
             pack_plain,
+            // SAFETY: this function has the instructions; `each` gives whole pieces.
             #[inline(always)]
             |values, lanes, packed, out| unsafe {
                 match lanes {

@@ -154,10 +154,13 @@ impl Layer {
         })
     }
 
-    /// Bytes of the matrices.
+    /// Bytes of the weights in memory.
     pub fn weight_bytes(&self) -> u64 {
         let linears = [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down];
-        linears.iter().map(|linear| linear.matrix.bytes()).sum()
+        let norms = [&self.q_norm, &self.k_norm, &self.after_attention, &self.after_mlp];
+        let norms = norms.into_iter().flatten().chain([&self.before_attention, &self.before_mlp]);
+        linears.iter().map(|linear| linear.bytes()).sum::<u64>()
+            + norms.map(|norm| size_of_val(&norm[..]) as u64).sum::<u64>()
     }
 
     /// Runs the block over `hidden` (`[rows, hidden]`, in place). `spans` tile the rows. With caches

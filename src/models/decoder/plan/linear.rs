@@ -59,7 +59,7 @@ impl Matrix {
 
 /// A product with its bias.
 pub(super) struct Linear {
-    pub matrix: Matrix,
+    matrix: Matrix,
     bias: Option<Vec<f32>>,
 }
 
@@ -77,6 +77,11 @@ impl Linear {
             false => None,
         };
         Ok(Self { matrix: Matrix::new(weight, arithmetic), bias })
+    }
+
+    /// Bytes in memory.
+    pub fn bytes(&self) -> u64 {
+        self.matrix.bytes() + self.bias.as_ref().map_or(0, |bias| size_of_val(&bias[..]) as u64)
     }
 
     fn add_bias(&self, y: &mut [f32]) {

@@ -103,11 +103,11 @@ impl Decoder {
         &self.config
     }
 
-    /// Bytes of the weights as they are multiplied with.
+    /// Bytes of the weights in memory, as they are multiplied with.
     pub fn weight_bytes(&self) -> u64 {
         let layers: u64 = self.layers.iter().map(Layer::weight_bytes).sum();
         let embedding = if self.config.tied { 0 } else { self.embedding.bytes() };
-        layers + embedding + self.head.matrix.bytes()
+        layers + embedding + self.head.matrix.bytes() + size_of_val(&self.head.norm[..]) as u64
     }
 
     /// Runs the new tokens of several sequences at once; returns the wanted logits `[wanted, vocab]`,
