@@ -109,7 +109,7 @@ mod tests {
     #[test]
     fn the_numbers_belong_together() {
         let model = random::model(random::tiny(), 1).expect("a model");
-        let run = Run { batch: 3, length: 7, repetitions: 2 };
+        let run = Run { batch: 3, length: 7, repetitions: 3 };
         let found = measure(&model, Precision::F32, run).expect("numbers");
         let rate = 3.0 / (found.milliseconds.median / 1e3);
         assert!((found.sentences_per_second.median / rate - 1.0).abs() < 1e-9);

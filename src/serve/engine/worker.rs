@@ -100,7 +100,8 @@ impl<'a> Worker<'a> {
         }
         if self.ready.contains(&true) {
             self.step();
-            // The next turn may wait for work.
+            // At once: the next turn may wait for work.
+            self.flush();
             self.leaving.retain_mut(|s| !s.abandoned() && !s.flush());
         }
         self.shared.kept.store(self.tree.len(), Ordering::Release);
