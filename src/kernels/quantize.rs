@@ -153,14 +153,23 @@ multiversion! {
             for (inside, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
                 let b = unit * (width / BLOCK) + inside;
                 let codes = &mut codes[b * BLOCK..][..BLOCK];
+                // The magic constant leaves the nearest integer, ties to even, in the low bits. Only what is not
+                // finite lies outside of the bounds.
+                let whole: [i32; BLOCK] = std::array::from_fn(|i| {
+                    let shifted = x[i] * inverse + 12_582_912.0;
+                    (shifted.to_bits() as i32).wrapping_sub(0x4b40_0000).clamp(-127, 127)
+                });
                 for i in 0..BLOCK {
-                    // The magic constant leaves the nearest integer, ties to even, in the low bits.
-                    let shifted = (x[i] * inverse).clamp(-127.0, 127.0) + 12_582_912.0;
-                    codes[i] = (shifted.to_bits() as i32 - 0x4b40_0000) as i8;
+                    codes[i] = whole[i] as i8;
                 }
-                let sum = |q: &[i8]| q.iter().map(|q| i32::from(*q)).sum::<i32>();
-                let (low, high) = codes.split_at(SUM);
-                (sums[2 * b], sums[2 * b + 1]) = (sum(low), sum(high));
+                let sum = |from: usize| {
+                    let mut sum = 0_i32;
+                    for i in 0..SUM {
+                        sum += whole[from + i];
+                    }
+                    sum
+                };
+                (sums[2 * b], sums[2 * b + 1]) = (sum(0), sum(SUM));
                 scales[b] = scale;
                 weighted[b] = scale * (sums[2 * b] + sums[2 * b + 1]) as f32;
             }
