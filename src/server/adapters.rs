@@ -10,7 +10,7 @@ use tonic::{Request, Response, Status};
 use super::State;
 use super::download::{self, Piece, Source as File};
 use super::paging::Page;
-use super::{check, convert};
+use super::{check, convert, upload};
 use crate::error::{Error, Reason, Result};
 use crate::formats::peft;
 use crate::models::decoder::Config;
@@ -22,7 +22,6 @@ use crate::proto::v1::{export_adapter_response, import_adapter_request};
 use crate::store::adapters::{AdapterRow, Facts, NewAdapter};
 use crate::store::models::VersionRow;
 use crate::store::names;
-use crate::store::objects::check_digest;
 
 /// Files one import may name: PEFT writes two and a README.
 const MAX_FILES: usize = 16;
@@ -209,29 +208,8 @@ impl Adapters {
     }
 
     async fn place(&self, files: &[v1::ModelFile], folder: &Path) -> Result<()> {
-        if files.is_empty() || files.len() > MAX_FILES {
-            let problem = format!("1 to {MAX_FILES} files are taken");
-            return Err(Error::field("uploaded.files", problem));
-        }
-        let mut seen = BTreeSet::new();
-        for (index, file) in files.iter().enumerate() {
-            let at = |name: &str| format!("uploaded.files[{index}].{name}");
-            check::file_name(&at("file_name"), &file.file_name)?;
-            if !seen.insert(&file.file_name) {
-                return Err(Error::field(at("file_name"), "two files have this name"));
-            }
-            check_digest(&file.digest).map_err(|e| Error::field(at("digest"), e.message()))?;
-            let object = self.0.store.objects.find(&file.digest).await?.ok_or_else(|| {
-                Error::at(
-                    Reason::ResourceNotFound,
-                    at("digest"),
-                    "no file with this digest was uploaded; send it with UploadFile",
-                )
-            })?;
-            if file.size_bytes != 0 && file.size_bytes != convert::signed(object.size) {
-                let problem = format!("the uploaded file has {} bytes", object.size);
-                return Err(Error::at(Reason::DigestMismatch, at("size_bytes"), problem));
-            }
+        upload::check_files(&self.0.store.objects, files, MAX_FILES).await?;
+        for file in files {
             let from = self.0.store.objects.local_path(&file.digest).await?;
             let to = folder.join(&file.file_name);
             // A second name for the same bytes is as good as a copy: objects are write-once.

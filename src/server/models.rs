@@ -1,6 +1,6 @@
 //! Models and their versions.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,7 +13,7 @@ use super::download::{self, Piece, Source as File};
 use super::paging::Page;
 use super::upload::{self, Part};
 use super::{check, convert};
-use crate::error::{Error, Reason, Result};
+use crate::error::{Error, Result};
 use crate::models::export::{self, GgufFormat};
 use crate::models::import::Source;
 use crate::nn::dtype::Dtype;
@@ -277,7 +277,7 @@ impl Models {
                 }
             }
             Some(import_model_request::Source::Uploaded(uploaded)) => {
-                self.check_files(&uploaded.files).await?;
+                upload::check_files(&self.0.store.objects, &uploaded.files, MAX_FILES).await?;
             }
         }
         Ok(request)
@@ -288,36 +288,6 @@ impl Models {
         path.into_os_string()
             .into_string()
             .map_err(|_| Error::field("uri", "the path is not unicode; rename the folder"))
-    }
-
-    async fn check_files(&self, files: &[v1::ModelFile]) -> Result<()> {
-        if files.is_empty() || files.len() > MAX_FILES {
-            return Err(Error::field(
-                "uploaded.files",
-                format!("1 to {MAX_FILES} files are taken"),
-            ));
-        }
-        let mut seen = BTreeSet::new();
-        for (index, file) in files.iter().enumerate() {
-            let at = |name: &str| format!("uploaded.files[{index}].{name}");
-            check::file_name(&at("file_name"), &file.file_name)?;
-            if !seen.insert(&file.file_name) {
-                return Err(Error::field(at("file_name"), "two files have this name"));
-            }
-            check_digest(&file.digest).map_err(|e| Error::field(at("digest"), e.message()))?;
-            let object = self.0.store.objects.find(&file.digest).await?.ok_or_else(|| {
-                Error::at(
-                    Reason::ResourceNotFound,
-                    at("digest"),
-                    "no file with this digest was uploaded; send it with UploadFile",
-                )
-            })?;
-            if file.size_bytes != 0 && file.size_bytes != convert::signed(object.size) {
-                let problem = format!("the uploaded file has {} bytes", object.size);
-                return Err(Error::at(Reason::DigestMismatch, at("size_bytes"), problem));
-            }
-        }
-        Ok(())
     }
 
     /// The files of an export and the temporary folder they lie in, if any.

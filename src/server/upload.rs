@@ -1,13 +1,16 @@
 //! Receiving files: a header, then chunks, with limits and patience.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
 use tonic::Status;
 
+use super::{check, convert};
 use crate::error::{Error, Reason, Result};
-use crate::store::objects::{Object, Objects};
+use crate::proto::v1;
+use crate::store::objects::{Object, Objects, check_digest};
 
 const MAX_CHUNK: usize = 4 << 20;
 
@@ -88,4 +91,34 @@ pub async fn body<M, H>(
         upload.write(&chunk).await?;
     }
     Ok(upload.finish(Some(size), digest).await?)
+}
+
+/// Checks the files that a request says were uploaded: at most `most`, each with a name of its own that stays
+/// in its folder, there under its digest, and of the size that is named (0: not named). Errors blame the
+/// fields of `uploaded`.
+pub async fn check_files(objects: &Objects, files: &[v1::ModelFile], most: usize) -> Result<()> {
+    if files.is_empty() || files.len() > most {
+        return Err(Error::field("uploaded.files", format!("1 to {most} files are taken")));
+    }
+    let mut seen = BTreeSet::new();
+    for (index, file) in files.iter().enumerate() {
+        let at = |name: &str| format!("uploaded.files[{index}].{name}");
+        check::file_name(&at("file_name"), &file.file_name)?;
+        if !seen.insert(&file.file_name) {
+            return Err(Error::field(at("file_name"), "two files have this name"));
+        }
+        check_digest(&file.digest).map_err(|e| Error::field(at("digest"), e.message()))?;
+        let object = objects.find(&file.digest).await?.ok_or_else(|| {
+            Error::at(
+                Reason::ResourceNotFound,
+                at("digest"),
+                "no file with this digest was uploaded; send it with UploadFile",
+            )
+        })?;
+        if file.size_bytes != 0 && file.size_bytes != convert::signed(object.size) {
+            let problem = format!("the uploaded file has {} bytes", object.size);
+            return Err(Error::at(Reason::DigestMismatch, at("size_bytes"), problem));
+        }
+    }
+    Ok(())
 }
