@@ -24,3 +24,4 @@ pub mod serve;
 pub mod server;
 pub mod store;
 pub mod telemetry;
+pub mod train;

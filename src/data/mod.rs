@@ -2,5 +2,6 @@
 
 pub mod chat;
 pub mod choices;
+pub mod sequence;
 pub mod text;
 pub mod tokenizer;

@@ -2,4 +2,5 @@
 
 pub mod adapter;
 pub mod dtype;
+pub mod tuning;
 pub mod weight;

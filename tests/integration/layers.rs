@@ -14,6 +14,7 @@ const ROOMS: &[&str] = &[
     "eval",
     "methods",
     "calibrate",
+    "train",
     "serve",
     "store",
     "models",

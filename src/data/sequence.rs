@@ -1,0 +1,25 @@
+//! A record as training and evaluation take it: tokens, and what is wanted of them.
+
+/// What is wanted of a sequence.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Target {
+    /// The next token: `true` at `i` where predicting token `i` from the ones before it counts. As long
+    /// as the tokens; the first is never predicted.
+    Next(Vec<bool>),
+    /// The index of a class.
+    Class(u32),
+    /// A number.
+    Value(f32),
+    /// The index of a tag for each token; `None` where no tag is wanted (special tokens, later pieces of a
+    /// word).
+    Tags(Vec<Option<u32>>),
+}
+
+/// A tokenised record.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sequence {
+    pub tokens: Vec<u32>,
+    pub target: Target,
+    /// The line of the file it came from, from 1.
+    pub line: u64,
+}

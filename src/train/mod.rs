@@ -1,0 +1,3 @@
+//! The one training loop: parameters, batches, optimisers, schedules, checkpoints.
+
+pub mod parameters;
