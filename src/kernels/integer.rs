@@ -34,6 +34,9 @@ pub trait Integer: Copy {
     /// Each byte or `value` where its bit of the 8 bytes at `p` is set.
     unsafe fn or_bits(c: Self::C, p: *const u8, value: u8) -> Self::C;
 
+    /// `c - d` for each byte, wrapping.
+    unsafe fn less(c: Self::C, d: u8) -> Self::C;
+
     unsafe fn splat_i32(v: i32) -> Self::I;
     unsafe fn load_i32(p: *const i32) -> Self::I;
     unsafe fn store_i32(p: *mut i32, v: Self::I);
@@ -41,6 +44,10 @@ pub trait Integer: Copy {
     unsafe fn mul_i32(a: Self::I, b: Self::I) -> Self::I;
     /// 16 unsigned bytes.
     unsafe fn load_u8(p: *const u8) -> Self::I;
+    /// Lanes as bytes, the nearest of -128 to 127.
+    unsafe fn store_i8(p: *mut i8, v: Self::I);
+    /// The sum of all lanes.
+    unsafe fn sum_i32(v: Self::I) -> i32;
 
     /// Adds to each lane the product of its four codes, unsigned and below 128, and the four signed bytes
     /// at `x`, none of which is -128.
@@ -78,6 +85,10 @@ impl Integer for Arrays {
         std::array::from_fn(|i| c[i] | if bits >> i & 1 == 1 { value } else { 0 })
     }
     #[inline(always)]
+    unsafe fn less(c: Self::C, d: u8) -> Self::C {
+        c.map(|c| c.wrapping_sub(d))
+    }
+    #[inline(always)]
     unsafe fn splat_i32(v: i32) -> Self::I {
         [v; 16]
     }
@@ -100,6 +111,14 @@ impl Integer for Arrays {
     #[inline(always)]
     unsafe fn load_u8(p: *const u8) -> Self::I {
         p.cast::<[u8; 16]>().read().map(i32::from)
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut i8, v: Self::I) {
+        p.cast::<[i8; 16]>().write(v.map(|v| v.clamp(-128, 127) as i8));
+    }
+    #[inline(always)]
+    unsafe fn sum_i32(v: Self::I) -> i32 {
+        v.into_iter().sum()
     }
     #[inline(always)]
     unsafe fn dot(sum: Self::I, c: Self::C, x: *const i8) -> Self::I {
@@ -127,6 +146,13 @@ mod x86 {
     #[inline(always)]
     unsafe fn four(x: *const i8) -> i32 {
         x.cast::<i32>().read_unaligned()
+    }
+
+    #[inline(always)]
+    unsafe fn sum8(v: __m256i) -> i32 {
+        let four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
+        let two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+        _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<1>(two)))
     }
 
     impl<const VNNI: bool> Integer for Avx512<VNNI> {
@@ -160,6 +186,10 @@ mod x86 {
             _mm512_mask_add_epi8(c, bits, c, _mm512_set1_epi8(value as i8))
         }
         #[inline(always)]
+        unsafe fn less(c: Self::C, d: u8) -> Self::C {
+            _mm512_sub_epi8(c, _mm512_set1_epi8(d as i8))
+        }
+        #[inline(always)]
         unsafe fn splat_i32(v: i32) -> Self::I {
             _mm512_set1_epi32(v)
         }
@@ -182,6 +212,15 @@ mod x86 {
         #[inline(always)]
         unsafe fn load_u8(p: *const u8) -> Self::I {
             _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()))
+        }
+        #[inline(always)]
+        unsafe fn store_i8(p: *mut i8, v: Self::I) {
+            _mm_storeu_si128(p.cast(), _mm512_cvtsepi32_epi8(v));
+        }
+        #[inline(always)]
+        unsafe fn sum_i32(v: Self::I) -> i32 {
+            let half = _mm512_extracti64x4_epi64::<1>(v);
+            sum8(_mm256_add_epi32(_mm512_castsi512_si256(v), half))
         }
         #[inline(always)]
         unsafe fn dot(sum: Self::I, c: Self::C, x: *const i8) -> Self::I {
@@ -255,6 +294,10 @@ mod x86 {
             })
         }
         #[inline(always)]
+        unsafe fn less(c: Self::C, d: u8) -> Self::C {
+            both(|i| _mm256_sub_epi8(c[i], _mm256_set1_epi8(d as i8)))
+        }
+        #[inline(always)]
         unsafe fn splat_i32(v: i32) -> Self::I {
             [_mm256_set1_epi32(v); 2]
         }
@@ -278,6 +321,17 @@ mod x86 {
         #[inline(always)]
         unsafe fn load_u8(p: *const u8) -> Self::I {
             both(|i| _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(8 * i).cast())))
+        }
+        #[inline(always)]
+        unsafe fn store_i8(p: *mut i8, v: Self::I) {
+            // Packing works within halves of 128 bits.
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(v[0], v[1]));
+            let (low, high) = (_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            _mm_storeu_si128(p.cast(), _mm_packs_epi16(low, high));
+        }
+        #[inline(always)]
+        unsafe fn sum_i32(v: Self::I) -> i32 {
+            sum8(_mm256_add_epi32(v[0], v[1]))
         }
         #[inline(always)]
         unsafe fn dot(sum: Self::I, c: Self::C, x: *const i8) -> Self::I {

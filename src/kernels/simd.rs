@@ -118,6 +118,12 @@ pub trait Simd: Integer {
     /// `a * b + c` rounded once, at every level.
     unsafe fn fused(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     unsafe fn from_i32(v: Self::I) -> Self::F;
+    /// The nearest integers, ties to even; of no meaning beyond i32.
+    unsafe fn nearest(v: Self::F) -> Self::I;
+    /// `max(a, |v|)`; `a` where `v` is not a number.
+    unsafe fn max_abs(a: Self::F, v: Self::F) -> Self::F;
+    /// The largest lane.
+    unsafe fn largest(v: Self::F) -> f32;
 
     unsafe fn load_f16(p: *const u8) -> Self::F;
     unsafe fn load_bf16(p: *const u8) -> Self::F;
@@ -195,6 +201,18 @@ impl Simd for Arrays {
     #[inline(always)]
     unsafe fn from_i32(v: Self::I) -> Self::F {
         v.map(|v| v as f32)
+    }
+    #[inline(always)]
+    unsafe fn nearest(v: Self::F) -> Self::I {
+        v.map(|v| v.round_ties_even() as i32)
+    }
+    #[inline(always)]
+    unsafe fn max_abs(a: Self::F, v: Self::F) -> Self::F {
+        std::array::from_fn(|i| a[i].max(v[i].abs()))
+    }
+    #[inline(always)]
+    unsafe fn largest(v: Self::F) -> f32 {
+        v.into_iter().fold(v[0], f32::max)
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u8) -> Self::F {
@@ -317,6 +335,13 @@ pub(super) mod x86 {
     }
 
     #[inline(always)]
+    unsafe fn largest8(v: __m256) -> f32 {
+        let four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+        let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+    }
+
+    #[inline(always)]
     unsafe fn sum8(v: __m256) -> f32 {
         let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
         let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -374,6 +399,20 @@ pub(super) mod x86 {
         #[inline(always)]
         unsafe fn from_i32(v: Self::I) -> Self::F {
             _mm512_cvtepi32_ps(v)
+        }
+        #[inline(always)]
+        unsafe fn nearest(v: Self::F) -> Self::I {
+            _mm512_cvtps_epi32(v)
+        }
+        #[inline(always)]
+        unsafe fn max_abs(a: Self::F, v: Self::F) -> Self::F {
+            // Where one is not a number the second is given.
+            _mm512_max_ps(_mm512_abs_ps(v), a)
+        }
+        #[inline(always)]
+        unsafe fn largest(v: Self::F) -> f32 {
+            let half = _mm512_extractf32x8_ps::<1>(v);
+            largest8(_mm256_max_ps(_mm512_castps512_ps256(v), half))
         }
         // Spread first: a single half would be inserted into a register that a slower instruction of the
         // iteration before still has to write.
@@ -501,6 +540,21 @@ pub(super) mod x86 {
         #[inline(always)]
         unsafe fn from_i32(v: Self::I) -> Self::F {
             [_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])]
+        }
+        #[inline(always)]
+        unsafe fn nearest(v: Self::F) -> Self::I {
+            [_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1])]
+        }
+        #[inline(always)]
+        unsafe fn max_abs(a: Self::F, v: Self::F) -> Self::F {
+            let sign = _mm256_set1_ps(-0.0);
+            // Where one is not a number the second is given.
+            let one = |i: usize| _mm256_max_ps(_mm256_andnot_ps(sign, v[i]), a[i]);
+            [one(0), one(1)]
+        }
+        #[inline(always)]
+        unsafe fn largest(v: Self::F) -> f32 {
+            largest8(_mm256_max_ps(v[0], v[1]))
         }
         #[inline(always)]
         unsafe fn splat_f16(bits: u16) -> Self::F {

@@ -282,9 +282,9 @@ impl Piece<'_> {
         let start = start.add(start.align_offset(64));
         for index in self.panels.clone() {
             let panel = self.panel(index, reader, zero);
-            let unpacked = amx::unpack::<S, BITS>(panel.codes, self.x.cols(), start);
+            amx::unpack::<S, BITS>(panel.codes, zero, self.x.cols(), start);
             for token in (0..whole).step_by(amx::TOKENS) {
-                let sums = amx::tile::<S, G>(&tiles, panel, unpacked, self.x, token);
+                let sums = amx::tile::<S, G>(&tiles, panel, start, self.x, token);
                 self.store::<S, { amx::TOKENS }>(index, token, sums);
             }
         }
