@@ -69,12 +69,17 @@ pub(super) fn multiply_at(
 }
 
 /// Elements of scratch that tiles take; 0 where they are not to be used.
+#[cfg(target_arch = "x86_64")]
 fn tile_scratch(x: &Activations) -> usize {
-    #[cfg(target_arch = "x86_64")]
     if x.tokens() >= amx::TOKENS && amx::available() {
         // f32 is how scratch is counted; a line more, to start at a line.
         return 2 * amx::unpacked_bytes(x.cols()) / 4 + 16;
     }
+    0
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn tile_scratch(_: &Activations) -> usize {
     0
 }
 
