@@ -94,6 +94,8 @@ unsafe fn pack(level: Level, mask: &[u64], x: &[f32], out: &mut [f32]) {
     match level {
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 | Level::Vnni => pack_avx512(mask, x.as_ptr(), out.as_mut_ptr()),
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon | Level::NeonDot => super::neon::pack_floats(mask, x, out),
         _ => {
             let mut next = 0;
             for (i, &word) in mask.iter().enumerate() {

@@ -2,30 +2,13 @@
 
 use std::arch::aarch64::*;
 
-use super::{Few, QUAD, SLACK, add_plain, sums_plain};
+use super::{Few, QUAD, add_plain, sums_plain};
 use crate::kernels::few::prefetch;
 use crate::kernels::integer::neon::{dot, four, less_128};
+use crate::kernels::row_groups::neon::pack_bytes;
 
 /// Registers of sums: enough of them to hide how long an instruction takes.
 const SUMS: usize = 8;
-
-/// For each byte of a bitmap: the places of the bits that are set.
-static PLACES: [[u8; 8]; 256] = {
-    let mut table = [[0; 8]; 256];
-    let mut mask = 0;
-    while mask < 256 {
-        let (mut bit, mut next) = (0, 0);
-        while bit < 8 {
-            if mask >> bit & 1 == 1 {
-                table[mask][next] = bit;
-                next += 1;
-            }
-            bit += 1;
-        }
-        mask += 1;
-    }
-    table
-};
 
 impl Few<'_> {
     /// # Safety
@@ -33,7 +16,7 @@ impl Few<'_> {
     pub(super) unsafe fn neon<const DOT: bool>(self) {
         self.each(
             0,
-            pack,
+            pack_bytes,
             // SAFETY: the caller's promise; `each` gives whole pieces.
             #[inline(always)]
             |values, lanes, packed, out| unsafe {
@@ -47,29 +30,6 @@ impl Few<'_> {
                 }
             },
         );
-    }
-}
-
-/// Packs the bytes whose bit is set to the front, eight at a time; `out` has room for 64 more.
-fn pack(mask: &[u64], x: &[u8], out: &mut [u8]) {
-    assert!(x.len() >= 64 * mask.len() && out.len() >= x.len() + SLACK);
-    let mut packed = 0;
-    for (x, &word) in x.as_chunks::<64>().0.iter().zip(mask) {
-        // SAFETY: NEON is a part of the architecture. At most as many bytes were packed as were read, so eight
-        // more fit behind them.
-        unsafe {
-            // How many are set in each byte, then in all up to it: byte sums in a product.
-            let set = vget_lane_u64::<0>(vreinterpret_u64_u8(vcnt_u8(vcreate_u8(word))));
-            let ends = set.wrapping_mul(0x0101_0101_0101_0101).to_le_bytes();
-            let mut start = 0;
-            for ((x, mask), end) in x.as_chunks::<8>().0.iter().zip(word.to_le_bytes()).zip(ends) {
-                let places = vld1_u8(PLACES[mask as usize].as_ptr());
-                let front = vtbl1_u8(vld1_u8(x.as_ptr()), places);
-                vst1_u8(out.as_mut_ptr().add(packed + start), front);
-                start = end.into();
-            }
-            packed += start;
-        }
     }
 }
 
