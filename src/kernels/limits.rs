@@ -55,6 +55,7 @@ multiversion! {
     /// Sum of all words, wrapping: the cheapest use of everything that is read.
     fn sum(words: &[u64]) -> u64 {
         /// Bytes that are asked for ahead of their use.
+        #[cfg(target_arch = "x86_64")]
         const AHEAD: usize = 4096;
         let mut sums = [0_u64; 32];
         let mut chunks = words.chunks_exact(32);
@@ -180,9 +181,12 @@ fn single_spin() -> Spin {
 
 #[cfg(target_arch = "aarch64")]
 fn single_spin() -> Spin {
-    // SAFETY: NEON is a part of the architecture.
-    let run = |spins| unsafe { neon::fma(spins) };
-    Spin { instruction: "fmla 4s", run, operations: CHAINS * 8 }
+    if std::arch::is_aarch64_feature_detected!("neon") {
+        // SAFETY: the instruction was detected.
+        let run = |spins| unsafe { neon::fma(spins) };
+        return Spin { instruction: "fmla 4s", run, operations: CHAINS * 8 };
+    }
+    SINGLE_LOOP
 }
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]

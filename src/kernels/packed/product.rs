@@ -93,6 +93,7 @@ struct Piece<'a> {
     x: &'a Activations,
     y: Shared<'a>,
     /// Room for two unpacked panels, if tiles are to be used.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     scratch: &'a mut [f32],
 }
 
