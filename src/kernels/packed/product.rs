@@ -255,6 +255,7 @@ impl Piece<'_> {
     /// As of `panels`.
     #[cfg(not(target_arch = "x86_64"))]
     #[inline(always)]
+    #[allow(clippy::extra_unused_type_parameters)]
     unsafe fn rows_in_tiles<S: Simd, const BITS: u8, G: Groups>(&mut self, _: G) -> usize {
         0
     }
@@ -301,6 +302,7 @@ impl Piece<'_> {
     /// As of `panels`.
     #[cfg(not(target_arch = "x86_64"))]
     #[inline(always)]
+    #[allow(clippy::extra_unused_type_parameters)]
     unsafe fn in_tiles<S: Simd, const BITS: u8, G: Scales>(&mut self, _: G, _: u8) -> usize {
         0
     }
