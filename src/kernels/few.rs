@@ -180,7 +180,11 @@ pub(super) fn prefetch(p: *const u8) {
     #[cfg(target_arch = "aarch64")]
     // SAFETY: a hint, which never faults. There is no stable intrinsic yet.
     unsafe {
-        std::arch::asm!("prfm pldl1keep, [{p}]", p = in(reg) p.addr(), options(nomem, nostack, preserves_flags));
+        std::arch::asm!(
+            "prfm pldl1keep, [{p}]",
+            p = in(reg) p.addr(),
+            options(nomem, nostack, preserves_flags),
+        );
     }
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = p;
