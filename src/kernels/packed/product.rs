@@ -69,12 +69,17 @@ pub(super) fn multiply_at(
 }
 
 /// Elements of scratch that tiles take; 0 where they are not to be used.
+#[cfg(target_arch = "x86_64")]
 fn tile_scratch(x: &Activations) -> usize {
-    #[cfg(target_arch = "x86_64")]
     if x.tokens() >= amx::TOKENS && amx::available() {
         // f32 is how scratch is counted; a line more, to start at a line.
         return 2 * amx::unpacked_bytes(x.cols()) / 4 + 16;
     }
+    0
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn tile_scratch(_: &Activations) -> usize {
     0
 }
 
@@ -88,6 +93,7 @@ struct Piece<'a> {
     x: &'a Activations,
     y: Shared<'a>,
     /// Room for two unpacked panels, if tiles are to be used.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     scratch: &'a mut [f32],
 }
 
@@ -249,6 +255,7 @@ impl Piece<'_> {
     /// As of `panels`.
     #[cfg(not(target_arch = "x86_64"))]
     #[inline(always)]
+    #[allow(clippy::extra_unused_type_parameters)]
     unsafe fn rows_in_tiles<S: Simd, const BITS: u8, G: Groups>(&mut self, _: G) -> usize {
         0
     }
@@ -295,6 +302,7 @@ impl Piece<'_> {
     /// As of `panels`.
     #[cfg(not(target_arch = "x86_64"))]
     #[inline(always)]
+    #[allow(clippy::extra_unused_type_parameters)]
     unsafe fn in_tiles<S: Simd, const BITS: u8, G: Scales>(&mut self, _: G, _: u8) -> usize {
         0
     }
