@@ -4,6 +4,8 @@
 //! [`simd::Simd`]; reading rows, products with few tokens and products with many are made from it.
 
 pub mod activation;
+#[cfg(test)]
+pub mod allocations;
 pub mod attention;
 pub mod bf16;
 pub mod bidirectional;
