@@ -4,10 +4,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::super::{Activation, Config, Model};
-use super::GRAIN;
-use super::linear::{Linear, Precision, products};
+use super::linear::{Inputs, Linear, Precision, products};
+use super::{GRAIN, MLP_ROWS};
 use crate::error::{Error, Reason, Result};
-use crate::kernels::quantize::Activations;
 use crate::kernels::{activation, bidirectional, norm, threads};
 use crate::nn::weight::Weight;
 
@@ -51,8 +50,8 @@ pub(super) struct Buffers {
     attended: Vec<f32>,
     delta: Vec<f32>,
     wide: Vec<f32>,
-    /// The input of products, in 8 bits.
-    rounded: Activations,
+    /// The input of products, in fewer bits.
+    inputs: Inputs,
 }
 
 /// The weights of one block, ready to run.
@@ -103,26 +102,30 @@ impl Layer {
         let v = sized(&mut buffers.v, len);
         let attended = sized(&mut buffers.attended, len);
         let delta = sized(&mut buffers.delta, len);
-        let wide = sized(&mut buffers.wide, rows * config.intermediate);
+        let wide = sized(&mut buffers.wide, rows.min(MLP_ROWS) * config.intermediate);
 
-        let rounded = &mut buffers.rounded;
+        let inputs = &mut buffers.inputs;
         let width = config.hidden;
         let [query, key, value] = &self.qkv;
         let outputs = [(query, &mut *q), (key, &mut *k), (value, &mut *v)];
-        products(states, width, rounded, outputs);
+        products(states, width, inputs, outputs);
         let shape = bidirectional::Shape {
             heads: config.heads,
             dim: config.head_dim(),
             scale: 1.0 / (config.head_dim() as f32).sqrt(),
         };
-        let inputs = (biased(q, query), biased(k, key), biased(v, value));
-        bidirectional::attend(&shape, sequences, inputs, attended);
-        products(attended, width, rounded, [(&self.out, &mut *delta)]);
+        let qkv = (biased(q, query), biased(k, key), biased(v, value));
+        bidirectional::attend(&shape, sequences, qkv, attended);
+        products(attended, width, inputs, [(&self.out, &mut *delta)]);
         self.after_attention.add(states, delta, &self.out.bias);
-        products(states, width, rounded, [(&self.up, &mut *wide)]);
-        self.activate(wide);
-        products(wide, config.intermediate, rounded, [(&self.down, &mut *delta)]);
-        self.after_mlp.add(states, delta, &self.down.bias);
+        let pieces = states.chunks_mut(MLP_ROWS * width).zip(delta.chunks_mut(MLP_ROWS * width));
+        for (states, delta) in pieces {
+            let wide = &mut wide[..states.len() / width * config.intermediate];
+            products(states, width, inputs, [(&self.up, &mut *wide)]);
+            self.activate(wide);
+            products(wide, config.intermediate, inputs, [(&self.down, &mut *delta)]);
+            self.after_mlp.add(states, delta, &self.down.bias);
+        }
     }
 
     /// Bytes of the matrices.
