@@ -7,6 +7,7 @@ use super::super::{Activation, Config, Model};
 use super::linear::{Inputs, Linear, Precision, products};
 use super::{GRAIN, MLP_ROWS};
 use crate::error::{Error, Reason, Result};
+use crate::kernels::quantize::Grain;
 use crate::kernels::{activation, bidirectional, norm, threads};
 use crate::nn::weight::Weight;
 
@@ -75,18 +76,23 @@ impl Layer {
     ) -> Result<Self> {
         let (hidden, wide) = (config.hidden, config.intermediate);
         let place = |name: &str| format!("encoder.layer.{index}.{name}");
-        let linear =
-            |name: &str, rows, cols| Linear::new(model, &place(name), [rows, cols], precision);
+        let linear = |name: &str, rows, cols, grain| {
+            Linear::new(model, &place(name), [rows, cols], precision, grain)
+        };
+        // A few channels of the states are ten times as large as the others. Where whole tokens shared a
+        // scale, they would leave too few bits to the others; queries and keys suffer most, as scores are
+        // exponents. Elsewhere the faster products do.
+        let (fine, coarse) = (Grain::Block, Grain::Token);
         Ok(Self {
             qkv: [
-                linear("attention.self.query", hidden, hidden)?,
-                linear("attention.self.key", hidden, hidden)?,
-                linear("attention.self.value", hidden, hidden)?,
+                linear("attention.self.query", hidden, hidden, fine)?,
+                linear("attention.self.key", hidden, hidden, fine)?,
+                linear("attention.self.value", hidden, hidden, fine)?,
             ],
-            out: linear("attention.output.dense", hidden, hidden)?,
+            out: linear("attention.output.dense", hidden, hidden, coarse)?,
             after_attention: Norm::new(model, &place("attention.output"))?,
-            up: linear("intermediate.dense", wide, hidden)?,
-            down: linear("output.dense", hidden, wide)?,
+            up: linear("intermediate.dense", wide, hidden, coarse)?,
+            down: linear("output.dense", hidden, wide, coarse)?,
             after_mlp: Norm::new(model, &place("output"))?,
             config: Arc::clone(config),
         })

@@ -21,7 +21,7 @@ pub enum Precision {
     F32,
     /// Weights and activations rounded to bf16, sums in f32.
     Bf16,
-    /// Activations rounded to 8 bits, and so are weights that have more: 32 columns share a scale.
+    /// Activations rounded to 8 bits, and so are weights that have more.
     Int8,
 }
 
@@ -34,14 +34,14 @@ enum Matrix {
 }
 
 impl Matrix {
-    fn new(weight: &Arc<Weight>, precision: Precision) -> Self {
+    fn new(weight: &Arc<Weight>, precision: Precision, grain: Grain) -> Self {
         let (rows, cols) = (weight.rows(), weight.cols());
         let read = |row: usize, out: &mut [f32]| weight.read_rows(row, out);
         match (precision, &**weight) {
             (Precision::F32, Weight::Dense(_)) => Self::F32(F32Panels::pack(rows, cols, read)),
             (Precision::F32, _) => Self::Plain(Arc::clone(weight)),
             (Precision::Bf16, _) => Self::Bf16(Bf16Panels::pack(rows, cols, read)),
-            (Precision::Int8, _) => match weight.packed().or_else(|| round(weight)) {
+            (Precision::Int8, _) => match weight.packed().or_else(|| round(weight, grain)) {
                 Some(packed) => Self::Int8(packed),
                 // Of a width that the kernels do not have.
                 None => Self::Plain(Arc::clone(weight)),
@@ -59,39 +59,51 @@ impl Matrix {
     }
 }
 
-/// The weight in 8 bits with a scale (f16) for 32 columns of a row, whose largest magnitude is 127. Scales of
-/// whole rows, and of whole tokens, would be faster to multiply, but a few channels of an encoder's states
-/// are ten times as large as the others and would leave them few bits. `None` for widths that are not whole
-/// blocks, and for weights beyond the range of the scales.
-fn round(weight: &Weight) -> Option<Packed> {
+/// The weight in 8 bits, the largest magnitude of what shares a scale being 127. `None` for widths that are
+/// not whole blocks, and for weights beyond the range of the scales.
+fn round(weight: &Weight, grain: Grain) -> Option<Packed> {
     let (rows, cols) = (weight.rows(), weight.cols());
     if !cols.is_multiple_of(BLOCK) {
         return None;
     }
+    let each = match grain {
+        Grain::Block => BLOCK,
+        Grain::Token => cols,
+    };
     let mut codes = Vec::with_capacity(rows * cols);
-    let mut scales = Vec::with_capacity(2 * rows * (cols / BLOCK));
+    let mut scales = Vec::with_capacity(rows * (cols / each));
     let mut row = vec![0.0; cols];
     for index in 0..rows {
         weight.read_rows(index, &mut row);
-        for block in row.chunks_exact(BLOCK) {
-            let top = block.iter().fold(0.0_f32, |top, v| top.max(v.abs()));
+        for group in row.chunks_exact(each) {
+            let top = group.iter().fold(0.0_f32, |top, v| top.max(v.abs()));
             // What is not finite must show.
-            let poison: f32 = block.iter().map(|v| v * 0.0).sum();
-            let scale = f16::from_f32(top / 127.0 + poison);
-            if scale.is_infinite() {
+            let poison: f32 = group.iter().map(|v| v * 0.0).sum();
+            let scale = match grain {
+                Grain::Block => f16::from_f32(top / 127.0).to_f32(),
+                Grain::Token => top / 127.0,
+            };
+            if scale.is_infinite() && top.is_finite() {
                 return None;
             }
-            let step = scale.to_f32();
-            // A block of zeros, or of numbers too small for the scale, is one of zeros.
-            let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
-            let code = |v: &f32| (v * inverse).round_ties_even().clamp(-127.0, 127.0);
-            codes.extend(block.iter().map(|v| (code(v) as i8 as u8) ^ 0x80));
-            scales.extend(scale.to_bits().to_le_bytes());
+            // A group of zeros, or of numbers too small to divide by, is one of zeros.
+            let inverse = if scale > 1e-37 { 1.0 / scale } else { 0.0 };
+            let code = |v: &f32| (v * inverse).clamp(-127.0, 127.0).round_ties_even() as i8;
+            codes.extend(group.iter().map(code));
+            scales.push(scale + poison);
         }
     }
-    let source =
-        Source::Grouped { bits: 8, group: BLOCK, codes: &codes, scales: &scales, zeros: None };
-    Packed::new(source, rows, cols)
+    match grain {
+        Grain::Token => Packed::new(Source::Rows { codes: &codes, scales: &scales }, rows, cols),
+        Grain::Block => {
+            let codes: Vec<u8> = codes.into_iter().map(|code| code as u8 ^ 0x80).collect();
+            let scales: Vec<u8> =
+                scales.into_iter().flat_map(|s| f16::from_f32(s).to_le_bytes()).collect();
+            let (codes, scales) = (&codes[..], &scales[..]);
+            let source = Source::Grouped { bits: 8, group: BLOCK, codes, scales, zeros: None };
+            Packed::new(source, rows, cols)
+        }
+    }
 }
 
 /// The input of products in fewer bits, rounded once for all that share it.
@@ -108,9 +120,17 @@ pub(super) struct Linear {
 }
 
 impl Linear {
-    pub fn new(model: &Model, name: &str, shape: [usize; 2], precision: Precision) -> Result<Self> {
+    /// `grain` is what shares a scale where the weight is rounded to 8 bits, and so do its inputs.
+    pub fn new(
+        model: &Model,
+        name: &str,
+        shape: [usize; 2],
+        precision: Precision,
+        grain: Grain,
+    ) -> Result<Self> {
+        let weight = tensor(model, &format!("{name}.weight"), &shape)?;
         Ok(Self {
-            matrix: Matrix::new(tensor(model, &format!("{name}.weight"), &shape)?, precision),
+            matrix: Matrix::new(weight, precision, grain),
             bias: vector(model, &format!("{name}.bias"), shape[0])?,
         })
     }
