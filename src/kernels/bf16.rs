@@ -549,9 +549,9 @@ mod tests {
                         continue;
                     }
                     let mut y = vec![f32::NAN; tokens * rows];
-                    let mut rounded = Rounded::default();
-                    rounded.set_by(path, &x, cols);
-                    packed.multiply_by(path, &rounded, &mut y);
+                    let mut input = Rounded::default();
+                    input.set_by(path, &x, cols);
+                    packed.multiply_by(path, &input, &mut y);
                     for (i, y) in y.iter().enumerate() {
                         let (x, w) = (&x[i / rows * cols..], &w[i % rows * cols..][..cols]);
                         let terms = x.iter().zip(w).map(|(x, w)| rounded(*x) * rounded(*w));

@@ -205,7 +205,10 @@ fn groups(sequences: &[Range<usize>], threads: usize) -> Vec<Range<usize>> {
         }
     }
     let longest = busy.into_iter().max().unwrap_or(0);
-    if longest * threads > rows + rows / 4 { vec![0..sequences.len()] } else { groups }
+    if longest * threads > rows + rows / 4 {
+        return std::iter::once(0..sequences.len()).collect();
+    }
+    groups
 }
 
 /// Refuses what the embeddings have no rows for; errors blame `ids`.

@@ -177,6 +177,7 @@ fn fewer_bits_are_close_to_f32() {
 }
 
 #[test]
+#[allow(clippy::single_range_in_vec_init)]
 fn groups_tile_the_texts_and_keep_threads_at_work() {
     let sequences = |lengths: &[usize]| {
         let mut end = 0;
