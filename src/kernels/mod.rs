@@ -13,6 +13,7 @@ pub mod cast;
 pub mod dot;
 pub mod dual_grained;
 mod expand;
+pub mod f32_panels;
 pub mod few;
 pub mod gemm;
 pub mod ggml;
