@@ -21,7 +21,7 @@ impl<const VNNI: bool> Integer for Avx512<VNNI> {
     type C = __m512i;
     type I = __m512i;
     const WIDE_ZERO: i32 = if VNNI { 128 } else { 0 };
-    const TILE: usize = 16;
+    const TILE: usize = 8;
     const AMX: bool = VNNI;
 
     #[inline(always)]

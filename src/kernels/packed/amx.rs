@@ -14,7 +14,7 @@ use super::super::quantize::{Activations, BLOCK};
 use super::super::simd::Simd;
 use super::panels::{LANES, VECTOR, block_bytes};
 use super::scales::Scales;
-use super::tile::{Codes, Panel, each_token};
+use super::tile::{Codes, Panel, ask_ahead, each_token};
 use super::whole::{self, Groups};
 
 /// Tokens of a tile.
@@ -218,7 +218,9 @@ pub(super) unsafe fn unpack<S: Simd, const BITS: u8>(
     scratch: *mut u8,
 ) {
     for block in 0..cols / BLOCK {
-        let w = Codes::<BITS>::unpack::<S>(codes.add(block * block_bytes(BITS)));
+        let at = codes.add(block * block_bytes(BITS));
+        ask_ahead(at, block_bytes(BITS));
+        let w = Codes::<BITS>::unpack::<S>(at);
         for (v, w) in w.into_iter().enumerate() {
             let w = if zero == 0 { w } else { S::less(w, zero) };
             S::store_codes(scratch.add(block * UNPACKED + v * VECTOR), w);

@@ -145,13 +145,8 @@ impl Piece<'_> {
         for index in self.panels.clone() {
             let panel = self.panel(index, reader, zero);
             let mut token = whole;
-            if S::TILE >= 16 {
-                while token + 16 <= tokens {
-                    let sums = tile::<S, BITS, G, 16>(panel, self.x, token);
-                    self.store::<S, 16>(index, token, sums);
-                    token += 16;
-                }
-                if token + 8 <= tokens {
+            if S::TILE >= 8 {
+                while token + 8 <= tokens {
                     let sums = tile::<S, BITS, G, 8>(panel, self.x, token);
                     self.store::<S, 8>(index, token, sums);
                     token += 8;
@@ -185,7 +180,7 @@ impl Piece<'_> {
         for index in self.panels.clone() {
             let panel = self.panel_of_rows(index, groups);
             let mut token = whole;
-            if S::TILE >= 16 {
+            if S::TILE >= 8 {
                 while token + 8 <= tokens {
                     let sums = whole::tile::<S, G, BITS, 8>(panel, self.x, token);
                     self.store::<S, 8>(index, token, sums);

@@ -54,8 +54,8 @@ impl<const BITS: u8> Codes<BITS> {
     }
 }
 
-/// Up to so many tokens the memory is what a panel waits for.
-pub(super) const FEW: usize = 4;
+/// Up to so many tokens a panel is read too fast for the processor to fetch ahead by itself.
+pub(super) const FEW: usize = 16;
 
 /// Asks for the lines that follow those of a block.
 #[inline(always)]
