@@ -22,6 +22,7 @@ pub mod memory;
 mod multiversion;
 pub mod norm;
 pub mod packed;
+pub mod philox;
 pub mod product;
 pub mod quantize;
 pub mod rope;
