@@ -3,8 +3,9 @@
 
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor;
+use faer::diag::Diag;
 use faer::linalg::{matmul, svd as faer_svd, triangular_inverse};
-use faer::{Accum, Diag, Mat, MatRef, Par, Spec};
+use faer::{Accum, Mat, MatRef, Par, Spec};
 
 use crate::error::{Error, Reason, Result};
 

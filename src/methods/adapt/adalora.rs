@@ -16,12 +16,15 @@ use super::module::{Core, Module, Part};
 use super::options::{self, Usual};
 use super::shapes::{Shapes, module};
 use super::tuned::Tuned;
-use super::{Adapt, At, Cost, Hooks, Needs, Setup, build, normal};
+use super::{Adapt, Cost, Needs, Setup, build, normal};
 use crate::error::{Error, Reason, Result};
 use crate::methods::Card;
 use crate::nn::linalg::{from_rows, product, to_rows};
 use crate::proto::v1;
+use crate::train::hooks::{Hooks, Place, Updated};
+use crate::train::optimizer::Optimizer;
 use crate::train::parameters::{Gradients, Parameters};
+use crate::train::tensors;
 
 static CARD: Card = Card {
     name: "adalora",
@@ -298,47 +301,36 @@ fn orthogonality(p: &Mat<f64>) -> (f64, Mat<f64>) {
 }
 
 impl Hooks for Allocator {
-    fn after_backward(
-        &mut self,
-        _: &At,
-        parameters: &Parameters,
-        gradients: &mut Gradients,
-    ) -> Result<f64> {
+    fn penalty(&mut self, _: Place, parameters: &Parameters) -> Result<Option<(f64, Gradients)>> {
         if self.weight == 0.0 {
-            return Ok(0.0);
+            return Ok(None);
         }
-        let by = self.weight / (2 * self.modules.len()) as f64;
-        let mut sum = 0.0;
-        for (path, rank) in &self.modules {
+        let by = self.weight / (2 * self.modules.len()).max(1) as f64;
+        let (mut sum, mut gradients) = (0.0, Gradients::new());
+        for (path, _) in &self.modules {
             for kind in ["lora_A", "lora_B"] {
                 let name = format!("{path}.{kind}");
                 let Some(parameter) = parameters.get(&name) else { continue };
                 let (rows, cols) = parameter.var.dims2()?;
-                let values = parameter.var.flatten_all()?.to_vec1::<f32>()?;
-                let p = from_rows(&values, rows, cols);
+                let p = tensors::read(&parameter.var, |values| from_rows(values, rows, cols))?;
                 let across = kind == "lora_B";
                 let (norm, gradient) = match across {
                     true => orthogonality(&p.transpose().to_owned()),
                     false => orthogonality(&p),
                 };
-                debug_assert_eq!(gradient.nrows(), *rank);
                 sum += norm;
-                let rows_of = if across { gradient.transpose() } else { gradient.as_ref() };
-                let added: Vec<f32> =
-                    to_rows(rows_of).iter().map(|g| (f64::from(*g) * by) as f32).collect();
-                let added = Tensor::from_vec(added, (rows, cols), &Device::Cpu)?;
-                let total = match gradients.get(&name) {
-                    Some(gradient) => (gradient + added)?,
-                    None => added,
-                };
-                gradients.insert(name, total);
+                let of = if across { gradient.transpose() } else { gradient.as_ref() };
+                let values: Vec<f32> =
+                    to_rows(of).iter().map(|g| (f64::from(*g) * by) as f32).collect();
+                gradients.insert(name, Tensor::from_vec(values, (rows, cols), &Device::Cpu)?);
             }
         }
-        Ok(by * sum)
+        Ok(Some((by * sum, gradients)))
     }
 
-    fn after_step(&mut self, at: &At, parameters: &Parameters, gradients: &Gradients) -> Result<()> {
-        if at.step < self.budget.steps.saturating_sub(self.budget.fin) {
+    fn after_step(&mut self, updated: Updated<'_>) -> Result<()> {
+        let Updated { place, parameters, gradients, .. } = updated;
+        if place.step < self.budget.steps.saturating_sub(self.budget.fin) {
             let betas = self.betas.map(|b| b as f32);
             for (path, _) in &self.modules {
                 for kind in KINDS {
@@ -348,13 +340,16 @@ impl Hooks for Allocator {
                     else {
                         continue;
                     };
-                    let values = parameter.var.flatten_all()?.to_vec1::<f32>()?;
-                    let gradient = gradient.flatten_all()?.to_vec1::<f32>()?;
-                    self.seen.entry(name).or_default().update(&values, &gradient, betas);
+                    let importance = self.seen.entry(name).or_default();
+                    tensors::read(&parameter.var, |values| {
+                        tensors::read(gradient, |gradient| {
+                            importance.update(values, gradient, betas);
+                        })
+                    })??;
                 }
             }
         }
-        match self.budget.at(at.step) {
+        match self.budget.at(place.step) {
             Allot::Nothing => return Ok(()),
             Allot::Choose(count) => self.choose(count),
             Allot::Keep => {}
@@ -362,27 +357,41 @@ impl Hooks for Allocator {
         self.mask(parameters)
     }
 
-    fn state(&self) -> BTreeMap<String, Vec<f32>> {
-        let mut state = BTreeMap::new();
-        for (name, importance) in &self.seen {
-            state.insert(format!("mean/{name}"), importance.mean.clone());
-            state.insert(format!("spread/{name}"), importance.spread.clone());
-        }
-        for (path, kept) in &self.kept {
-            let flags = kept.iter().map(|k| f32::from(u8::from(*k))).collect();
-            state.insert(format!("kept/{path}"), flags);
-        }
-        state
+    fn metrics(&self) -> BTreeMap<String, f64> {
+        let kept = self.kept.values().flatten().filter(|kept| **kept).count() as u64;
+        let active = if self.kept.is_empty() { self.budget.first } else { kept };
+        [("active_ranks".to_owned(), active as f64)].into()
     }
 
-    fn restore(&mut self, state: BTreeMap<String, Vec<f32>>) -> Result<()> {
+    fn save(&self) -> Result<BTreeMap<String, Tensor>> {
+        let mut state = BTreeMap::new();
+        let tensor = |v: &[f32]| Tensor::from_slice(v, v.len(), &Device::Cpu);
+        for (name, importance) in &self.seen {
+            state.insert(format!("mean/{name}"), tensor(&importance.mean)?);
+            state.insert(format!("spread/{name}"), tensor(&importance.spread)?);
+        }
+        for (path, kept) in &self.kept {
+            let flags: Vec<f32> = kept.iter().map(|k| f32::from(u8::from(*k))).collect();
+            state.insert(format!("kept/{path}"), tensor(&flags)?);
+        }
+        Ok(state)
+    }
+
+    fn restore(
+        &mut self,
+        saved: BTreeMap<String, Tensor>,
+        _: &mut Parameters,
+        _: &mut Optimizer,
+    ) -> Result<()> {
         let (mut seen, mut kept) = (BTreeMap::<String, Importance>::new(), BTreeMap::new());
-        for (name, values) in state {
+        for (name, values) in saved {
+            let values = values.to_vec1::<f32>()?;
             match name.split_once('/') {
                 Some(("mean", name)) => seen.entry(name.to_owned()).or_default().mean = values,
                 Some(("spread", name)) => seen.entry(name.to_owned()).or_default().spread = values,
                 Some(("kept", path)) => {
-                    kept.insert(path.to_owned(), values.iter().map(|v| *v != 0.0).collect());
+                    let flags: Vec<bool> = values.iter().map(|v| *v != 0.0).collect();
+                    kept.insert(path.to_owned(), flags);
                 }
                 _ => return Err(misfit(&name)),
             }
@@ -390,7 +399,6 @@ impl Hooks for Allocator {
         let ranks: BTreeMap<&str, usize> =
             self.modules.iter().map(|(path, rank)| (path.as_str(), *rank)).collect();
         for (path, flags) in &kept {
-            let flags: &Vec<bool> = flags;
             if ranks.get(path.as_str()) != Some(&flags.len()) {
                 return Err(misfit(path));
             }
@@ -419,7 +427,7 @@ fn misfit(name: &str) -> Error {
 mod tests {
     use super::super::cut::kept;
     use super::super::shapes::testing::smollm2;
-    use super::super::testing::{Case, Toy, all_linear};
+    use super::super::testing::{self, Case, Toy, all_linear};
     use super::*;
 
     #[test]
@@ -472,9 +480,9 @@ mod tests {
         toy.disturb(&tuned, 0.5);
         let parameters = tuned.parameters();
         let mut hooks = method.hooks(&tuned, 100).unwrap().unwrap();
-        let at = At { step: 1, steps: 100, rate: 0.0, decay: 0.0 };
-        let mut gradients = Gradients::new();
-        hooks.after_backward(&at, &parameters, &mut gradients).unwrap();
+        let place = Place { step: 1, total: 100, rate: 0.0 };
+        let (_, gradients) = hooks.penalty(place, &parameters).unwrap().unwrap();
+        assert_eq!(gradients.len(), 4);
         for (name, gradient) in &gradients {
             let var = &parameters[name].var;
             let original = var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -482,7 +490,7 @@ mod tests {
                 let mut values = original.clone();
                 values[1] += by;
                 var.set(&Tensor::from_vec(values, var.shape(), &Device::Cpu).unwrap()).unwrap();
-                hooks.after_backward(&at, &parameters, &mut Gradients::new()).unwrap()
+                hooks.penalty(place, &parameters).unwrap().unwrap().0
             };
             let want = (loss(1e-2) - loss(-1e-2)) / 2e-2;
             loss(0.0);
@@ -503,30 +511,43 @@ mod tests {
         };
         let tuned = toy.start(&method, 1);
         toy.disturb(&tuned, 0.3);
-        let parameters = tuned.parameters();
+        let mut parameters = tuned.parameters();
         let mut hooks = method.hooks(&tuned, 12).unwrap().unwrap();
+        let mut optimizer = testing::plain_descent();
         let budget = Budget { first: 8, last: 4, initial: 2, fin: 3, interval: 1, steps: 12 };
         let mut closed: Vec<Vec<bool>> = Vec::new();
         for step in 1..=12 {
-            let at = At { step, steps: 12, rate: 0.1, decay: 0.0 };
+            let place = Place { step, total: 12, rate: 0.1 };
             let mut gradients = toy.gradients(step as usize % 3, &tuned, &parameters).unwrap();
-            hooks.after_backward(&at, &parameters, &mut gradients).unwrap();
-            toy.descend(&parameters, &gradients, 0.1);
-            hooks.after_step(&at, &parameters, &gradients).unwrap();
+            let (_, more) = hooks.penalty(place, &parameters).unwrap().unwrap();
+            for (name, more) in more {
+                let sum = (&gradients[&name] + more).unwrap();
+                gradients.insert(name, sum);
+            }
+            optimizer.update(&parameters, &gradients, 0.1).unwrap();
+            let updated = Updated {
+                place,
+                parameters: &mut parameters,
+                gradients: &gradients,
+                optimizer: &mut optimizer,
+            };
+            hooks.after_step(updated).unwrap();
             let (open, _) = kept(&tuned).unwrap();
             match budget.at(step) {
                 Allot::Nothing => assert_eq!(open, 8),
                 Allot::Choose(count) => assert_eq!(open as u64, count, "step {step}"),
                 Allot::Keep => assert_eq!(open, 4),
             }
+            assert_eq!(hooks.metrics()["active_ranks"], open as f64);
             let e = tuned.values().unwrap();
             let e = e.iter().filter(|(name, _)| name.ends_with("lora_E"));
             closed.push(e.flat_map(|(_, v)| v.iter().map(|v| *v == 0.0)).collect());
-            // Exact resume: what the state says is all there is.
-            let state = hooks.state();
+            // Exact resume: what is saved is all there is.
+            let state = hooks.save().unwrap();
+            let count = state.len();
             hooks = method.hooks(&tuned, 12).unwrap().unwrap();
-            hooks.restore(state.clone()).unwrap();
-            assert_eq!(hooks.state(), state);
+            hooks.restore(state, &mut parameters, &mut optimizer).unwrap();
+            assert_eq!(hooks.save().unwrap().len(), count);
         }
         assert_eq!(closed[8], closed[11], "the last choice stays");
         let a = format!("{}.lora_A", module(&toy.names()[0]));
@@ -537,7 +558,9 @@ mod tests {
         for (got, want) in toy.outputs(&tuned).iter().zip(before) {
             assert!((got - want).abs() < 1e-5);
         }
-        assert!(hooks.restore([("kept/none".to_owned(), vec![1.0])].into()).is_err());
+        let stranger = Tensor::new(&[1f32], &Device::Cpu).unwrap();
+        let state = [("kept/none".to_owned(), stranger)].into();
+        assert!(hooks.restore(state, &mut parameters, &mut optimizer).is_err());
     }
 
     #[test]

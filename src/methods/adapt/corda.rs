@@ -19,12 +19,13 @@ use super::options::{self, Plan, Site, Usual};
 use super::pissa::components;
 use super::shapes::Shapes;
 use super::tuned::Tuned;
-use super::{Adapt, Cost, Hooks, Needs, Setup, find, finish_build, finite_values};
+use super::{Adapt, Cost, Needs, Setup, find, finish_build, finite_values};
 use crate::calibrate;
 use crate::error::{Error, Reason, Result};
 use crate::methods::Card;
 use crate::nn::linalg::{self, Svd, product};
 use crate::proto::v1::{self, CordaMode, CordaNormalisation};
+use crate::train::hooks::Hooks;
 
 static CARD: Card = Card {
     name: "corda",

@@ -7,10 +7,11 @@ use super::module::{Magnitude, Part, row_squares};
 use super::options::{self, Usual};
 use super::shapes::Shapes;
 use super::tuned::Tuned;
-use super::{Adapt, Cost, Hooks, Needs, Setup, build, finite_values};
+use super::{Adapt, Cost, Needs, Setup, build, finite_values};
 use crate::error::{Error, Reason, Result};
 use crate::methods::Card;
 use crate::proto::v1::{self, LoraStart};
+use crate::train::hooks::Hooks;
 
 static CARD: Card = Card {
     name: "dora",

@@ -2,10 +2,11 @@
 
 use super::shapes::Shapes;
 use super::tuned::Tuned;
-use super::{Adapt, Cost, Hooks, Needs, Setup};
+use super::{Adapt, Cost, Needs, Setup};
 use crate::error::Result;
 use crate::methods::Card;
 use crate::proto::v1;
+use crate::train::hooks::Hooks;
 
 static CARD: Card = Card {
     name: "head_only",

@@ -14,11 +14,12 @@ use super::module::{Core, Factor, Module, Part, Start};
 use super::options::{self, Site, Usual};
 use super::shapes::Shapes;
 use super::tuned::Tuned;
-use super::{Adapt, Cost, Hooks, Needs, Setup, build, finite_values, normal, uniform};
+use super::{Adapt, Cost, Needs, Setup, build, finite_values, normal, uniform};
 use crate::error::{Error, Reason, Result};
 use crate::methods::Card;
 use crate::nn::linalg::{self, Ldu};
 use crate::proto::v1::{self, LolduPick, LolduStart};
+use crate::train::hooks::Hooks;
 
 static CARD: Card = Card {
     name: "loldu",

@@ -10,12 +10,13 @@ use super::module::{Core, Factor, Module, Part, Start};
 use super::options::{self, Plan, Site, Usual};
 use super::shapes::Shapes;
 use super::tuned::Tuned;
-use super::{Adapt, Cost, Hooks, Needs, Setup, build, normal, uniform};
+use super::{Adapt, Cost, Needs, Setup, build, normal, uniform};
 use crate::error::Result;
 use crate::methods::Card;
 use crate::nn::weight::Weight;
 use crate::proto::v1::{self, LoraStart};
 use crate::seed::Stream;
+use crate::train::hooks::Hooks;
 
 static CARD: Card = Card {
     name: "lora",

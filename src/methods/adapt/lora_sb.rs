@@ -14,11 +14,12 @@ use super::lora_xs::{USUAL, between, cost};
 use super::options::{self, Plan, Site};
 use super::shapes::Shapes;
 use super::tuned::Tuned;
-use super::{Adapt, Cost, Hooks, Needs, Setup, finish_build, normal};
+use super::{Adapt, Cost, Needs, Setup, finish_build, normal};
 use crate::error::{Error, Reason, Result};
 use crate::methods::Card;
 use crate::nn::linalg;
 use crate::proto::v1::{self, LoraSbBasis, LoraSbRule};
+use crate::train::hooks::Hooks;
 
 static CARD: Card = Card {
     name: "lora_sb",

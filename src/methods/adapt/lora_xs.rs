@@ -6,11 +6,12 @@ use super::module::{Core, Factor, Module, Part};
 use super::options::{self, Plan, Site, Usual};
 use super::shapes::Shapes;
 use super::tuned::Tuned;
-use super::{Adapt, Cost, Hooks, Needs, Setup, build, finite_values, normal};
+use super::{Adapt, Cost, Needs, Setup, build, finite_values, normal};
 use crate::error::Result;
 use crate::methods::Card;
 use crate::nn::linalg;
 use crate::proto::v1;
+use crate::train::hooks::Hooks;
 
 static CARD: Card = Card {
     name: "lora_xs",

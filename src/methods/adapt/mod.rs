@@ -9,6 +9,7 @@ pub mod adalora;
 pub mod basis;
 pub mod bitfit;
 pub mod corda;
+mod cut;
 pub mod dora;
 pub mod export;
 pub mod full;
@@ -50,7 +51,7 @@ use crate::error::{Error, Reason, Result};
 use crate::nn::weight::Weight;
 use crate::progress::Progress;
 use crate::seed::Stream;
-use crate::train::parameters::{Gradients, Parameters};
+use crate::train::hooks::Hooks;
 
 /// What is known before any weight is read.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -87,39 +88,6 @@ pub enum Needs {
     Moments(moments::Settings),
 }
 
-/// What happens around a step, beside forward, backward and optimiser.
-pub trait Hooks {
-    /// When a step's gradients are whole, before they are clipped: may add to them. Returns what that
-    /// adds to the loss.
-    fn after_backward(&mut self, at: &At, parameters: &Parameters, gradients: &mut Gradients)
-    -> Result<f64>;
-
-    /// After the optimiser's step, while the step's gradients are at hand.
-    fn after_step(&mut self, at: &At, parameters: &Parameters, gradients: &Gradients) -> Result<()>;
-
-    /// What an exact resume needs, by name.
-    fn state(&self) -> BTreeMap<String, Vec<f32>>;
-
-    /// Puts back what [`Hooks::state`] gave.
-    ///
-    /// # Errors
-    /// MALFORMED_FILE where that does not fit.
-    fn restore(&mut self, state: BTreeMap<String, Vec<f32>>) -> Result<()>;
-}
-
-/// Where training stands.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct At {
-    /// Optimiser steps done, this one included: from 1.
-    pub step: u64,
-    /// Steps in all.
-    pub steps: u64,
-    /// Learning rate of this step.
-    pub rate: f64,
-    /// Weight decay of the optimiser.
-    pub decay: f64,
-}
-
 /// A method that tunes. The options message of the API implements it.
 pub trait Adapt: Send + Sync {
     /// Facts about the method.
@@ -134,8 +102,8 @@ pub trait Adapt: Send + Sync {
     fn needs(&self) -> Result<Needs>;
     /// What is trained, as it stands before the first step.
     fn start(&self, setup: &mut Setup<'_>) -> Result<Tuned>;
-    /// What happens around the steps of a training; none for most.
-    fn hooks(&self, tuned: &Tuned, steps: u64) -> Result<Option<Box<dyn Hooks>>>;
+    /// What happens around the updates of a training of so many; none for most.
+    fn hooks(&self, tuned: &Tuned, updates: u64) -> Result<Option<Box<dyn Hooks>>>;
     /// What is kept after training: ranks that came out empty are cut.
     fn finish(&self, tuned: Tuned) -> Result<Tuned>;
 }
@@ -155,14 +123,14 @@ fn build(
 ) -> Result<Tuned> {
     let mut tuned = Tuned::new(plan.dropout, setup.random.path());
     let (count, mut done) = (plan.sites.len(), 0);
+    let (weights, init) = (setup.weights, setup.random.child("init"));
     // Some at a time, so that progress is seen and a cancellation heard.
     for sites in plan.sites.chunks(4 * rayon::current_num_threads()) {
         setup.progress.report(done as f64 / count as f64, "starting the adapters")?;
         let made: Vec<Module> = sites
             .par_iter()
             .map(|site| {
-                let stored = find(setup.weights, &site.linear)?;
-                make(site, stored, &setup.random.child("init").child(&site.linear))
+                make(site, find(weights, &site.linear)?, &init.child(&site.linear))
             })
             .collect::<Result<_>>()?;
         done += sites.len();

@@ -16,10 +16,11 @@ use super::module::{Core, Factor, Module};
 use super::options::{self, Plan, Site, Usual};
 use super::shapes::Shapes;
 use super::tuned::Tuned;
-use super::{Adapt, Cost, Hooks, Needs, Setup, build};
+use super::{Adapt, Cost, Needs, Setup, build};
 use crate::error::{Error, Result};
 use crate::methods::Card;
 use crate::proto::v1;
+use crate::train::hooks::Hooks;
 
 static CARD: Card = Card {
     name: "nola",

@@ -10,11 +10,12 @@ use super::module::Module;
 use super::options::{self, Site, Usual};
 use super::shapes::Shapes;
 use super::tuned::Tuned;
-use super::{Adapt, Cost, Hooks, Needs, Setup, build, finite_values};
+use super::{Adapt, Cost, Needs, Setup, build, finite_values};
 use crate::error::Result;
 use crate::methods::Card;
 use crate::nn::linalg::{self, Svd};
 use crate::proto::v1;
+use crate::train::hooks::Hooks;
 
 static CARD: Card = Card {
     name: "pissa",

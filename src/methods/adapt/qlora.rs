@@ -8,11 +8,12 @@ use super::lora::{cost, fresh};
 use super::options::{self, Usual};
 use super::shapes::Shapes;
 use super::tuned::Tuned;
-use super::{Adapt, Cost, Hooks, Needs, Setup, build, find};
+use super::{Adapt, Cost, Needs, Setup, build, find};
 use crate::error::{Error, Reason, Result};
 use crate::methods::Card;
 use crate::nn::weight::Weight;
 use crate::proto::v1::{self, LoraStart};
+use crate::train::hooks::Hooks;
 
 static CARD: Card = Card {
     name: "qlora",

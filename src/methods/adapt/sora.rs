@@ -16,11 +16,14 @@ use super::module::{Core, Module, Part};
 use super::options::{self, Usual};
 use super::shapes::{Shapes, module};
 use super::tuned::{Stepping, Tuned};
-use super::{Adapt, At, Cost, Hooks, Needs, Setup, build, normal, uniform};
+use super::{Adapt, Cost, Needs, Setup, build, normal, uniform};
 use crate::error::{Error, Reason, Result};
 use crate::methods::Card;
 use crate::proto::v1::{self, SoraGates, SoraGrowth, SoraProximal};
-use crate::train::parameters::{Gradients, Parameters};
+use crate::train::hooks::{Hooks, Place, Updated};
+use crate::train::optimizer::Optimizer;
+use crate::train::parameters::{Gradients, Parameter, Parameters};
+use crate::train::tensors;
 
 static CARD: Card = Card {
     name: "sora",
@@ -178,10 +181,6 @@ impl Adapt for v1::Sora {
                 ..plain(site, a, vec![0.0; rows * rank])?
             })
         })?;
-        let still = Stepping { rate: 1.0, decay: false };
-        // The hook makes rows decay whose gate is open.
-        tuned.stepping.insert("lora_A", still);
-        tuned.stepping.insert("lora_B", still);
         tuned.stepping.insert(GATES, Stepping { rate: options.gate_rate, decay: false });
         Ok(tuned)
     }
@@ -192,7 +191,9 @@ impl Adapt for v1::Sora {
         let stages = schedule.as_ref().map_or_else(|| vec![xi], |s| thresholds(xi, s));
         let modules = tuned.modules.keys().map(|name| module(name).to_owned()).collect();
         let target_keep = schedule.and_then(|s| s.target_keep);
-        Ok(Some(Box::new(Gates { modules, l1, kind, stages, target_keep, stopped: None })))
+        let xi = stages[0];
+        let gates = Gates { modules, l1, kind, stages, target_keep, stopped: None, open: 1.0, xi };
+        Ok(Some(Box::new(gates)))
     }
 
     fn finish(&self, tuned: Tuned) -> Result<Tuned> {
@@ -200,7 +201,7 @@ impl Adapt for v1::Sora {
     }
 }
 
-/// The proximal step, and decay of the rows that are open.
+/// The proximal step. Rows of closed gates are held, so that they do not decay.
 pub struct Gates {
     modules: Vec<String>,
     l1: f64,
@@ -210,122 +211,123 @@ pub struct Gates {
     target_keep: Option<f64>,
     /// The stage whose threshold stays, once few enough ranks are left.
     stopped: Option<usize>,
+    /// Share of the ranks that are open.
+    open: f64,
+    /// The threshold that was used last.
+    xi: f64,
 }
 
 impl Gates {
-    fn stage(&self, at: &At) -> usize {
+    fn stage(&self, place: Place) -> usize {
         let count = self.stages.len() as u64;
-        let stage = (at.step.saturating_sub(1) * count / at.steps.max(1)).min(count - 1) as usize;
-        self.stopped.map_or(stage, |stopped| stage.min(stopped))
+        let stage = (place.step.saturating_sub(1) * count / place.total.max(1)).min(count - 1);
+        self.stopped.map_or(stage as usize, |stopped| (stage as usize).min(stopped))
     }
 
-    /// The threshold at a step.
-    pub fn threshold(&self, at: &At) -> f64 {
-        self.stages[self.stage(at)]
+    /// Holds what belongs to closed gates, and lets the rest go.
+    fn hold(&self, parameters: &Parameters, optimizer: &mut Optimizer) -> Result<()> {
+        for path in &self.modules {
+            let gates = values(parameters, &format!("{path}.{GATES}"))?;
+            let closed: Vec<bool> = gates.iter().map(|g| *g == 0.0).collect();
+            let any = closed.contains(&true);
+            let (a, b) = (format!("{path}.lora_A"), format!("{path}.lora_B"));
+            let width = |name: &str| {
+                let elements = parameters.get(name).map_or(0, |p| p.var.elem_count());
+                elements / closed.len().max(1)
+            };
+            let rows = closed.iter().flat_map(|c| std::iter::repeat_n(*c, width(&a)));
+            optimizer.hold(&a, any.then(|| rows.collect()));
+            optimizer.hold(&b, any.then(|| closed.repeat(width(&b))));
+        }
+        Ok(())
     }
 }
 
 fn values(parameters: &Parameters, name: &str) -> Result<Vec<f32>> {
-    let parameter = parameters
-        .get(name)
-        .ok_or_else(|| Error::internal(format!("the parameter '{name}' is not there")))?;
-    Ok(parameter.var.flatten_all()?.to_vec1::<f32>()?)
+    tensors::read(&find(parameters, name)?.var, <[f32]>::to_vec)
 }
 
-fn set(parameters: &Parameters, name: &str, values: Vec<f32>) -> Result<()> {
-    if let Some(parameter) = parameters.get(name) {
-        let shape = parameter.var.shape().clone();
-        parameter.var.set(&Tensor::from_vec(values, shape, &Device::Cpu)?)?;
-    }
-    Ok(())
+fn find<'a>(parameters: &'a Parameters, name: &str) -> Result<&'a Parameter> {
+    parameters
+        .get(name)
+        .ok_or_else(|| Error::internal(format!("the parameter '{name}' is not there")))
 }
 
 impl Hooks for Gates {
-    fn after_backward(
-        &mut self,
-        at: &At,
-        parameters: &Parameters,
-        gradients: &mut Gradients,
-    ) -> Result<f64> {
-        let (mut sum, mut count) = (0.0, 0);
-        for path in &self.modules {
-            let gates = values(parameters, &format!("{path}.{GATES}"))?;
-            count += gates.len();
-            sum += gates.iter().map(|g| f64::from(g.abs())).sum::<f64>();
-            let factor = (1.0 - at.rate * at.decay) as f32;
-            if factor < 1.0 {
-                let rank = gates.len();
-                let (a, b) = (format!("{path}.lora_A"), format!("{path}.lora_B"));
-                let mut rows = values(parameters, &a)?;
-                let width = rows.len() / rank;
-                for (row, _) in rows.chunks_mut(width).zip(&gates).filter(|(_, g)| **g != 0.0) {
-                    row.iter_mut().for_each(|v| *v *= factor);
-                }
-                set(parameters, &a, rows)?;
-                let mut columns = values(parameters, &b)?;
-                for row in columns.chunks_mut(rank) {
-                    for (v, _) in row.iter_mut().zip(&gates).filter(|(_, g)| **g != 0.0) {
-                        *v *= factor;
-                    }
-                }
-                set(parameters, &b, columns)?;
-            }
+    fn penalty(&mut self, _: Place, parameters: &Parameters) -> Result<Option<(f64, Gradients)>> {
+        if self.l1 == 0.0 {
+            return Ok(None);
         }
-        if self.l1 == 0.0 || count == 0 {
-            return Ok(0.0);
-        }
-        let by = self.l1 / count as f64;
-        for path in &self.modules {
-            let name = format!("{path}.{GATES}");
-            let Some(parameter) = parameters.get(&name) else { continue };
-            let push = (parameter.var.sign()? * by)?.detach();
-            let sum = match gradients.get(&name) {
-                Some(gradient) => (gradient + push)?,
-                None => push,
-            };
-            gradients.insert(name, sum);
-        }
-        Ok(by * sum)
+        let names = self.modules.iter().map(|path| format!("{path}.{GATES}"));
+        let gates: Vec<(String, Vec<f32>)> =
+            names.map(|n| values(parameters, &n).map(|v| (n, v))).collect::<Result<_>>()?;
+        let count: usize = gates.iter().map(|(_, g)| g.len()).sum();
+        let by = self.l1 / count.max(1) as f64;
+        let sum: f64 = gates.iter().flat_map(|(_, g)| g).map(|g| f64::from(g.abs())).sum();
+        let sign = |g: &f32| if *g == 0.0 { 0.0 } else { by as f32 * g.signum() };
+        let gradients = gates
+            .into_iter()
+            .map(|(name, g)| {
+                let push: Vec<f32> = g.iter().map(sign).collect();
+                Ok((name, Tensor::from_vec(push, g.len(), &Device::Cpu)?))
+            })
+            .collect::<Result<_>>()?;
+        Ok(Some((by * sum, gradients)))
     }
 
-    fn after_step(&mut self, at: &At, parameters: &Parameters, _: &Gradients) -> Result<()> {
-        let stage = self.stage(at);
-        let xi = self.stages[stage];
+    fn after_step(&mut self, updated: Updated<'_>) -> Result<()> {
+        let stage = self.stage(updated.place);
+        self.xi = self.stages[stage];
         let (mut kept, mut all) = (0, 0);
         for path in &self.modules {
-            let name = format!("{path}.{GATES}");
-            let mut gates = values(parameters, &name)?;
-            gates.iter_mut().for_each(|g| *g = proximal(*g, xi as f32, self.kind));
-            kept += gates.iter().filter(|g| **g != 0.0).count();
-            all += gates.len();
-            set(parameters, &name, gates)?;
+            let parameter = find(updated.parameters, &format!("{path}.{GATES}"))?;
+            let (xi, kind) = (self.xi as f32, self.kind);
+            tensors::change(&parameter.var, |gates| {
+                gates.iter_mut().for_each(|g| *g = proximal(*g, xi, kind));
+                kept += gates.iter().filter(|g| **g != 0.0).count();
+                all += gates.len();
+            })?;
         }
         if kept == 0 {
             return Err(Error::new(
                 Reason::NumericFailure,
                 format!(
-                    "the threshold xi = {xi} closed the last gate at step {}; take a smaller xi, or more \
+                    "the threshold xi = {} closed the last gate at step {}; take a smaller xi, or more \
                      steps",
-                    at.step
+                    self.xi, updated.place.step
                 ),
             ));
         }
-        let few = |share: f64| kept as f64 <= share * all as f64;
-        if self.stopped.is_none() && self.target_keep.is_some_and(few) {
+        self.open = kept as f64 / all.max(1) as f64;
+        if self.stopped.is_none() && self.target_keep.is_some_and(|keep| self.open <= keep) {
             self.stopped = Some(stage);
         }
-        Ok(())
+        self.hold(updated.parameters, updated.optimizer)
     }
 
-    fn state(&self) -> BTreeMap<String, Vec<f32>> {
-        let stopped = self.stopped.map(|stage| ("stopped".to_owned(), vec![stage as f32]));
-        stopped.into_iter().collect()
+    fn metrics(&self) -> BTreeMap<String, f64> {
+        [("kept_ranks".to_owned(), self.open), ("threshold".to_owned(), self.xi)].into()
     }
 
-    fn restore(&mut self, state: BTreeMap<String, Vec<f32>>) -> Result<()> {
-        let stage = state.get("stopped").and_then(|v| v.first());
-        self.stopped = stage.map(|stage| (*stage as usize).min(self.stages.len() - 1));
-        Ok(())
+    fn save(&self) -> Result<BTreeMap<String, Tensor>> {
+        let stopped = self.stopped.map_or(-1.0, |stage| stage as f32);
+        let state = vec![stopped, self.open as f32];
+        Ok([("gates".to_owned(), Tensor::from_vec(state, 2, &Device::Cpu)?)].into())
+    }
+
+    fn restore(
+        &mut self,
+        saved: BTreeMap<String, Tensor>,
+        parameters: &mut Parameters,
+        optimizer: &mut Optimizer,
+    ) -> Result<()> {
+        let state = saved.get("gates").map(|state| state.to_vec1::<f32>()).transpose()?;
+        if let Some([stopped, open]) = state.as_deref() {
+            let last = self.stages.len() - 1;
+            self.stopped = (*stopped >= 0.0).then(|| (*stopped as usize).min(last));
+            self.open = f64::from(*open);
+        }
+        self.hold(parameters, optimizer)
     }
 }
 
@@ -333,7 +335,7 @@ impl Hooks for Gates {
 mod tests {
     use super::super::cut;
     use super::super::shapes::testing::minilm;
-    use super::super::testing::{Case, Toy, all_linear};
+    use super::super::testing::{self, Case, Toy, all_linear};
     use super::*;
 
     #[test]
@@ -367,13 +369,22 @@ mod tests {
             stages: vec![1.0, 2.0, 3.0],
             target_keep: None,
             stopped: None,
+            open: 1.0,
+            xi: 1.0,
         };
-        let at = |step| At { step, steps: 9, rate: 0.0, decay: 0.0 };
-        let all: Vec<f64> = (1..=9).map(|s| gates.threshold(&at(s))).collect();
+        let place = |step| Place { step, total: 9, rate: 0.0 };
+        let all: Vec<f64> = (1..=9).map(|s| gates.stages[gates.stage(place(s))]).collect();
         assert_eq!(all, [1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 3.0, 3.0, 3.0]);
-        gates.restore([("stopped".to_owned(), vec![1.0])].into()).unwrap();
-        assert_eq!(gates.threshold(&at(9)), 2.0);
-        assert_eq!(gates.state()["stopped"], [1.0]);
+        let saved = |stopped: f32| {
+            let state = Tensor::new(&[stopped, 0.5], &Device::Cpu).unwrap();
+            [("gates".to_owned(), state)].into()
+        };
+        let mut optimizer = testing::plain_descent();
+        gates.restore(saved(1.0), &mut Parameters::new(), &mut optimizer).unwrap();
+        assert_eq!((gates.stage(place(9)), gates.metrics()["kept_ranks"]), (1, 0.5));
+        assert_eq!(gates.save().unwrap()["gates"].to_vec1::<f32>().unwrap(), [1.0, 0.5]);
+        gates.restore(saved(-1.0), &mut Parameters::new(), &mut optimizer).unwrap();
+        assert_eq!(gates.stage(place(9)), 2);
     }
 
     #[test]
@@ -423,35 +434,54 @@ mod tests {
         assert_eq!(tuned.count(), want as u64);
     }
 
+    fn set(parameters: &Parameters, name: &str, values: &[f32]) {
+        let var = &parameters[name].var;
+        var.set(&Tensor::from_vec(values.to_vec(), var.shape(), &Device::Cpu).unwrap()).unwrap();
+    }
+
     #[test]
     fn closed_gates_get_no_gradient_and_do_not_decay() {
         let toy = Toy::new(4);
         let method = v1::Sora { adapter: Some(all_linear(3)), ..Default::default() };
         let tuned = toy.start(&method, 1);
         toy.disturb(&tuned, 0.3);
-        let parameters = tuned.parameters();
-        let path = crate::methods::adapt::shapes::module(&toy.names()[0]).to_owned();
+        let mut parameters = tuned.parameters();
+        let path = module(&toy.names()[0]).to_owned();
         let [a, b, g] = ["lora_A", "lora_B", GATES].map(|kind| format!("{path}.{kind}"));
-        set(&parameters, &g, vec![1.0, 0.0, -2.0]).unwrap();
-        let mut gradients = toy.gradients(0, &tuned, &parameters).unwrap();
+        set(&parameters, &g, &[1.0, 0.0, -2.0]);
+        let gradients = toy.gradients(0, &tuned, &parameters).unwrap();
         let of = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let row = of(&gradients[&a]);
         let width = row.len() / 3;
         assert!(row[width..2 * width].iter().all(|v| *v == 0.0));
         assert!(row[..width].iter().any(|v| *v != 0.0));
         assert!(of(&gradients[&b]).chunks(3).all(|row| row[1] == 0.0));
-        let before = values(&parameters, &a).unwrap();
         let mut hooks = method.hooks(&tuned, 10).unwrap().unwrap();
-        let at = At { step: 1, steps: 10, rate: 0.5, decay: 0.2 };
-        assert_eq!(hooks.after_backward(&at, &parameters, &mut gradients).unwrap(), 0.0);
-        let after = values(&parameters, &a).unwrap();
-        assert_eq!(after[width..2 * width], before[width..2 * width]);
-        assert!((after[0] - 0.9 * before[0]).abs() < 1e-6);
+        let place = Place { step: 1, total: 10, rate: 0.5 };
+        assert!(hooks.penalty(place, &parameters).unwrap().is_none());
+        let mut optimizer = testing::descent(0.2);
+        let updated = Updated {
+            place,
+            parameters: &mut parameters,
+            gradients: &gradients,
+            optimizer: &mut optimizer,
+        };
+        hooks.after_step(updated).unwrap();
         // xi = 2 / 10.
-        hooks.after_step(&at, &parameters, &gradients).unwrap();
-        let gates = values(&parameters, &g).unwrap();
-        for (got, want) in gates.iter().zip([0.8, 0.0, -1.8]) {
+        for (got, want) in values(&parameters, &g).unwrap().iter().zip([0.8, 0.0, -1.8]) {
             assert!((got - want).abs() < 1e-6);
+        }
+        let (a_before, b_before) =
+            (values(&parameters, &a).unwrap(), values(&parameters, &b).unwrap());
+        let zeros = gradients.iter().map(|(n, g)| (n.clone(), g.zeros_like().unwrap())).collect();
+        optimizer.update(&parameters, &zeros, 0.5).unwrap();
+        let (a_after, b_after) = (values(&parameters, &a).unwrap(), values(&parameters, &b).unwrap());
+        assert_eq!(a_after[width..2 * width], a_before[width..2 * width]);
+        // The open rows decay by 0.5 * 0.2.
+        assert!((a_after[0] - 0.9 * a_before[0]).abs() < 1e-6);
+        for (after, before) in b_after.chunks(3).zip(b_before.chunks(3)) {
+            assert_eq!(after[1], before[1]);
+            assert!((after[2] - 0.9 * before[2]).abs() < 1e-6);
         }
     }
 
@@ -461,19 +491,24 @@ mod tests {
         let method =
             v1::Sora { adapter: Some(all_linear(2)), l1: Some(6.0), xi: Some(9.0), ..Default::default() };
         let tuned = toy.start(&method, 1);
-        let parameters = tuned.parameters();
-        for path in toy.names().iter().map(|n| crate::methods::adapt::shapes::module(n)) {
-            set(&parameters, &format!("{path}.{GATES}"), vec![0.5, -1.0]).unwrap();
+        let mut parameters = tuned.parameters();
+        for path in toy.names().iter().map(|n| module(n)) {
+            set(&parameters, &format!("{path}.{GATES}"), &[0.5, -1.0]);
         }
         let mut hooks = method.hooks(&tuned, 10).unwrap().unwrap();
-        let at = At { step: 3, steps: 10, rate: 0.1, decay: 0.0 };
-        let mut gradients = Gradients::new();
-        let added = hooks.after_backward(&at, &parameters, &mut gradients).unwrap();
+        let place = Place { step: 3, total: 10, rate: 0.1 };
+        let (added, gradients) = hooks.penalty(place, &parameters).unwrap().unwrap();
         // 6 / 4 gates * (2 * 1.5).
         assert!((added - 4.5).abs() < 1e-6, "{added}");
         let pushed: Vec<f32> = gradients.values().next().unwrap().to_vec1().unwrap();
         assert_eq!(pushed, [1.5, -1.5]);
-        let error = hooks.after_step(&at, &parameters, &gradients).unwrap_err();
+        let updated = Updated {
+            place,
+            parameters: &mut parameters,
+            gradients: &gradients,
+            optimizer: &mut testing::plain_descent(),
+        };
+        let error = hooks.after_step(updated).unwrap_err();
         assert!(error.message().contains("xi = 9") && error.message().contains("step 3"), "{error}");
     }
 
@@ -491,16 +526,18 @@ mod tests {
         let lora = v1::Lora { adapter: Some(adapter), ..Default::default() };
         let (gated, plain) = (toy.start(&sora, 1), toy.start(&lora, 1));
         let mut hooks = sora.hooks(&gated, 5).unwrap().unwrap();
+        let mut optimizers = [testing::plain_descent(), testing::plain_descent()];
         for step in 1..=5 {
-            let at = At { step, steps: 5, rate: 0.1, decay: 0.0 };
-            for (tuned, hooks) in [(&gated, Some(&mut hooks)), (&plain, None)] {
-                let parameters = tuned.parameters();
+            for (tuned, optimizer) in [&gated, &plain].into_iter().zip(&mut optimizers) {
+                let mut parameters = tuned.parameters();
                 let mut gradients = toy.gradients(0, tuned, &parameters).unwrap();
                 gradients.retain(|name, _| !name.ends_with(GATES));
-                toy.descend(&parameters, &gradients, 0.1);
-                if let Some(hooks) = hooks {
-                    hooks.after_backward(&at, &parameters, &mut gradients).unwrap();
-                    hooks.after_step(&at, &parameters, &gradients).unwrap();
+                optimizer.update(&parameters, &gradients, 0.1).unwrap();
+                if std::ptr::eq(tuned, &raw const gated) {
+                    let place = Place { step, total: 5, rate: 0.1 };
+                    let parameters = &mut parameters;
+                    let gradients = &gradients;
+                    hooks.after_step(Updated { place, parameters, gradients, optimizer }).unwrap();
                 }
             }
         }
