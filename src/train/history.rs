@@ -167,7 +167,7 @@ mod tests {
     #[test]
     fn a_record_comes_back_from_json_as_it_was() {
         let mut history = History::default();
-        for step in 1..=7 {
+        for step in 1..=7u32 {
             let sums = LossSums { loss: 1.0 / f64::from(step), count: 3, correct: 0 };
             let metrics = BTreeMap::from([("rank".to_owned(), f64::from(step) / 3.0)]);
             history.add(step.into(), sums, (0.1 / f64::from(step), 0.7), metrics);

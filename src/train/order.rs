@@ -401,13 +401,13 @@ mod tests {
     #[test]
     fn what_cannot_be_cut_names_its_line() {
         let long = Sequence { tokens: vec![1; 9], target: Target::Class(0), line: 42 };
-        let error =
-            Order::shuffled(std::slice::from_ref(&long), &options(8, false), Stream::root(1));
+        let options = options(8, false);
+        let error = Order::shuffled(std::slice::from_ref(&long), &options, Stream::root(1));
         let error = error.err().unwrap();
         assert_eq!(error.reason(), Reason::DatasetUnsuitable);
         assert!(error.message().contains("line 42: 9 tokens"), "{error}");
         let silent = Sequence { tokens: vec![1; 5], target: Target::Next(vec![false; 5]), line: 1 };
-        let error = Order::fixed(&[silent], &options(8, false), Stream::root(1)).err().unwrap();
+        let error = Order::fixed(&[silent], &options, Stream::root(1)).err().unwrap();
         assert_eq!(error.reason(), Reason::DatasetUnsuitable);
     }
 }

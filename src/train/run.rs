@@ -26,7 +26,7 @@ use super::settings::{Precision, Settings};
 use super::tensors;
 use crate::data::sequence::{Sequence, Target};
 use crate::error::{Error, Reason, Result};
-use crate::progress::Progress;
+use crate::progress::{Metrics, Progress};
 use crate::proto::v1;
 use crate::seed::Stream;
 
@@ -237,7 +237,10 @@ impl Loop<'_, '_> {
                 self.checkpoint(parameters, hooks)?;
             }
         }
-        self.report(hooks)
+        self.report(hooks)?;
+        // What comes after this is not training.
+        self.run.progress.measure(Metrics::new());
+        Ok(())
     }
 
     /// One update; gives the tokens that it took.

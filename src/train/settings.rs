@@ -211,7 +211,10 @@ impl Settings {
             validate_every: at_least_one("validation.every_steps", validation.every_steps)?,
             patience: match validation.patience {
                 Some(0) => {
-                    return Err(Error::option("validation.patience", "0 is no patience; 1 or more"));
+                    return Err(Error::option(
+                        "validation.patience",
+                        "0 is no patience; 1 or more",
+                    ));
                 }
                 patience => patience,
             },

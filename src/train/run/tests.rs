@@ -566,8 +566,9 @@ fn the_numbers_are_told_on_the_way() {
     let mut parameters = zeros(12);
     case.run(&mut Toy::default(), &mut parameters, &mut Remember(0.0)).unwrap();
     let seen = seen.lock().unwrap();
-    assert_eq!(seen.len(), 7);
-    let last = seen.last().unwrap();
+    assert_eq!(seen.len(), 8);
+    assert!(seen[7].is_empty());
+    let last = &seen[6];
     for name in [
         "step",
         "steps",
