@@ -2,5 +2,6 @@
 
 pub mod adapter;
 pub mod dtype;
+pub mod ops;
 pub mod tuning;
 pub mod weight;

@@ -1,3 +1,4 @@
 //! The one training loop: parameters, batches, optimisers, schedules, checkpoints.
 
 pub mod parameters;
+pub mod pass;
