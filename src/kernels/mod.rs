@@ -31,3 +31,4 @@ pub mod simd;
 pub mod softmax;
 pub mod sparse;
 pub mod threads;
+pub mod training;

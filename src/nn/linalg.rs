@@ -1,9 +1,9 @@
 //! Decompositions of small dense matrices in f64, the same bits on every run: one thread a matrix (share
 //! the matrices over threads instead), fixed signs, ties to the lowest index.
 
+use faer::diag::Diag;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor;
-use faer::diag::Diag;
 use faer::linalg::{matmul, svd as faer_svd, triangular_inverse};
 use faer::{Accum, Mat, MatRef, Par, Spec};
 

@@ -3,5 +3,6 @@
 pub mod adapter;
 pub mod dtype;
 pub mod linalg;
+pub mod ops;
 pub mod tuning;
 pub mod weight;

@@ -36,6 +36,7 @@ pub mod objective;
 pub mod optimizer;
 pub mod order;
 pub mod parameters;
+pub mod pass;
 pub mod run;
 pub mod schedule;
 pub mod settings;

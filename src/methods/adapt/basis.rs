@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::Result;
 use crate::kernels::philox::{self, Family};
+use crate::nn::tuning::Dropout;
 
 /// Which random numbers a matrix takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -151,17 +152,14 @@ impl CustomOp1 for Combine {
     }
 }
 
-/// Multiplies by 0 or `1 / (1 - share)`, by numbers that are those of the elements' places in the pass:
-/// the same for a forward that is run again.
-pub fn dropout(x: &Tensor, share: f32, key: [u32; 2], pass: u64) -> Result<Tensor> {
-    let n = x.elem_count();
-    let mut numbers = vec![0.0; n];
-    // A pass has a matrix of its own, of which one "coefficient" at its place takes the numbers.
-    let keys = [key[0] ^ pass as u32, key[1] ^ (pass >> 32) as u32];
-    philox::combine(Family { key: keys, family: Use::Dropout as u32 }, &[1.0], &mut numbers);
-    let keep = 1.0 / (1.0 - share);
-    // Uniform in [-1, 1): below 2 share - 1 with probability `share`.
-    let limit = 2.0 * share - 1.0;
+/// Multiplies by 0 or `1 / (1 - probability)`, by numbers that follow from the seed and an element's place.
+pub fn dropout(x: &Tensor, Dropout { probability, seed }: Dropout) -> Result<Tensor> {
+    let mut numbers = vec![0.0; x.elem_count()];
+    // The sum over one matrix with the coefficient 1 is that matrix.
+    let family = Family { key: [seed as u32, (seed >> 32) as u32], family: Use::Dropout as u32 };
+    philox::combine(family, &[1.0], &mut numbers);
+    // Uniform in [-1, 1): below 2 p - 1 with probability p.
+    let (keep, limit) = (1.0 / (1.0 - probability), 2.0 * probability - 1.0);
     numbers.iter_mut().for_each(|v| *v = if *v < limit { 0.0 } else { keep });
     Ok((x * Tensor::from_vec(numbers, x.shape(), x.device())?)?)
 }
@@ -218,7 +216,7 @@ mod tests {
     fn dropped_shares_and_repeatability() {
         let x = Tensor::ones((100, 40), candle_core::DType::F32, &Device::Cpu).unwrap();
         let run = |pass| {
-            let y = dropout(&x, 0.25, key("a"), pass).unwrap();
+            let y = dropout(&x, Dropout { probability: 0.25, seed: pass << 32 }).unwrap();
             y.flatten_all().unwrap().to_vec1::<f32>().unwrap()
         };
         let first = run(1);

@@ -3,7 +3,7 @@
 //! pass. The magnitudes start as the norms of the base's rows, so training starts from the base.
 
 use super::lora::{cost, fresh};
-use super::module::{Magnitude, Part, row_squares};
+use super::module::{Magnitude, row_squares};
 use super::options::{self, Usual};
 use super::shapes::Shapes;
 use super::tuned::Tuned;
@@ -64,9 +64,8 @@ impl Adapt for v1::Dora {
                 ));
             }
             let norms = squares.iter().map(|s| s.sqrt() as f32).collect();
-            let values = Part::trained(norms, &[site.shape[0]])?;
             let mut module = fresh(site, LoraStart::Uniform, random)?;
-            module.magnitude = Some(Magnitude { values, squares });
+            module.magnitude = Some(Magnitude::new(norms, stored, squares)?);
             Ok(module)
         })
     }

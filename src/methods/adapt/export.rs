@@ -289,10 +289,10 @@ fn from_entry(
     let (a, b) = (factor(&entry.a, &[rank, cols])?, factor(&entry.b, &[rows, rank])?);
     let magnitude = match &entry.magnitude {
         None => None,
-        Some(values) => Some(Magnitude {
-            values: Part::trained(values.clone(), &[rows])?,
-            squares: row_squares(find(weights, &linear)?),
-        }),
+        Some(values) => {
+            let stored = find(weights, &linear)?;
+            Some(Magnitude::new(values.clone(), stored, row_squares(stored))?)
+        }
     };
     Ok(Module {
         linear,

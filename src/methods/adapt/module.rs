@@ -1,11 +1,12 @@
 //! The one form of an adapter on a linear weight that all low-rank methods share:
 //!
-//! `y = (m / n) (W x + s B C A drop(x) - start)`
+//! `y = (m / n) (W x + s (B C A - B0 C0 A0) drop(x))`
 //!
 //! `A` is `[r, in]`, `B` is `[out, r]`, the core `C` is nothing, an `[r, r]` matrix or a diagonal. What is
-//! subtracted is what the product gave at the start, for methods whose paper changes the base: so the
-//! base here never changes. `m / n` is DoRA's magnitude over the norm of each row. Methods differ in which
-//! of these there are, how they start, and which of them are trained.
+//! subtracted is what the product was at the start, for methods whose paper changes the base: so the
+//! base here never changes, and dropout acts on all that is added to it. `m / n` is DoRA's magnitude over the
+//! norm of each row. Methods differ in which of these there are, how they start, and which of them are
+//! trained.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use candle_core::{Device, Tensor, Var};
 
 use super::basis::{self, Combined};
 use crate::error::{Error, Reason, Result};
+use crate::nn::tuning;
 use crate::nn::weight::{Weight, product};
 
 /// A tensor that is trained or stays.
@@ -101,8 +103,18 @@ pub enum Start {
 pub struct Magnitude {
     /// `[out]`
     pub values: Part,
-    /// Squares of the norms of the base's rows.
+    /// The base's weight, for the norms.
+    pub stored: Arc<Weight>,
+    /// Squares of the norms of its rows.
     pub squares: Vec<f64>,
+}
+
+impl Magnitude {
+    /// Magnitudes that are trained, beside a base.
+    pub fn new(values: Vec<f32>, stored: &Arc<Weight>, squares: Vec<f64>) -> Result<Self> {
+        let rows = values.len();
+        Ok(Self { values: Part::trained(values, &[rows])?, stored: Arc::clone(stored), squares })
+    }
 }
 
 /// An adapter on one linear weight.
@@ -139,14 +151,6 @@ pub struct LowRank {
     pub rslora: bool,
 }
 
-/// The random numbers of dropout in a pass.
-#[derive(Debug, Clone, Copy)]
-pub struct Dropout {
-    pub share: f32,
-    pub key: [u32; 2],
-    pub pass: u64,
-}
-
 impl Module {
     /// Trained tensors by the end of their names.
     pub fn trained(&self) -> Vec<(&'static str, &Var)> {
@@ -175,12 +179,37 @@ impl Module {
         all
     }
 
-    /// `y [.., out]` of `x [.., in]`, without bias. `dropout` is none outside training.
+    /// What is added, differentiable in what is trained.
+    pub fn addition(&self, dropout: Option<tuning::Dropout>) -> Result<tuning::LowRank> {
+        let (mut a, mut b) = (self.a.tensor()?, self.b.tensor()?);
+        match (&self.core, &self.start) {
+            (Core::Identity, _) => {}
+            (Core::Matrix(r), _) => b = b.matmul(r.tensor())?,
+            (Core::Diagonal(c), Some(Start::Diagonal(start))) => {
+                b = b.broadcast_mul(&(c.tensor() - start)?)?;
+            }
+            (Core::Diagonal(c), _) => b = b.broadcast_mul(c.tensor())?,
+        }
+        if let Some(Start::Factors { a: a0, b: b0 }) = &self.start {
+            a = Tensor::cat(&[&a, a0], 0)?;
+            b = Tensor::cat(&[&b, &b0.neg()?], 1)?;
+        }
+        let rows = match &self.magnitude {
+            None => None,
+            Some(magnitude) => {
+                let norms = Tensor::from_vec(self.norms(magnitude)?, self.shape[0], &Device::Cpu)?;
+                Some(magnitude.values.tensor().div(&norms)?)
+            }
+        };
+        Ok(tuning::LowRank { a, b, rows, scale: self.scale, dropout })
+    }
+
+    /// `y [.., out]` of `x [.., in]`, without bias, by the tensor library alone.
     pub fn forward(
         &self,
         x: &Tensor,
         stored: &Arc<Weight>,
-        dropout: Option<Dropout>,
+        dropout: Option<tuning::Dropout>,
     ) -> Result<Tensor> {
         let [rows, cols] = self.shape;
         let mut dims = x.dims().to_vec();
@@ -192,71 +221,30 @@ impl Module {
                 stored.shape()
             )));
         }
+        let added = self.addition(dropout)?;
         let flat = x.reshape(((), cols))?;
-        let dropped = match dropout {
-            Some(d) if d.share > 0.0 => Some(basis::dropout(&flat, d.share, d.key, d.pass)?),
-            _ => None,
+        let seen = match dropout {
+            Some(dropout) => basis::dropout(&flat, dropout)?,
+            None => flat.clone(),
         };
-        let input = dropped.as_ref().unwrap_or(&flat);
-        let base = product(&flat, stored)?;
-        let mut y = self.added(&flat, input)?;
-        y = match &self.magnitude {
-            None => (base + y)?,
-            Some(magnitude) => {
-                let ratio = self.ratio(magnitude, stored)?;
-                match &dropped {
-                    None => (base + y)?.broadcast_mul(&ratio)?,
-                    // The base's own part is scaled as what the adapter saw of the input.
-                    Some(dropped) => {
-                        let seen = product(dropped, stored)?;
-                        let scaled = (y + &seen)?.broadcast_mul(&ratio)?;
-                        (base + (scaled - seen)?)?
-                    }
-                }
-            }
-        };
+        let y = (seen.matmul(&added.a.t()?)?.matmul(&added.b.t()?)? * added.scale)?;
+        let mut y = (product(&flat, stored)? + y)?;
+        if let Some(rows) = &added.rows {
+            y = y.broadcast_mul(rows)?;
+        }
         if let Some(last) = dims.last_mut() {
             *last = rows;
         }
         Ok(y.reshape(dims)?)
     }
 
-    /// `s B C A input - start(x)` for `[n, in]` rows.
-    fn added(&self, x: &Tensor, input: &Tensor) -> Result<Tensor> {
-        let (a, b) = (self.a.tensor()?, self.b.tensor()?);
-        let h = input.matmul(&a.t()?)?;
-        let h = match &self.core {
-            Core::Identity => h,
-            Core::Matrix(r) => h.matmul(&r.tensor().t()?)?,
-            Core::Diagonal(c) => match &self.start {
-                Some(Start::Diagonal(c0)) => {
-                    let started = x.matmul(&a.t()?)?.broadcast_mul(c0)?;
-                    (h.broadcast_mul(c.tensor())? - started)?
-                }
-                _ => h.broadcast_mul(c.tensor())?,
-            },
-        };
-        let mut y = h.matmul(&b.t()?)?;
-        if let Some(Start::Factors { a, b }) = &self.start {
-            y = (y - x.matmul(&a.t()?)?.matmul(&b.t()?)?)?;
-        }
-        Ok((y * self.scale)?)
-    }
-
-    /// `m / n` for each row; the norm `n` of `W + delta` has no gradient.
-    fn ratio(&self, magnitude: &Magnitude, stored: &Arc<Weight>) -> Result<Tensor> {
-        let norms = self.norms(magnitude, stored)?;
-        let norms = Tensor::from_vec(norms, self.shape[0], &Device::Cpu)?;
-        Ok(magnitude.values.tensor().div(&norms)?)
-    }
-
     /// Norms of the rows of `W + delta` without making it: `|w + d|^2 = |w|^2 + 2 w.d + |d|^2`, where
     /// `w.d` needs the product of `W` with the few rows of `A` alone.
-    fn norms(&self, magnitude: &Magnitude, stored: &Arc<Weight>) -> Result<Vec<f32>> {
+    fn norms(&self, magnitude: &Magnitude) -> Result<Vec<f32>> {
         let LowRank { rank, a, b, scale, .. } = self.low_rank_part()?;
         let [rows, cols] = self.shape;
         let mut seen = vec![0.0; rank * rows];
-        stored.multiply(&a, &mut seen);
+        magnitude.stored.multiply(&a, &mut seen);
         let dot = |x: &[f32], y: &[f32]| -> f64 {
             x.iter().zip(y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum()
         };
@@ -351,7 +339,7 @@ impl Module {
         self.low_rank_part()?.add_to(&mut out);
         if let Some(magnitude) = &self.magnitude {
             let values = magnitude.values.values()?;
-            let norms = self.norms(magnitude, stored)?;
+            let norms = self.norms(magnitude)?;
             for (row, (m, n)) in out.chunks_mut(self.shape[1]).zip(values.iter().zip(norms)) {
                 row.iter_mut().for_each(|v| *v *= m / n);
             }

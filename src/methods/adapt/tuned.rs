@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_core::{Device, Tensor, Var};
 
 use super::basis;
-use super::module::{self, Dropout, Module, Modules};
+use super::module::{self, Module, Modules};
 use super::shapes;
 use crate::error::Result;
-use crate::nn::tuning::Tuning;
+use crate::nn::tuning::{Dropout, LowRank, Tuning};
 use crate::nn::weight::Weight;
 use crate::train::parameters::{Parameter, Parameters};
 
@@ -100,20 +100,29 @@ impl Tuned {
 
     fn drop(&self, linear: &str) -> Option<Dropout> {
         let pass = self.pass.load(Ordering::Relaxed);
-        (pass > 0 && self.dropout > 0.0).then(|| Dropout {
-            share: self.dropout,
-            key: basis::key(&format!("{}/dropout/{linear}", self.seed)),
-            pass,
+        (pass > 0 && self.dropout > 0.0).then(|| {
+            let [low, high] = basis::key(&format!("{}/dropout/{pass}/{linear}", self.seed));
+            let seed = u64::from(low) | u64::from(high) << 32;
+            Dropout { probability: self.dropout, seed }
         })
     }
 }
 
 impl Tuning for Tuned {
+    fn low_rank(&self, name: &str) -> Result<Option<LowRank>> {
+        self.modules.get(name).map(|adapter| adapter.addition(self.drop(name))).transpose()
+    }
+
     fn linear(&self, name: &str, x: &Tensor, stored: &Arc<Weight>) -> Result<Option<Tensor>> {
         if let Some(adapter) = self.modules.get(name) {
             return adapter.forward(x, stored, self.drop(name)).map(Some);
         }
         self.whole.get(name).map(|var| module::whole(x, var.as_tensor())).transpose()
+    }
+
+    /// All there is has the form of [`Tuning::low_rank`] or [`Tuning::tensor`].
+    fn computes(&self, _: &str) -> bool {
+        false
     }
 
     fn tensor(&self, name: &str) -> Result<Option<Tensor>> {
