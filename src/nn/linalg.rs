@@ -253,7 +253,9 @@ mod tests {
             assert!(distance(first.u.as_ref(), second.u.as_ref()) < 1e-9, "signs are fixed");
             let k = m.min(n);
             let us = Mat::from_fn(m, k, |i, j| first.u[(i, j)] * first.s[j]);
-            assert!(distance(product(us.as_ref(), first.v.transpose()).as_ref(), a.as_ref()) < 1e-12);
+            assert!(
+                distance(product(us.as_ref(), first.v.transpose()).as_ref(), a.as_ref()) < 1e-12
+            );
             let gram = product(first.v.transpose(), first.v.as_ref());
             assert!(distance(gram.as_ref(), identity(k).as_ref()) < 1e-12);
         }
@@ -295,7 +297,8 @@ mod tests {
         let f = ldu(a.as_ref());
         assert_eq!(f.rows[0], 1, "-2 stands before 2");
         // Two equal columns: the second pivot is zero.
-        let a = Mat::from_fn(3, 3, |i, j| [[1.0, 1.0, 2.0], [2.0, 2.0, 1.0], [3.0, 3.0, 5.0]][i][j]);
+        let a =
+            Mat::from_fn(3, 3, |i, j| [[1.0, 1.0, 2.0], [2.0, 2.0, 1.0], [3.0, 3.0, 5.0]][i][j]);
         let f = ldu(a.as_ref());
         assert_eq!(f.d[1], 0.0);
         assert!((0..3).all(|i| (0..3).all(|j| f.l[(i, j)].is_finite() && f.u[(i, j)].is_finite())));
@@ -307,7 +310,9 @@ mod tests {
         let a = Mat::from_fn(2, 2, |i, j| [[2.0, 1.0], [1.0, 1.0]][i][j]);
         let want = Mat::from_fn(2, 2, |i, j| [[1.0, -1.0], [-1.0, 2.0]][i][j]);
         assert!(distance(inverse(a.as_ref()).unwrap().as_ref(), want.as_ref()) < 1e-12);
-        assert!(inverse(Mat::from_fn(2, 2, |i, j| if i == j { 1.0 } else { 2.0 }).as_ref()).is_none());
+        assert!(
+            inverse(Mat::from_fn(2, 2, |i, j| if i == j { 1.0 } else { 2.0 }).as_ref()).is_none()
+        );
         let root = symmetric_power(a.as_ref(), 0.5, "a").unwrap();
         assert!(distance(product(root.as_ref(), root.as_ref()).as_ref(), a.as_ref()) < 1e-12);
         let q = orthonormal(random(6, 3, 1).as_ref()).unwrap();

@@ -124,8 +124,7 @@ impl Settings {
                 return Err(unsupported(key, format!("is set: {reason}")));
             }
         }
-        if let Some(bias) =
-            file.bias.as_deref().filter(|b| *b != "none" && for_what == Use::Serve)
+        if let Some(bias) = file.bias.as_deref().filter(|b| *b != "none" && for_what == Use::Serve)
         {
             return Err(unsupported(
                 "bias",

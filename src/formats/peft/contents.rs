@@ -118,10 +118,13 @@ impl Contents {
                     }
                 }
                 Some((_, part)) => {
-                    return Err(unsupported(name, match part {
-                        Part::Magnitude => "is a magnitude of DoRA, which is not served",
-                        _ => "is a bias of an adapter",
-                    }));
+                    return Err(unsupported(
+                        name,
+                        match part {
+                            Part::Magnitude => "is a magnitude of DoRA, which is not served",
+                            _ => "is a bias of an adapter",
+                        },
+                    ));
                 }
                 None if inner.contains("lora_embedding_") => {
                     return Err(unsupported(name, "changes an embedding"));

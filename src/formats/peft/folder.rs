@@ -29,8 +29,9 @@ impl Folder {
     pub fn new(config: Map<String, Value>, tensors: BTreeMap<String, Plain>) -> Result<Self> {
         let mut config = Value::Object(config);
         config.sort_all_objects();
-        let config = serde_json::to_vec_pretty(&config)
-            .map_err(|e| Error::internal("the settings of an adapter cannot be written").with_source(e))?;
+        let config = serde_json::to_vec_pretty(&config).map_err(|e| {
+            Error::internal("the settings of an adapter cannot be written").with_source(e)
+        })?;
         let mut all = BTreeMap::new();
         for (name, Plain { shape, values }) in tensors {
             if shape.iter().product::<usize>() != values.len() {
@@ -81,13 +82,18 @@ impl Folder {
         use std::io::Write as _;
         let mut views = Vec::with_capacity(self.tensors.len());
         for (name, tensor) in &self.tensors {
-            let view = TensorView::new(file_dtype(tensor.dtype), tensor.shape.clone(), &tensor.data)
-                .map_err(|e| Error::internal(format!("tensor '{name}' cannot be written")).with_source(e))?;
+            let view =
+                TensorView::new(file_dtype(tensor.dtype), tensor.shape.clone(), &tensor.data)
+                    .map_err(|e| {
+                        Error::internal(format!("tensor '{name}' cannot be written")).with_source(e)
+                    })?;
             views.push((name.as_str(), view));
         }
         let metadata: HashMap<String, String> = self.metadata.clone().into_iter().collect();
         let bytes = ::safetensors::serialize(views, (!metadata.is_empty()).then_some(metadata))
-            .map_err(|e| Error::internal("the factors of an adapter cannot be written").with_source(e))?;
+            .map_err(|e| {
+                Error::internal("the factors of an adapter cannot be written").with_source(e)
+            })?;
         for (name, bytes) in [(WEIGHTS, &bytes), (CONFIG, &self.config)] {
             let mut file = Replacement::new(&folder.join(name))?;
             file.as_file_mut().write_all(bytes)?;

@@ -61,10 +61,9 @@ fn floats(what: &str, tensor: &safetensors::Tensor) -> Result<Vec<f32>> {
         Dtype::F16 => {
             data.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
         }
-        Dtype::BF16 => data
-            .chunks_exact(2)
-            .map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())
-            .collect(),
+        Dtype::BF16 => {
+            data.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
+        }
         other => {
             return Err(Error::new(
                 Reason::UnsupportedFormat,

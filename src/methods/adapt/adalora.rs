@@ -110,7 +110,10 @@ fn read(options: &v1::Adalora) -> Result<Read> {
     };
     let weight = options.orthogonality.unwrap_or(0.5);
     if !(weight.is_finite() && weight >= 0.0) {
-        return Err(Error::option("orthogonality", format!("{weight} is not a number of 0 or more")));
+        return Err(Error::option(
+            "orthogonality",
+            format!("{weight} is not a number of 0 or more"),
+        ));
     }
     Ok(Read {
         target: options::number("target_r", options.target_r, 8, 1..=1 << 14)?,
@@ -196,7 +199,14 @@ impl Adapt for v1::Adalora {
         }
         let modules =
             tuned.modules.values().map(|m| (module(&m.linear).to_owned(), m.rank)).collect();
-        Ok(Some(Box::new(Allocator { modules, budget, betas, weight, seen: BTreeMap::new(), kept: BTreeMap::new() })))
+        Ok(Some(Box::new(Allocator {
+            modules,
+            budget,
+            betas,
+            weight,
+            seen: BTreeMap::new(),
+            kept: BTreeMap::new(),
+        })))
     }
 
     fn finish(&self, tuned: Tuned) -> Result<Tuned> {

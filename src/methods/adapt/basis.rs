@@ -204,7 +204,8 @@ mod tests {
     fn a_factor_follows_its_coefficients() {
         let c = Var::zeros(5, candle_core::DType::F32, &Device::Cpu).unwrap();
         let combined = Combined::new(Basis::b(key("x"), 4, 2, 5), c.clone());
-        let values = |c: &Combined| c.tensor().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let values =
+            |c: &Combined| c.tensor().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert!(values(&combined).iter().all(|v| *v == 0.0));
         c.set(&Tensor::ones(5, candle_core::DType::F32, &Device::Cpu).unwrap()).unwrap();
         assert!(values(&combined).iter().any(|v| *v != 0.0));
@@ -215,7 +216,7 @@ mod tests {
     #[test]
     fn dropped_shares_and_repeatability() {
         let x = Tensor::ones((100, 40), candle_core::DType::F32, &Device::Cpu).unwrap();
-        let run = |pass| {
+        let run = |pass: u64| {
             let y = dropout(&x, Dropout { probability: 0.25, seed: pass << 32 }).unwrap();
             y.flatten_all().unwrap().to_vec1::<f32>().unwrap()
         };

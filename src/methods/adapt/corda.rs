@@ -91,16 +91,16 @@ impl Orientation {
     /// From a positive diagonal.
     pub fn diagonal(d: &[f64]) -> Self {
         let n = d.len();
-        let of = |f: &dyn Fn(f64) -> f64| {
-            Mat::from_fn(n, n, |i, j| if i == j { f(d[i]) } else { 0.0 })
-        };
+        let of =
+            |f: &dyn Fn(f64) -> f64| Mat::from_fn(n, n, |i, j| if i == j { f(d[i]) } else { 0.0 });
         Self { matrix: of(&|d| d), inverse: of(&|d| 1.0 / d), damp: 0.0 }
     }
 
     /// The decomposition `w = u diag(s) v^T` with the singular values of `w` times the matrix. The columns
     /// of `v` are not orthonormal.
     pub fn decompose(&self, w: &Mat<f64>, what: &str) -> Result<Svd> {
-        let Svd { u, s, v } = linalg::svd(product(w.as_ref(), self.matrix.as_ref()).as_ref(), what)?;
+        let Svd { u, s, v } =
+            linalg::svd(product(w.as_ref(), self.matrix.as_ref()).as_ref(), what)?;
         // The matrix is symmetric, so its inverse is.
         Ok(Svd { u, s, v: product(self.inverse.as_ref(), v.as_ref()) })
     }
@@ -167,7 +167,8 @@ fn read(options: &v1::Corda) -> Result<Read> {
             "name the text data set: the knowledge to keep, or a sample of the task",
         ));
     }
-    let normalisation: CordaNormalisation = options::choice("normalisation", options.normalisation)?;
+    let normalisation: CordaNormalisation =
+        options::choice("normalisation", options.normalisation)?;
     Ok(Read { mode, damp, power, settings: moments::Settings { context, normalisation } })
 }
 

@@ -38,6 +38,7 @@ fn folded(module: Module) -> Result<Option<Module>> {
 }
 
 /// Ranks whose entry of the diagonal is not zero, and all ranks.
+#[cfg(test)]
 pub fn kept(tuned: &Tuned) -> Result<(usize, usize)> {
     let (mut kept, mut all) = (0, 0);
     for module in tuned.modules.values() {

@@ -123,7 +123,10 @@ mod tests {
         let held: Vec<f32> = {
             let mut plain = stored.to_f32();
             module.low_rank_part().unwrap().add_to(&mut plain);
-            plain.chunks(stored.cols()).map(|r| r.iter().map(|v| v * v).sum::<f32>().sqrt()).collect()
+            plain
+                .chunks(stored.cols())
+                .map(|r| r.iter().map(|v| v * v).sum::<f32>().sqrt())
+                .collect()
         };
         let value = || {
             let mut plain = stored.to_f32();

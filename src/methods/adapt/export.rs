@@ -312,14 +312,16 @@ fn from_entry(
 fn misfit(problem: String) -> Error {
     Error::new(
         Reason::ModelUnsuitable,
-        format!("the adapter was made for another model: {problem}; name the base it was trained on"),
+        format!(
+            "the adapter was made for another model: {problem}; name the base it was trained on"
+        ),
     )
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{Case, all_linear};
     use super::super::testing;
+    use super::super::testing::{Case, all_linear};
     use super::*;
     use crate::formats::peft::{self as files, Use};
     use crate::proto::v1;
@@ -400,7 +402,11 @@ mod tests {
         assert_eq!(config["target_modules"], json!(short));
         assert_eq!(config["lora_alpha"], 2);
         let text = String::from_utf8(folder.config).unwrap();
-        assert!(text.starts_with("{\n  \"alpha_pattern\": {},\n  \"base_model_name_or_path\": \"base\","));
+        assert!(
+            text.starts_with(
+                "{\n  \"alpha_pattern\": {},\n  \"base_model_name_or_path\": \"base\","
+            )
+        );
     }
 
     #[test]

@@ -216,7 +216,8 @@ mod tests {
             let scaled: Vec<f32> =
                 b.chunks(d.len()).flat_map(|b| b.iter().zip(&d).map(|(b, d)| b * d)).collect();
             let ld = linalg::from_rows(&scaled, rows, d.len());
-            let product = linalg::product(ld.as_ref(), linalg::from_rows(&a, d.len(), cols).as_ref());
+            let product =
+                linalg::product(ld.as_ref(), linalg::from_rows(&a, d.len(), cols).as_ref());
             let error = (&product - &w).norm_l2() / w.norm_l2();
             assert!(error < 1e-5, "{name}: {error}");
         }

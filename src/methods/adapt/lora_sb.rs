@@ -50,7 +50,8 @@ pub fn factors(update: &[f32], site: &Site) -> Result<(Vec<f32>, Vec<f32>, Vec<f
     let d = linalg::from_rows(update, rows, cols);
     let svd = linalg::svd(d.as_ref(), &site.linear)?;
     let a = (0..site.rank * cols).map(|at| svd.v[(at % cols, at / cols)] as f32).collect();
-    let b = (0..rows * site.rank).map(|at| svd.u[(at / site.rank, at % site.rank)] as f32).collect();
+    let b =
+        (0..rows * site.rank).map(|at| svd.u[(at / site.rank, at % site.rank)] as f32).collect();
     Ok((a, b, svd.s[..site.rank].to_vec()))
 }
 
@@ -258,7 +259,8 @@ mod tests {
             let error = norm((&bra - &d).as_ref());
             assert!((error - dropped.sqrt()).abs() < 1e-3 * norm(d.as_ref()), "{error}");
             // Against the gradient, not along it.
-            let along: f64 = step.iter().zip(&sum).map(|(s, g)| f64::from(*s) * f64::from(*g)).sum();
+            let along: f64 =
+                step.iter().zip(&sum).map(|(s, g)| f64::from(*s) * f64::from(*g)).sum();
             assert!(along < 0.0);
         }
         let toy = Toy::new(5);
@@ -331,7 +333,8 @@ mod tests {
         let tuned = start();
         assert_eq!(tuned.values().unwrap(), start().values().unwrap());
         assert!(tuned.parameters().keys().all(|name| name.ends_with(".lora_R")));
-        let random = v1::LoraSb { basis: LoraSbBasis::Random as i32, ..method(true, LoraSbRule::Sgd) };
+        let random =
+            v1::LoraSb { basis: LoraSbBasis::Random as i32, ..method(true, LoraSbRule::Sgd) };
         let (a, b, r) = parts(&toy.start(&random, 1), &toy);
         assert_eq!(norm(r.as_ref()), 0.0);
         for gram in [product(a.as_ref(), a.transpose()), product(b.transpose(), b.as_ref())] {

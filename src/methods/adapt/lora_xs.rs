@@ -141,7 +141,8 @@ mod tests {
         let tuned = case.start(&v1::LoraXs { adapter: Some(all_linear(5)) });
         let (name, stored) = case.some_linear();
         let module = &tuned.modules[name];
-        let identity = candle_core::Tensor::eye(5, candle_core::DType::F32, &candle_core::Device::Cpu);
+        let identity =
+            candle_core::Tensor::eye(5, candle_core::DType::F32, &candle_core::Device::Cpu);
         module.trained()[0].1.set(&identity.unwrap()).unwrap();
         let mut rest = stored.to_f32();
         let mut taken = module.low_rank().unwrap();

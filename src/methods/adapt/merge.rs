@@ -75,9 +75,7 @@ pub fn merge(
 fn laid_out(name: &str, like: &Weight, values: &[f32], requantise: bool) -> Result<Weight> {
     let shape = like.shape();
     let matrix = || [like.rows(), like.cols()];
-    let refused = |why: &str| {
-        Err(Error::new(Reason::ModelUnsuitable, format!("'{name}' {why}")))
-    };
+    let refused = |why: &str| Err(Error::new(Reason::ModelUnsuitable, format!("'{name}' {why}")));
     if let Weight::Sparse(_) | Weight::RowGroups(_) = like {
         return refused(
             "is sparse, and merging would fill its gaps; keep the adapter beside the model, which serves \

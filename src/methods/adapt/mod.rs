@@ -83,7 +83,10 @@ pub struct Setup<'a> {
 pub enum Needs {
     Nothing,
     /// Sums of weight gradients over this many records of the training data, so many a pass.
-    Gradients { samples: usize, batch: usize },
+    Gradients {
+        samples: usize,
+        batch: usize,
+    },
     /// Second moments of the inputs on a text.
     Moments(moments::Settings),
 }
@@ -129,9 +132,7 @@ fn build(
         setup.progress.report(done as f64 / count as f64, "starting the adapters")?;
         let made: Vec<Module> = sites
             .par_iter()
-            .map(|site| {
-                make(site, find(weights, &site.linear)?, &init.child(&site.linear))
-            })
+            .map(|site| make(site, find(weights, &site.linear)?, &init.child(&site.linear)))
             .collect::<Result<_>>()?;
         done += sites.len();
         tuned.modules.extend(made.into_iter().map(|module| (module.linear.clone(), module)));

@@ -67,9 +67,7 @@ fn counts(options: &v1::Nola, plan: &Plan) -> Result<[usize; 2]> {
 fn check_bits(bits: Option<u32>) -> Result<u32> {
     match bits.unwrap_or(32) {
         bits @ (32 | 8 | 4) => Ok(bits),
-        other => {
-            Err(Error::option("coefficient_bits", format!("{other} is none of 32, 8 and 4")))
-        }
+        other => Err(Error::option("coefficient_bits", format!("{other} is none of 32, 8 and 4"))),
     }
 }
 
@@ -187,7 +185,12 @@ mod tests {
     use crate::nn::linalg::{self, from_rows};
 
     fn small(adapter: v1::AdapterOptions) -> v1::Nola {
-        v1::Nola { adapter: Some(adapter), basis_a: Some(6), basis_b: Some(5), ..Default::default() }
+        v1::Nola {
+            adapter: Some(adapter),
+            basis_a: Some(6),
+            basis_b: Some(5),
+            ..Default::default()
+        }
     }
 
     #[test]
@@ -244,9 +247,10 @@ mod tests {
     #[test]
     fn enough_matrices_span_every_factor() {
         let (rank, inputs, outputs) = (2, 5, 6);
-        for basis in
-            [Basis::a([1, 2], rank, inputs, rank * inputs), Basis::b([1, 2], outputs, rank, outputs * rank)]
-        {
+        for basis in [
+            Basis::a([1, 2], rank, inputs, rank * inputs),
+            Basis::b([1, 2], outputs, rank, outputs * rank),
+        ] {
             let n = basis.count;
             let start = basis.combine(&vec![0.0; n]);
             let mut columns = vec![0.0; n * n];
@@ -260,7 +264,8 @@ mod tests {
             let wanted: Vec<f32> = (0..n).map(|e| (e as f32 * 1.7).sin()).collect();
             let m = from_rows(&columns, n, n);
             // Least squares through the normal equations.
-            let inverse = linalg::inverse(linalg::product(m.transpose(), m.as_ref()).as_ref()).unwrap();
+            let inverse =
+                linalg::inverse(linalg::product(m.transpose(), m.as_ref()).as_ref()).unwrap();
             let target: Vec<f32> = wanted.iter().zip(&start).map(|(w, s)| w - s).collect();
             let right = linalg::product(m.transpose(), from_rows(&target, n, 1).as_ref());
             let c = linalg::to_rows(linalg::product(inverse.as_ref(), right.as_ref()).as_ref());

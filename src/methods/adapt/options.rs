@@ -226,7 +226,8 @@ pub fn number(
 
 /// An enum's value from its number; the first where it is unset.
 pub fn choice<T: TryFrom<i32>>(field: &str, value: i32) -> Result<T> {
-    T::try_from(value).map_err(|_| Error::option(field, format!("{value} is no number of its enum")))
+    T::try_from(value)
+        .map_err(|_| Error::option(field, format!("{value} is no number of its enum")))
 }
 
 #[cfg(test)]

@@ -475,7 +475,8 @@ mod tests {
             (values(&parameters, &a).unwrap(), values(&parameters, &b).unwrap());
         let zeros = gradients.iter().map(|(n, g)| (n.clone(), g.zeros_like().unwrap())).collect();
         optimizer.update(&parameters, &zeros, 0.5).unwrap();
-        let (a_after, b_after) = (values(&parameters, &a).unwrap(), values(&parameters, &b).unwrap());
+        let (a_after, b_after) =
+            (values(&parameters, &a).unwrap(), values(&parameters, &b).unwrap());
         assert_eq!(a_after[width..2 * width], a_before[width..2 * width]);
         // The open rows decay by 0.5 * 0.2.
         assert!((a_after[0] - 0.9 * a_before[0]).abs() < 1e-6);
@@ -488,8 +489,12 @@ mod tests {
     #[test]
     fn the_penalty_and_its_gradient() {
         let toy = Toy::new(4);
-        let method =
-            v1::Sora { adapter: Some(all_linear(2)), l1: Some(6.0), xi: Some(9.0), ..Default::default() };
+        let method = v1::Sora {
+            adapter: Some(all_linear(2)),
+            l1: Some(6.0),
+            xi: Some(9.0),
+            ..Default::default()
+        };
         let tuned = toy.start(&method, 1);
         let mut parameters = tuned.parameters();
         for path in toy.names().iter().map(|n| module(n)) {
@@ -509,7 +514,10 @@ mod tests {
             optimizer: &mut testing::plain_descent(),
         };
         let error = hooks.after_step(updated).unwrap_err();
-        assert!(error.message().contains("xi = 9") && error.message().contains("step 3"), "{error}");
+        assert!(
+            error.message().contains("xi = 9") && error.message().contains("step 3"),
+            "{error}"
+        );
     }
 
     /// With gates that are ones and stay, and no threshold, this is LoRA.
@@ -559,15 +567,9 @@ mod tests {
             (v1::Sora { gate_rate: Some(0.0), ..Default::default() }, "gate_rate"),
             (v1::Sora { proximal: 5, ..Default::default() }, "proximal"),
             (schedule(v1::SoraSchedule { stages: 1, ..good }), "schedule.stages"),
-            (
-                v1::Sora { xi: Some(2.0), ..schedule(good) },
-                "schedule.xi_max",
-            ),
+            (v1::Sora { xi: Some(2.0), ..schedule(good) }, "schedule.xi_max"),
             (schedule(v1::SoraSchedule { growth: 3, ..good }), "xi"),
-            (
-                schedule(v1::SoraSchedule { target_keep: Some(1.5), ..good }),
-                "schedule.target_keep",
-            ),
+            (schedule(v1::SoraSchedule { target_keep: Some(1.5), ..good }), "schedule.target_keep"),
         ] {
             let error = options.check(&minilm()).unwrap_err();
             assert_eq!(error.violations()[0].field, field, "{error}");

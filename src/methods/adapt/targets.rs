@@ -79,7 +79,10 @@ impl Targets {
         usual: &[&str],
     ) -> Result<Self> {
         if !pattern.is_empty() && !names.is_empty() {
-            return Err(Error::option("adapter.target_pattern", "give targets or a pattern, not both"));
+            return Err(Error::option(
+                "adapter.target_pattern",
+                "give targets or a pattern, not both",
+            ));
         }
         if !pattern.is_empty() && !layers.is_empty() {
             return Err(Error::option(
@@ -191,7 +194,8 @@ mod tests {
             Targets::new(&names(&["q_proj", "up_proj"]), "", &[], "", layers, &[], &[]).unwrap()
         };
         let without = |exclude: &[&str], pattern: &str| {
-            Targets::new(&names(&["all-linear"]), "", &names(exclude), pattern, &[], &[], &[]).unwrap()
+            Targets::new(&names(&["all-linear"]), "", &names(exclude), pattern, &[], &[], &[])
+                .unwrap()
         };
         let saved = |saved: &[&str]| {
             Targets::new(&names(&["all-linear"]), "", &[], "", &[], &names(saved), &[]).unwrap()

@@ -284,7 +284,10 @@ impl Case {
             let want = (moved(0.05) - moved(-0.05)) / 0.1;
             set(original.clone());
             let got = f64::from(got[at]);
-            assert!((got - want).abs() < 2e-3 * want.abs().max(1.0), "{name} {kind}: {got}, {want}");
+            assert!(
+                (got - want).abs() < 2e-3 * want.abs().max(1.0),
+                "{name} {kind}: {got}, {want}"
+            );
         }
     }
 }
@@ -339,7 +342,8 @@ impl Toy {
     fn batch(&self, pass: usize) -> (Tensor, Tensor) {
         let mut rng = Stream::root(self.seed).child(&format!("pass {pass}")).rng();
         // Inputs lie near a few directions, as hidden states do.
-        let directions = uniform(&mut Stream::root(self.seed).child("directions").rng(), 3 * IN, 1.0);
+        let directions =
+            uniform(&mut Stream::root(self.seed).child("directions").rng(), 3 * IN, 1.0);
         let rows = 16;
         let mut x = uniform(&mut rng, rows * IN, 0.1);
         for row in x.chunks_mut(IN) {

@@ -93,9 +93,7 @@ impl Tuned {
     /// The values of all trained tensors by name, for comparisons and files.
     pub fn values(&self) -> Result<BTreeMap<String, Vec<f32>>> {
         let parameters = self.parameters().into_iter();
-        parameters
-            .map(|(name, p)| Ok((name, p.var.flatten_all()?.to_vec1::<f32>()?)))
-            .collect()
+        parameters.map(|(name, p)| Ok((name, p.var.flatten_all()?.to_vec1::<f32>()?))).collect()
     }
 
     fn drop(&self, linear: &str) -> Option<Dropout> {
