@@ -32,6 +32,8 @@ pub mod sora;
 pub mod targets;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 pub mod tuned;
 
 use std::collections::BTreeMap;

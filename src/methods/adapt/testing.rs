@@ -114,6 +114,10 @@ impl Case {
         &self.shapes
     }
 
+    pub fn decoder_model(&self) -> &Model {
+        self.decoder.as_ref().expect("a decoder")
+    }
+
     pub fn weights(&self) -> &BTreeMap<String, Arc<Weight>> {
         self.model.weights()
     }
@@ -142,7 +146,7 @@ impl Case {
         let windows = Windows { tokens, length: 12, warnings: Vec::new() };
         let progress = Progress::silent();
         let mut collector = moments::Collector {
-            model: self.decoder.as_ref().expect("a decoder"),
+            model: self.decoder_model(),
             windows: &windows,
             normalisation: CordaNormalisation::SampleMax,
             progress: &progress,
