@@ -33,15 +33,15 @@ impl Folder {
             Error::internal("the settings of an adapter cannot be written").with_source(e)
         })?;
         let mut all = BTreeMap::new();
-        for (name, Plain { shape, values }) in tensors {
-            if shape.iter().product::<usize>() != values.len() {
+        for (name, plain) in tensors {
+            if plain.shape.iter().product::<usize>() != plain.values.len() {
                 return Err(Error::internal(format!(
-                    "tensor '{name}' has {} elements for {shape:?}",
-                    values.len()
+                    "tensor '{name}' has {} elements for {:?}",
+                    plain.values.len(),
+                    plain.shape
                 )));
             }
-            let data = cast::to_bytes(values);
-            all.insert(name, safetensors::Tensor { dtype: Dtype::F32, shape, data });
+            all.insert(name, plain.into_tensor());
         }
         let metadata = [("format".to_owned(), "pt".to_owned())].into();
         Ok(Self { config, tensors: all, metadata })
@@ -79,6 +79,11 @@ impl Folder {
     /// Writes the two files, each whole or not at all. Equal content gives equal bytes, those that the
     /// PEFT library writes.
     pub fn write(&self, folder: &Path) -> Result<()> {
+        self.write_as(folder, CONFIG, WEIGHTS)
+    }
+
+    /// The same under other names.
+    pub fn write_as(&self, folder: &Path, config: &str, weights: &str) -> Result<()> {
         use std::io::Write as _;
         let mut views = Vec::with_capacity(self.tensors.len());
         for (name, tensor) in &self.tensors {
@@ -94,7 +99,7 @@ impl Folder {
             .map_err(|e| {
                 Error::internal("the factors of an adapter cannot be written").with_source(e)
             })?;
-        for (name, bytes) in [(WEIGHTS, &bytes), (CONFIG, &self.config)] {
+        for (name, bytes) in [(weights, &bytes), (config, &self.config)] {
             let mut file = Replacement::new(&folder.join(name))?;
             file.as_file_mut().write_all(bytes)?;
             file.commit()?;
@@ -120,7 +125,13 @@ impl Plain {
         Self { shape: shape.to_vec(), values }
     }
 
-    /// The elements of a float tensor; NON-finite ones and other types are refused by `name`.
+    /// As it is stored.
+    pub fn into_tensor(self) -> safetensors::Tensor {
+        let data = cast::to_bytes(self.values);
+        safetensors::Tensor { dtype: Dtype::F32, shape: self.shape, data }
+    }
+
+    /// The elements of a float tensor; not finite ones and other types are refused by `name`.
     pub fn of(name: &str, tensor: &safetensors::Tensor) -> Result<Self> {
         Ok(Self { shape: tensor.shape.clone(), values: super::floats(name, tensor)? })
     }

@@ -1,7 +1,7 @@
 //! A factor that is a combination of random matrices which a seed gives (NOLA): the matrices are made anew
 //! in the forward and in the backward pass, element by element, and never kept.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, Var};
 use sha2::{Digest, Sha256};
@@ -87,6 +87,15 @@ impl Basis {
     }
 }
 
+/// Coefficients as they are stored in few bits: `low + step * code`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rounded {
+    pub bits: u32,
+    pub low: f32,
+    pub step: f32,
+    pub codes: Vec<u8>,
+}
+
 /// A combined factor whose coefficients are trained.
 #[derive(Debug)]
 pub struct Combined {
@@ -95,17 +104,38 @@ pub struct Combined {
     /// The coefficients that the factor was last made for, and what was made: a step asks for it once
     /// for each pass through its linear.
     made: Mutex<Option<(Vec<f32>, Tensor)>>,
+    /// Bits, low and step of coefficients that were rounded.
+    grid: Mutex<Option<(u32, f32, f32)>>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Combined {
     pub fn new(basis: Basis, coefficients: Var) -> Self {
-        Self { basis, coefficients, made: Mutex::new(None) }
+        Self { basis, coefficients, made: Mutex::new(None), grid: Mutex::new(None) }
+    }
+
+    /// Says that the coefficients are on a grid, which files may then use.
+    pub fn note_grid(&self, bits: u32, low: f32, step: f32) {
+        *locked(&self.grid) = Some((bits, low, step));
+    }
+
+    /// The coefficients as codes, where they are still on the grid they were rounded to.
+    pub fn rounded(&self) -> Result<Option<Rounded>> {
+        let Some((bits, low, step)) = *locked(&self.grid) else { return Ok(None) };
+        let values = self.coefficients.to_vec1::<f32>()?;
+        let code = |v: &f32| if step > 0.0 { ((v - low) / step).round() as u8 } else { 0 };
+        let codes: Vec<u8> = values.iter().map(code).collect();
+        let on = codes.iter().zip(&values).all(|(c, v)| low + step * f32::from(*c) == *v);
+        Ok(on.then_some(Rounded { bits, low, step, codes }))
     }
 
     /// The factor, differentiable in its coefficients.
     pub fn tensor(&self) -> Result<Tensor> {
         let now = self.coefficients.to_vec1::<f32>()?;
-        let mut made = self.made.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut made = locked(&self.made);
         if let Some((then, tensor)) = made.as_ref() {
             // Bits, not values: -0 and 0 combine alike, but NaN must not be made for ever.
             if then.iter().zip(&now).all(|(a, b)| a.to_bits() == b.to_bits()) {

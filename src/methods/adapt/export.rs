@@ -306,6 +306,7 @@ fn from_entry(
         core_name,
         start: None,
         magnitude,
+        ldu: None,
     })
 }
 

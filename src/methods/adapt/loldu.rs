@@ -45,6 +45,8 @@ pub struct Frozen {
     /// `P L` `[out, r]`.
     pub b: Vec<f32>,
     pub d: Vec<f32>,
+    /// Which components they are.
+    pub kept: Vec<usize>,
 }
 
 /// The components that are kept of a decomposition: at most `rank`.
@@ -78,7 +80,7 @@ pub fn frozen(ldu: &Ldu, kept: &[usize]) -> Frozen {
     for k in kept {
         a.extend((0..cols).map(|c| ldu.u[(*k, c)] as f32));
     }
-    Frozen { a, b, d: kept.iter().map(|k| ldu.d[*k] as f32).collect() }
+    Frozen { a, b, d: kept.iter().map(|k| ldu.d[*k] as f32).collect(), kept: kept.to_vec() }
 }
 
 /// Where the trained diagonal starts.
@@ -120,6 +122,7 @@ pub fn module(site: &Site, frozen: Frozen, z: Vec<f32>) -> Result<Module> {
         core_name: "lora_z",
         start: Some(Start::Diagonal(start)),
         magnitude: None,
+        ldu: Some(frozen.kept),
     })
 }
 
@@ -212,7 +215,7 @@ mod tests {
             let ldu = linalg::ldu(w.as_ref());
             let kept = keep(&ldu, rows.min(cols), LolduPick::First);
             assert_eq!(kept.len(), rows.min(cols), "{name}");
-            let Frozen { a, b, d } = frozen(&ldu, &kept);
+            let Frozen { a, b, d, .. } = frozen(&ldu, &kept);
             let scaled: Vec<f32> =
                 b.chunks(d.len()).flat_map(|b| b.iter().zip(&d).map(|(b, d)| b * d)).collect();
             let ld = linalg::from_rows(&scaled, rows, d.len());
@@ -273,7 +276,7 @@ mod tests {
         let ldu = linalg::ldu(linalg::from_rows(&w, 3, 3).as_ref());
         let kept = keep(&ldu, 3, LolduPick::First);
         assert_eq!(kept, [0, 2]);
-        let Frozen { a, b, d } = frozen(&ldu, &kept);
+        let Frozen { a, b, d, .. } = frozen(&ldu, &kept);
         assert!(a.iter().chain(&b).chain(&d).all(|v| v.is_finite()));
         assert_eq!(keep(&ldu, 1, LolduPick::Largest), [0]);
         let nothing = linalg::ldu(linalg::from_rows(&[0.0; 4], 2, 2).as_ref());

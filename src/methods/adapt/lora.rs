@@ -44,6 +44,7 @@ pub fn plain(site: &Site, a: Vec<f32>, b: Vec<f32>) -> Result<Module> {
         core_name: "",
         start: None,
         magnitude: None,
+        ldu: None,
     })
 }
 

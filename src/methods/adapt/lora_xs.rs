@@ -51,6 +51,7 @@ pub fn between(
         core_name: "lora_R",
         start: None,
         magnitude: None,
+        ldu: None,
     })
 }
 

@@ -22,6 +22,7 @@ pub mod lora_xs;
 pub mod merge;
 pub mod module;
 pub mod moments;
+pub mod native;
 pub mod nola;
 pub mod options;
 pub mod pissa;

@@ -136,6 +136,9 @@ pub struct Module {
     pub core_name: &'static str,
     pub start: Option<Start>,
     pub magnitude: Option<Magnitude>,
+    /// The frozen factors are these components of the weight's LDU decomposition, so files need not hold
+    /// them.
+    pub ldu: Option<Vec<usize>>,
 }
 
 /// `delta = scale * b a`, on the host.

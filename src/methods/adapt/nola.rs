@@ -9,7 +9,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::basis::{self, Basis, Combined};
 use super::module::{Core, Factor, Module};
@@ -90,6 +90,7 @@ pub fn module(site: &Site, key: [u32; 2], [a, b]: [usize; 2]) -> Result<Module> 
         core_name: "",
         start: None,
         magnitude: None,
+        ldu: None,
     })
 }
 
@@ -109,10 +110,13 @@ pub fn quantise(values: &[f32], bits: u32) -> (f32, f32, Vec<u8>) {
 /// Rounds the coefficients of all modules to what is stored of them.
 fn round(tuned: &Tuned, bits: u32) -> Result<()> {
     for module in tuned.modules.values() {
-        for (_, var) in module.trained() {
+        for factor in [&module.a, &module.b] {
+            let Factor::Combined(combined) = factor else { continue };
+            let var = &combined.coefficients;
             let (low, step, codes) = quantise(&var.to_vec1::<f32>()?, bits);
             let values: Vec<f32> = codes.iter().map(|c| low + step * f32::from(*c)).collect();
-            var.set(&candle_core::Tensor::from_vec(values, codes.len(), &Device::Cpu)?)?;
+            var.set(&Tensor::from_vec(values, codes.len(), &Device::Cpu)?)?;
+            combined.note_grid(bits, low, step);
         }
     }
     Ok(())
