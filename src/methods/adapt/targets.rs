@@ -130,6 +130,12 @@ impl Targets {
         if self.saved.iter().any(saved) {
             return false;
         }
+        // A name that is given whole says the layer itself.
+        if let Some(Names::List(names)) = &self.include
+            && names.iter().any(|name| name == module)
+        {
+            return true;
+        }
         let included = self.include.as_ref().is_none_or(|names| names.match_module(module));
         included
             && (self.layers.is_empty() || layer(module).is_some_and(|l| self.layers.contains(&l)))
@@ -225,7 +231,7 @@ mod tests {
             (layers(&[3]), Q3, true),
             (layers(&[3]), UP13, false),
             (layers(&[1, 13]), UP13, true),
-            (layers(&[0]), "q_proj", false),
+            (layers(&[0]), "q_proj", true),
             (without(&["q_proj"], ""), Q3, false),
             (without(&["q_proj"], ""), UP13, true),
             (without(&[], r".*\.self_attn\..*"), Q3, false),
