@@ -1,5 +1,6 @@
 //! Progress and cancellation of long work, shared between the thread at work and those who watch.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -8,10 +9,17 @@ use crate::error::{Error, Result};
 /// Where progress goes; called often, so it must be cheap.
 pub type Sink = dyn Fn(f64, &str) + Send + Sync;
 
+/// Numbers by name.
+pub type Metrics = BTreeMap<String, f64>;
+
+/// Where numbers that are measured on the way go; called often, too.
+pub type MetricSink = dyn Fn(&Metrics) + Send + Sync;
+
 /// Progress of a piece of work, 0 to 1, mapped into its place in the whole.
 #[derive(Clone)]
 pub struct Progress {
     sink: Arc<Sink>,
+    metrics: Option<Arc<MetricSink>>,
     cancelled: Arc<AtomicBool>,
     from: f64,
     to: f64,
@@ -22,7 +30,13 @@ pub struct Progress {
 impl Progress {
     /// Progress of a whole job.
     pub fn new(sink: Arc<Sink>, cancelled: Arc<AtomicBool>) -> Self {
-        Self { sink, cancelled, from: 0.0, to: 1.0, about: Arc::default() }
+        Self { sink, metrics: None, cancelled, from: 0.0, to: 1.0, about: Arc::default() }
+    }
+
+    /// The same progress whose measured numbers go to `metrics`.
+    #[must_use]
+    pub fn with_metrics(self, metrics: Arc<MetricSink>) -> Self {
+        Self { metrics: Some(metrics), ..self }
     }
 
     /// Progress that nobody watches and nobody cancels.
@@ -36,6 +50,7 @@ impl Progress {
         let span = self.to - self.from;
         Self {
             sink: self.sink.clone(),
+            metrics: self.metrics.clone(),
             cancelled: self.cancelled.clone(),
             from: self.from + span * from,
             to: self.from + span * to,
@@ -59,6 +74,15 @@ impl Progress {
             (about, message) => (self.sink)(done, &format!("{about}: {message}")),
         }
         Ok(())
+    }
+
+    /// Shows numbers that the work measures, such as a loss, in place of those shown before; what is not
+    /// finite is left out. They go with the next message and stay until others come.
+    pub fn measure(&self, mut metrics: Metrics) {
+        if let Some(sink) = &self.metrics {
+            metrics.retain(|_, value| value.is_finite());
+            sink(&metrics);
+        }
     }
 
     /// An error when the work was cancelled.

@@ -1,9 +1,11 @@
 //! `planish jobs`: long work.
 
+use std::path::{Path, PathBuf};
+
 use clap::Subcommand;
 
 use super::Context;
-use super::error::Result;
+use super::error::{CliError, Result};
 use super::names::{resource, short, short_model};
 use super::output::{self, facts, table};
 use super::watch::{self, Display, metadata};
@@ -12,7 +14,10 @@ use crate::proto::google::longrunning::{
     CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
     Operation, operation,
 };
-use crate::proto::v1::{ComparisonReport, GetComparisonRequest, OperationState};
+use crate::proto::v1::{
+    ComparisonReport, GetComparisonRequest, OperationState, RenderTrainingRequest, TrainingView,
+    render_training_request::Source,
+};
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -31,6 +36,13 @@ pub enum Command {
     Cancel { job: String },
     /// Look at a job once
     Show { job: String },
+    /// Show the loss of a job that trains or has trained
+    Loss {
+        job: String,
+        /// File for the curve (.svg, .png) or all points (.csv), instead of a table
+        #[arg(long, value_name = "FILE")]
+        to: Option<PathBuf>,
+    },
     /// Forget a job that has ended; what it made stays
     Delete { job: String },
 }
@@ -74,6 +86,7 @@ impl Command {
                 };
                 show(context, &operation, so_far.as_ref())
             }
+            Self::Loss { job, to } => loss(context, &client, &job, to.as_deref()).await,
             Self::Delete { job } => {
                 let name = resource("operations", &job);
                 let request = DeleteOperationRequest { name: name.clone() };
@@ -82,6 +95,35 @@ impl Command {
             }
         }
     }
+}
+
+/// The loss of a job: a table, or a file in the form that its name ends with.
+async fn loss(context: &Context, client: &Client, job: &str, to: Option<&Path>) -> Result<()> {
+    let name = resource("operations", job);
+    let extension = to.and_then(Path::extension).and_then(|e| e.to_str());
+    let view = match (to, extension) {
+        // Lines for a program, a table for people.
+        (None, _) if context.output.is_json() => TrainingView::Csv,
+        (None, _) => TrainingView::Text,
+        (_, Some("svg")) => TrainingView::Svg,
+        (_, Some("png")) => TrainingView::Png,
+        (_, Some("csv")) => TrainingView::Csv,
+        _ => return Err(CliError::usage("the file's name must end with .svg, .png or .csv")),
+    };
+    let source = Some(Source::Name(name.clone()));
+    let request = RenderTrainingRequest { source, view: view.into() };
+    let content = client.jobs().render_training(request).await?.into_inner().content;
+    if let Some(path) = to {
+        std::fs::write(path, &content)
+            .map_err(|e| CliError::file(&format!("writing {}", path.display()), &e))?;
+        let bytes = i64::try_from(content.len()).unwrap_or(i64::MAX);
+        return report::written(context, &[(path.to_owned(), bytes)]);
+    }
+    let text = String::from_utf8_lossy(&content);
+    if context.output.is_json() {
+        return output::json(&serde_json::json!({ "name": name, "csv": text }));
+    }
+    output::text(&text)
 }
 
 async fn get(client: &Client, job: &str) -> Result<Operation> {
@@ -147,6 +189,7 @@ fn show(context: &Context, operation: &Operation, so_far: Option<&ComparisonRepo
         ("target", m.target.clone()),
         ("progress", format!("{:.0}%", m.progress * 100.0)),
         ("now", m.message.clone()),
+        ("measured", watch::numbers(&m.metrics)),
         ("versions", m.versions.iter().map(|v| short_model(v)).collect::<Vec<_>>().join(", ")),
         ("created", output::time(m.create_time.as_ref())),
         ("started", output::time(m.start_time.as_ref())),

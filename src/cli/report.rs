@@ -12,7 +12,7 @@ use crate::eval::{format, metrics};
 use crate::proto::google::longrunning::{Operation, operation};
 use crate::proto::v1::{
     ClaimResult, ComparisonPlan, ComparisonReport, EvaluationReport, Measurement, ModelVersion,
-    RecipePlan, RecipeReport, StepReport,
+    RecipePlan, RecipeReport, StepReport, TrainingEnd, TrainingReport,
 };
 use crate::recipe::claim::judge;
 use crate::recipe::compare::table;
@@ -46,6 +46,11 @@ fn imported(version: &ModelVersion) -> Result<()> {
 pub fn recipe(report: &RecipeReport) -> Result<()> {
     if !report.steps.is_empty() {
         output::line(steps(&report.steps))?;
+    }
+    for step in &report.steps {
+        if let Some(report) = &step.training {
+            output::line(format!("{}: {}", step.method, training(report)))?;
+        }
     }
     let (before, after) = (report.before.as_ref(), report.after.as_ref());
     let result = report.versions.last().map_or(report.base.as_str(), String::as_str);
@@ -92,6 +97,31 @@ fn steps(steps: &[StepReport]) -> String {
         }
     }
     text
+}
+
+/// How a training went, in a line.
+pub fn training(report: &TrainingReport) -> String {
+    let early = match report.end() {
+        TrainingEnd::StoppedEarly => format!(" of {} (stopped early)", report.planned_steps),
+        _ => String::new(),
+    };
+    let mut line = format!(
+        "trained {} numbers in {} updates{early}, {:.2} epochs, {:.0} tokens/s",
+        report.trained_parameters, report.steps, report.epochs, report.tokens_per_second
+    );
+    let kept = report.validations.iter().rev().find(|point| point.step == report.kept_step);
+    if let Some((first, kept)) = report.validations.first().zip(kept) {
+        line += &format!(
+            "; validation loss {:.4} → {:.4} (update {})",
+            first.loss, kept.loss, kept.step
+        );
+    } else if let Some((first, last)) = report.points.first().zip(report.points.last()) {
+        line += &format!("; loss {:.4} → {:.4}", first.loss, last.loss);
+    }
+    for warning in &report.warnings {
+        line += &format!("\nwarning: {warning}");
+    }
+    line
 }
 
 /// Base and result, metric by metric.

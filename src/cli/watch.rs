@@ -1,5 +1,6 @@
 //! Waiting for long work: follows an operation and shows how far it is.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -46,10 +47,12 @@ impl Display {
             return stream(look);
         }
         let metadata = look.operation.as_ref().map(metadata).transpose()?.unwrap_or_default();
-        let (progress, message) = match &look.event {
-            Some(event) => (event.progress, event.message.clone()),
-            None => (metadata.progress, metadata.message),
+        let (progress, message, measured) = match &look.event {
+            Some(event) => (event.progress, event.message.clone(), &event.metrics),
+            None => (metadata.progress, metadata.message, &metadata.metrics),
         };
+        let numbers = numbers(measured);
+        let message = if numbers.is_empty() { message } else { format!("{message}: {numbers}") };
         match self {
             Self::Bar(bar) => {
                 bar.set_position(per_mille(progress));
@@ -78,6 +81,27 @@ impl Display {
             _ => eprintln!("{text}"),
         }
     }
+}
+
+/// What training measures, as one line; what its method adds comes last.
+pub fn numbers(metrics: &BTreeMap<String, f64>) -> String {
+    let known: [(&str, &dyn Fn(f64) -> String); 6] = [
+        ("loss", &|v| format!("loss {v:.4}")),
+        ("validation_loss", &|v| format!("validation {v:.4}")),
+        ("validation_accuracy", &|v| format!("accuracy {:.1}%", v * 100.0)),
+        ("learning_rate", &|v| format!("rate {v:.2e}")),
+        ("tokens_per_second", &|v| format!("{v:.0} tokens/s")),
+        ("resident_bytes", &|v| output::size(v as i64)),
+    ];
+    // These are in the message, or of interest in the report only.
+    let said = ["step", "steps", "epoch", "gradient_norm", "validation_step"];
+    let shown = known.iter().filter_map(|(name, show)| metrics.get(*name).map(|v| show(*v)));
+    let others = metrics.iter().filter(|(name, _)| {
+        !said.contains(&name.as_str()) && known.iter().all(|(known, _)| known != name)
+    });
+    let others =
+        others.map(|(name, v)| format!("{} {}", name.replace('_', " "), output::significant(*v)));
+    shown.chain(others).collect::<Vec<_>>().join(", ")
 }
 
 fn stream(look: &WatchOperationResponse) -> Result<()> {
@@ -219,4 +243,33 @@ pub async fn settle(
 pub fn detached(operation: &Operation) -> Result<()> {
     let id = short(&operation.name);
     output::line(format!("{}\nwatch it with `planish jobs watch {id}`", operation.name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_training_measures_is_one_line() {
+        let metrics = [
+            ("step", 12.0),
+            ("loss", 2.345_67),
+            ("validation_loss", 2.5),
+            ("validation_accuracy", 0.875),
+            ("learning_rate", 0.00025),
+            ("tokens_per_second", 530.4),
+            ("resident_bytes", 1.5e9),
+            ("kept_ranks", 96.0),
+        ];
+        let metrics = metrics.map(|(name, value)| (name.to_owned(), value)).into();
+        assert_eq!(
+            numbers(&metrics),
+            format!(
+                "loss 2.3457, validation 2.5000, accuracy 87.5%, rate 2.50e-4, 530 tokens/s, {}, kept \
+                 ranks 96",
+                output::size(1_500_000_000)
+            )
+        );
+        assert_eq!(numbers(&BTreeMap::new()), "");
+    }
 }

@@ -17,14 +17,14 @@ mod tests;
 mod work;
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Reason, Result};
 use crate::store::Store;
 use crate::store::operations::{End, NewOperation, Operation, State};
 
@@ -56,6 +56,8 @@ struct Shared {
     work: Box<dyn work::Work>,
     max_queued: usize,
     scratch: PathBuf,
+    /// Holds a folder for each operation that was interrupted and left something.
+    kept: PathBuf,
     /// Tells a thread without work that there is some.
     wake: Notify,
     stopping: watch::Sender<bool>,
@@ -89,11 +91,15 @@ impl Jobs {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
             _ => std::fs::create_dir_all(&scratch)?,
         }
+        let kept = options.scratch.join("kept");
+        std::fs::create_dir_all(&kept)?;
+        forget_ended(&store, &kept).await?;
         let shared = Arc::new(Shared {
             store,
             work,
             max_queued: options.max_queued,
             scratch,
+            kept,
             wake: Notify::new(),
             stopping: watch::Sender::new(false),
             alive: watch::Sender::new(0),
@@ -163,6 +169,23 @@ impl Jobs {
             self.shared.changed(&id);
         }
     }
+}
+
+/// Removes what operations left that will not go on: they ended while nobody could remove it.
+async fn forget_ended(store: &Store, kept: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(kept)? {
+        let entry = entry?;
+        let id = entry.file_name().to_string_lossy().into_owned();
+        let over = match store.operation(&id).await {
+            Ok(operation) => operation.state.done(),
+            Err(error) if error.reason() == Reason::ResourceNotFound => true,
+            Err(error) => return Err(error),
+        };
+        if over {
+            std::fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 async fn sweep(store: Arc<Store>, mut stopping: watch::Receiver<bool>) {

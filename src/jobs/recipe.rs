@@ -182,6 +182,7 @@ pub(super) fn take_step(
         zero_share: outcome.zero_share,
         warnings: outcome.warnings,
         peak_memory_bytes: signed(peak.bytes()),
+        training: None,
     };
     let lineage = v1::Lineage {
         parent_digest: digest.to_owned(),

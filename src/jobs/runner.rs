@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use super::work::Job;
 use super::{Run, Shared};
 use crate::error::{Error, Reason, Result};
-use crate::progress::Progress;
+use crate::progress::{Metrics, Progress};
 use crate::store::operations::{End, Kind, Operation};
 
 /// Progress is written at most this often.
@@ -81,7 +81,11 @@ fn perform(shared: &Arc<Shared>, handle: &Handle, operation: &Operation) {
         interrupt.store(true, Ordering::Relaxed);
     }
 
-    let (sink, latest) = watch::channel((operation.progress, operation.message.clone()));
+    let (sink, latest) = watch::channel(Latest {
+        done: operation.progress,
+        message: operation.message.clone(),
+        metrics: Metrics::new(),
+    });
     let writer = handle.spawn(write_progress(
         shared.clone(),
         operation.id.clone(),
@@ -89,15 +93,24 @@ fn perform(shared: &Arc<Shared>, handle: &Handle, operation: &Operation) {
         latest,
         interrupt.clone(),
     ));
+    let sink = Arc::new(sink);
+    let numbers = sink.clone();
     let sink = Arc::new(move |done: f64, message: &str| {
         sink.send_modify(|latest| {
-            latest.0 = done;
-            if latest.1 != message {
-                message.clone_into(&mut latest.1);
+            latest.done = done;
+            if latest.message != message {
+                message.clone_into(&mut latest.message);
             }
         });
     });
-    let progress = Progress::new(sink, interrupt.clone());
+    // They are written with the message that follows.
+    let numbers = Arc::new(move |metrics: &Metrics| {
+        numbers.send_if_modified(|latest| {
+            latest.metrics.clone_from(metrics);
+            false
+        });
+    });
+    let progress = Progress::new(sink, interrupt.clone()).with_metrics(numbers);
     let result = catch_unwind(AssertUnwindSafe(|| {
         progress.check()?;
         let scratch = Scratch::new(shared.scratch.join(&operation.id))?;
@@ -107,6 +120,7 @@ fn perform(shared: &Arc<Shared>, handle: &Handle, operation: &Operation) {
             operation,
             progress,
             scratch: scratch.path(),
+            kept: shared.kept.join(&operation.id),
         })
     }));
     writer.abort();
@@ -128,21 +142,32 @@ fn perform(shared: &Arc<Shared>, handle: &Handle, operation: &Operation) {
             End::Failed((&error).into())
         }
     };
+    if !matches!(end, End::Interrupted) {
+        remove(&shared.kept.join(&operation.id));
+    }
     write_end(shared, handle, operation, &end);
     shared.running.with(|running| running.remove(&operation.id));
     shared.changed(&operation.id);
+}
+
+/// What a job last said.
+#[derive(Clone)]
+struct Latest {
+    done: f64,
+    message: String,
+    metrics: Metrics,
 }
 
 async fn write_progress(
     shared: Arc<Shared>,
     id: String,
     attempt: i32,
-    mut latest: watch::Receiver<(f64, String)>,
+    mut latest: watch::Receiver<Latest>,
     interrupt: Arc<AtomicBool>,
 ) {
     while latest.changed().await.is_ok() {
-        let (done, message) = latest.borrow_and_update().clone();
-        match shared.store.report_progress(&id, attempt, done, &message).await {
+        let Latest { done, message, metrics } = latest.borrow_and_update().clone();
+        match shared.store.report_progress(&id, attempt, done, &message, &metrics).await {
             Ok(stop) => {
                 interrupt.fetch_or(stop, Ordering::Relaxed);
             }
@@ -209,12 +234,17 @@ impl Scratch {
     }
 
     fn remove(&self) {
-        match std::fs::remove_dir_all(&self.0) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                tracing::warn!(%error, "temporary files were not removed");
-            }
-            _ => {}
+        remove(&self.0);
+    }
+}
+
+/// Removes a folder, if it is there.
+fn remove(folder: &Path) {
+    match std::fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            tracing::warn!(%error, "temporary files were not removed");
         }
+        _ => {}
     }
 }
 

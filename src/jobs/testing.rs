@@ -34,7 +34,7 @@ impl Work for HeldAt {
             }
         };
         let progress = Progress::new(std::sync::Arc::new(sink), interrupt);
-        Models.run(&Job { progress, ..*job })
+        Models.run(&Job { progress, kept: job.kept.clone(), ..*job })
     }
 }
 

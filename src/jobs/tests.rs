@@ -1,13 +1,11 @@
 //! The queue and its threads, with made-up work; see `recipe` for the real one.
 
-use std::path::Path;
 use std::sync::atomic::AtomicUsize;
 
 use prost::Message;
 
 use super::work::{Job, Work};
 use super::*;
-use crate::error::Reason;
 use crate::proto::v1;
 use crate::store::operations::Kind;
 

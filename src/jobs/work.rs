@@ -1,6 +1,6 @@
 //! What the runner runs: one function for each kind of operation.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -31,6 +31,9 @@ pub struct Job<'a> {
     pub progress: Progress,
     /// An empty folder of the job's own.
     pub scratch: &'a Path,
+    /// A folder for what an interrupted run of the operation leaves for the next one (checkpoints of
+    /// training). Who needs it makes it; it goes when the operation ends.
+    pub kept: PathBuf,
 }
 
 impl Job<'_> {

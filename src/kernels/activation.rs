@@ -9,7 +9,7 @@ const LARGEST: f32 = 88.3;
 const ROUND: f32 = 12_582_912.0;
 /// `2 sqrt(2 / pi)`, for the tanh form of GELU: `(1 + tanh z) / 2` is the logistic function of `2 z`.
 const SLOPE: f32 = 1.595_769;
-/// Coefficients of [`gelu`], highest power first.
+/// Coefficients of [`tail`], highest power first.
 const TAIL: [f32; 5] = [-0.106_402_97, 0.330_974_9, -0.040_150_087, 0.186_241_61, 0.129_334_21];
 
 /// `e^x`; 0 below -87.3, held at `e^88.3` above. NaN stays NaN.
@@ -37,11 +37,10 @@ pub(super) fn tanh<const FMA: bool>(x: f32) -> f32 {
     1.0 - 2.0 / (exp::<FMA>(2.0 * x) + 1.0)
 }
 
-/// `x Phi(x)`, the exact GELU: `max(x, 0)` less `|x|` times the normal distribution's tail beyond it.
-/// The tail is `exp(-t^2 / 2)` times a polynomial in `1 / (1 + 0.34 t)`, fitted so that the product's
-/// absolute error stays below 5e-8.
+/// The normal distribution's tail beyond `|x|`: `exp(-t^2 / 2)` times a polynomial in `1 / (1 + 0.34 t)`,
+/// fitted so that `t` times it has an absolute error below 5e-8.
 #[inline(always)]
-fn gelu<const FMA: bool>(x: f32) -> f32 {
+fn tail<const FMA: bool>(x: f32) -> f32 {
     // Beyond 14 the tail is 0 in f32; the bound keeps infinity away from 0.
     let t = if x.abs() > 14.0 { 14.0 } else { x.abs() };
     let s = 1.0 / mul_add::<FMA>(0.34, t, 1.0);
@@ -49,8 +48,22 @@ fn gelu<const FMA: bool>(x: f32) -> f32 {
     for c in &TAIL[1..] {
         p = mul_add::<FMA>(p, s, *c);
     }
+    p * s * exp::<FMA>(-0.5 * t * t)
+}
+
+/// The normal distribution function.
+#[inline(always)]
+pub(super) fn cumulative<const FMA: bool>(x: f32) -> f32 {
+    let tail = tail::<FMA>(x);
+    if x < 0.0 { tail } else { 1.0 - tail }
+}
+
+/// `x Phi(x)`, the exact GELU: `max(x, 0)` less `|x|` times the normal distribution's tail beyond it.
+#[inline(always)]
+fn gelu<const FMA: bool>(x: f32) -> f32 {
+    let t = if x.abs() > 14.0 { 14.0 } else { x.abs() };
     let above = if x < 0.0 { 0.0 } else { x };
-    above - t * p * s * exp::<FMA>(-0.5 * t * t)
+    above - t * tail::<FMA>(x)
 }
 
 multiversion! {

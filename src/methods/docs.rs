@@ -32,6 +32,8 @@ struct Field {
     repeated: bool,
     type_name: String,
     comment: String,
+    /// Kinds of key and value of a map.
+    map: Option<[Type; 2]>,
 }
 
 #[derive(Default)]
@@ -40,17 +42,30 @@ struct Api {
     enums: BTreeMap<String, Vec<String>>,
 }
 
+/// Messages whose fields are the methods.
+const STEP: &str = ".planish.v1.Step";
+const ADAPTATION: &str = ".planish.v1.Adaptation";
+
 /// Names of the methods a step can hold, in the order of the API definition.
 pub fn methods() -> Vec<String> {
-    api().messages.get(".planish.v1.Step").into_iter().flatten().map(|f| f.name.clone()).collect()
+    names(STEP)
+}
+
+/// Names of the methods that tune, in the order of the API definition.
+pub fn adaptations() -> Vec<String> {
+    names(ADAPTATION)
+}
+
+fn names(message: &str) -> Vec<String> {
+    api().messages.get(message).into_iter().flatten().map(|f| f.name.clone()).collect()
 }
 
 /// The options of the method called `method`; empty when there is none.
 pub fn options(method: &str) -> Vec<OptionDoc> {
     let api = api();
-    let step = api.messages.get(".planish.v1.Step").into_iter().flatten();
+    let fields = [STEP, ADAPTATION].iter().filter_map(|name| api.messages.get(*name)).flatten();
     let mut out = Vec::new();
-    for field in step.filter(|f| f.name == method) {
+    for field in fields.filter(|f| f.name == method) {
         flatten(api, &field.type_name, "", &mut out);
     }
     out
@@ -81,7 +96,8 @@ pub fn page(card: &Card) -> String {
 
 /// The pages of `docs/methods`, file name and content.
 pub fn pages() -> Vec<(String, String)> {
-    let cards = registry::cards();
+    let mut cards = registry::cards();
+    cards.extend(super::adapt::registry::cards());
     let mut index = String::from("# Methods\n\n| method | group | what it does |\n|---|---|---|\n");
     for card in &cards {
         index += &format!("| [{0}]({0}.md) | {1} | {2} |\n", card.name, card.verb, card.summary);
@@ -128,8 +144,21 @@ fn fields<'a>(message: &DescriptorProto, comment: impl Fn(usize) -> &'a str) -> 
         repeated: f.label() == Label::Repeated,
         type_name: f.type_name().to_owned(),
         comment: comment(i).split_whitespace().collect::<Vec<_>>().join(" "),
+        map: map(message, f.type_name()),
     };
     message.field.iter().enumerate().map(one).collect()
+}
+
+/// Kinds of key and value, where a field's type is the entry of a map that the message declares.
+fn map(message: &DescriptorProto, type_name: &str) -> Option<[Type; 2]> {
+    let name = type_name.rsplit('.').next()?;
+    let entry = message.nested_type.iter().find(|nested| {
+        nested.name() == name && nested.options.as_ref().is_some_and(|o| o.map_entry())
+    })?;
+    match entry.field.as_slice() {
+        [key, value] => Some([key.r#type(), value.r#type()]),
+        _ => None,
+    }
 }
 
 /// Names of an enum, without the one that only says "not set".
@@ -145,11 +174,16 @@ fn flatten(api: &Api, message: &str, prefix: &str, out: &mut Vec<OptionDoc>) {
             flatten(api, &field.type_name, &format!("{name}."), out);
             continue;
         }
+        let word = |kind: Type| format!("{kind:?}").to_lowercase();
         let kind = match (field.kind, api.enums.get(&field.type_name)) {
             (Type::Enum, Some(names)) => names.join(", "),
-            (kind, _) => format!("{kind:?}").to_lowercase(),
+            (kind, _) => word(kind),
         };
-        let kind = if field.repeated { format!("repeated {kind}") } else { kind };
+        let kind = match field.map {
+            Some([key, value]) => format!("map of {} to {}", word(key), word(value)),
+            None if field.repeated => format!("repeated {kind}"),
+            None => kind,
+        };
         out.push(OptionDoc { name, kind, description: field.comment.clone() });
     }
 }

@@ -1,5 +1,6 @@
 //! Methods: the published systems that change a model.
 
+pub mod adapt;
 pub mod compress;
 pub mod docs;
 pub mod registry;

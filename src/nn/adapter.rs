@@ -7,8 +7,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use candle_core::{Device, Tensor};
 use half::bf16;
 
+use super::tuning::{LowRank, Tuning};
+use super::weight::Weight;
 use crate::error::{Error, Result};
 
 /// What is added to one linear weight `[out, in]`.
@@ -140,6 +143,45 @@ impl Adapter {
     /// Bytes of all factors in memory.
     pub fn bytes(&self) -> u64 {
         self.parameters() * size_of::<bf16>() as u64
+    }
+}
+
+/// Adapters as they serve, each with its weight, in a differentiable forward. Their shapes must fit.
+#[derive(Debug, Clone, Default)]
+pub struct Weighted(pub Vec<(Arc<Adapter>, f32)>);
+
+impl Tuning for Weighted {
+    /// The factors of all adapters side by side, as constants.
+    fn low_rank(&self, name: &str) -> Result<Option<LowRank>> {
+        let (mut a, mut b, mut shape) = (Vec::new(), Vec::new(), None);
+        for (adapter, by) in &self.0 {
+            let Some(factors) = adapter.linears.get(name) else { continue };
+            let by = by * factors.scale;
+            a.extend(factors.a.iter().map(|v| v.to_f32()));
+            b.extend(factors.b.iter().map(|v| by * v.to_f32()));
+            shape = Some([factors.rows, factors.cols]);
+        }
+        let Some([rows, cols]) = shape else { return Ok(None) };
+        let rank = a.len() / cols;
+        Ok(Some(LowRank {
+            a: Tensor::from_vec(a, (rank, cols), &Device::Cpu)?,
+            b: Tensor::from_vec(b, (rank, rows), &Device::Cpu)?.t()?.contiguous()?,
+            rows: None,
+            scale: 1.0,
+            dropout: None,
+        }))
+    }
+
+    fn linear(&self, _: &str, _: &Tensor, _: &Arc<Weight>) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    fn computes(&self, _: &str) -> bool {
+        false
+    }
+
+    fn tensor(&self, _: &str) -> Result<Option<Tensor>> {
+        Ok(None)
     }
 }
 

@@ -2,5 +2,7 @@
 
 pub mod adapter;
 pub mod dtype;
+pub mod linalg;
+pub mod ops;
 pub mod tuning;
 pub mod weight;

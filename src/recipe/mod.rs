@@ -2,6 +2,7 @@
 
 pub mod claim;
 pub mod compare;
+pub mod curve;
 pub mod file;
 pub mod run;
 

@@ -72,6 +72,7 @@ pub fn operation(row: operations::Operation) -> Operation {
         attempt: row.attempt,
         versions: row.versions,
         sequence: row.sequence,
+        metrics: row.metrics,
     };
     let result = match row.state {
         State::Queued | State::Running => None,
@@ -124,6 +125,7 @@ pub fn event(row: operations::EventRow) -> v1::OperationEvent {
         time: Some(timestamp(row.time_ms)),
         progress: row.progress,
         message: row.message,
+        metrics: row.metrics,
     }
 }
 

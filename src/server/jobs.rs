@@ -9,7 +9,7 @@ use tonic::{Request, Response, Status};
 
 use super::State;
 use super::download::Messages;
-use super::{check, comparisons, convert, operations};
+use super::{check, comparisons, convert, operations, trainings};
 use crate::error::{Error, Result};
 use crate::methods;
 use crate::proto::google::longrunning::Operation;
@@ -140,6 +140,13 @@ impl JobService for Jobs {
         request: Request<v1::RenderComparisonRequest>,
     ) -> Result<Response<v1::RenderComparisonResponse>, Status> {
         Ok(Response::new(comparisons::render(&self.0, request.into_inner()).await?))
+    }
+
+    async fn render_training(
+        &self,
+        request: Request<v1::RenderTrainingRequest>,
+    ) -> Result<Response<v1::RenderTrainingResponse>, Status> {
+        Ok(Response::new(trainings::render(&self.0, request.into_inner()).await?))
     }
 
     type WatchOperationStream = Messages<v1::WatchOperationResponse>;

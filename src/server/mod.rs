@@ -28,6 +28,7 @@ mod retrieval;
 mod state;
 mod status;
 mod tls;
+mod trainings;
 mod upload;
 
 use std::net::SocketAddr;

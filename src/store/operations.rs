@@ -13,6 +13,7 @@ use super::models::page;
 use super::sql::json;
 use super::{Store, now_ms};
 use crate::error::{Error, Reason, Result, Violation};
+use crate::progress::Metrics;
 
 /// Events kept of an operation; older ones go.
 const MAX_EVENTS: i64 = 1000;
@@ -116,6 +117,8 @@ pub struct Operation {
     pub request: Vec<u8>,
     pub progress: f64,
     pub message: String,
+    /** What it last measured. */
+    pub metrics: Metrics,
     pub created_ms: i64,
     pub started_ms: Option<i64>,
     pub ended_ms: Option<i64>,
@@ -146,6 +149,7 @@ impl Operation {
             request: row.try_get("request")?,
             progress: row.try_get("progress")?,
             message: row.try_get("message")?,
+            metrics: json(row.try_get("metrics")?)?,
             created_ms: row.try_get("created_ms")?,
             started_ms: row.try_get("started_ms")?,
             ended_ms: row.try_get("ended_ms")?,
@@ -192,6 +196,7 @@ pub struct EventRow {
     pub time_ms: i64,
     pub progress: f64,
     pub message: String,
+    pub metrics: Metrics,
 }
 
 /// How a run ended.
@@ -280,6 +285,7 @@ impl Store {
                 time_ms: row.try_get("time_ms")?,
                 progress: row.try_get("progress")?,
                 message: row.try_get("message")?,
+                metrics: json(row.try_get("metrics")?)?,
             })
         };
         rows.iter().map(read).collect()
@@ -329,7 +335,7 @@ impl Store {
                 .execute(&mut *tx)
                 .await?;
         }
-        let operation = record(&mut tx, &id, None, "waiting for a runner").await?;
+        let operation = record(&mut tx, &id, None, "waiting for a runner", &Metrics::new()).await?;
         tx.commit().await?;
         Ok(operation)
     }
@@ -346,7 +352,7 @@ impl Store {
         .fetch_optional(&mut *tx)
         .await?;
         let Some(id) = id else { return Ok(None) };
-        let operation = record(&mut tx, &id, None, "started").await?;
+        let operation = record(&mut tx, &id, None, "started", &Metrics::new()).await?;
         tx.commit().await?;
         Ok(Some(operation))
     }
@@ -359,12 +365,13 @@ impl Store {
         attempt: i32,
         progress: f64,
         message: &str,
+        metrics: &Metrics,
     ) -> Result<bool> {
         let mut tx = self.sql.write().await?;
         if !runs(&mut tx, id, attempt).await? {
             return Ok(true);
         }
-        let operation = record(&mut tx, id, Some(progress), message).await?;
+        let operation = record(&mut tx, id, Some(progress), message, metrics).await?;
         tx.commit().await?;
         Ok(operation.cancel_requested)
     }
@@ -499,24 +506,27 @@ async fn conclude(
         sqlx::query(query).bind(id).execute(&mut **tx).await?;
     }
     let progress = (state == State::Succeeded).then_some(1.0);
-    record(tx, id, progress, &message).await.map(|_| ())
+    record(tx, id, progress, &message, &Metrics::new()).await.map(|_| ())
 }
 
-/// Writes progress (unchanged when absent) and message with an event of their own.
+/// Writes progress (unchanged when absent), message and numbers with an event of their own.
 async fn record(
     tx: &mut Transaction<'_, Sqlite>,
     id: &str,
     progress: Option<f64>,
     message: &str,
+    metrics: &Metrics,
 ) -> Result<Operation> {
     // NaN would be stored as NULL.
     let progress = progress.map(|p| if p.is_finite() { p.clamp(0.0, 1.0) } else { 0.0 });
+    let metrics = serde_json::json!(metrics).to_string();
     sqlx::query(
-        "UPDATE operations SET progress = coalesce(?, progress), message = ?, \
+        "UPDATE operations SET progress = coalesce(?, progress), message = ?, metrics = ?, \
          sequence = sequence + 1 WHERE id = ?",
     )
     .bind(progress)
     .bind(message)
+    .bind(&metrics)
     .bind(id)
     .execute(&mut **tx)
     .await?;
@@ -525,12 +535,13 @@ async fn record(
         .fetch_one(&mut **tx)
         .await?;
     let operation = Operation::read(&row)?;
-    sqlx::query("INSERT INTO operation_events VALUES (?, ?, ?, ?, ?)")
+    sqlx::query("INSERT INTO operation_events VALUES (?, ?, ?, ?, ?, ?)")
         .bind(id)
         .bind(operation.sequence)
         .bind(now_ms())
         .bind(operation.progress)
         .bind(message)
+        .bind(&metrics)
         .execute(&mut **tx)
         .await?;
     sqlx::query("DELETE FROM operation_events WHERE operation = ? AND sequence <= ?")

@@ -10,6 +10,7 @@ use super::models::{Facts, NewVersion, version_digest};
 use super::objects::{Object, Objects};
 use super::operations::{End, Kind, NewOperation, Operation, State};
 use super::*;
+use crate::progress::Metrics;
 use crate::proto::v1;
 
 async fn open() -> (tempfile::TempDir, Store) {
@@ -461,13 +462,18 @@ async fn an_operation_lives_from_claim_to_end() {
     enqueue(&store, "models/m").await;
     let run = store.claim().await.unwrap().unwrap();
     assert_eq!(run.id, first.id, "first come, first served");
-    assert!(!store.report_progress(&run.id, 1, 0.25, "quarter").await.unwrap());
-    assert!(!store.report_progress(&run.id, 1, f64::NAN, "strange").await.unwrap());
-    assert!(store.report_progress(&run.id, 2, 0.5, "not mine").await.unwrap());
+    let none = Metrics::new();
+    let loss = Metrics::from([("loss".to_owned(), 2.5), ("step".to_owned(), 3.0)]);
+    assert!(!store.report_progress(&run.id, 1, 0.25, "quarter", &loss).await.unwrap());
+    assert_eq!(store.operation(&run.id).await.unwrap().metrics, loss);
+    assert_eq!(store.events(&run.id, 0).await.unwrap().last().unwrap().metrics, loss);
+    assert!(!store.report_progress(&run.id, 1, f64::NAN, "strange", &none).await.unwrap());
+    assert_eq!(store.operation(&run.id).await.unwrap().metrics, none);
+    assert!(store.report_progress(&run.id, 2, 0.5, "not mine", &none).await.unwrap());
     store.save_result(&run.id, "before", b"x").await.unwrap();
     assert_eq!(store.saved_result(&run.id, "before").await.unwrap().unwrap(), b"x");
     assert_eq!(store.request_cancel(&run.id).await.unwrap(), State::Running);
-    assert!(store.report_progress(&run.id, 1, 0.5, "half").await.unwrap());
+    assert!(store.report_progress(&run.id, 1, 0.5, "half", &none).await.unwrap());
     store.end(&run.id, 2, &End::Succeeded(b"late".to_vec())).await.unwrap();
     assert_eq!(store.operation(&run.id).await.unwrap().state, State::Running);
 
@@ -525,7 +531,7 @@ async fn events_are_bounded() {
     let mut tx = store.sql.write().await.unwrap();
     sqlx::query(query).execute(&mut *tx).await.unwrap();
     tx.commit().await.unwrap();
-    store.report_progress(&id, 1, 0.1, "on").await.unwrap();
+    store.report_progress(&id, 1, 0.1, "on", &Metrics::new()).await.unwrap();
     let events = store.events(&id, 0).await.unwrap();
     assert_eq!(events.len(), 1);
     assert_eq!(events[0].sequence, 5001);

@@ -1,4 +1,4 @@
-//! `adapter_config.json`: what decides rank and scale, and what must be off.
+//! `adapter_config.json`: what decides kind, rank and scale, and what must be off.
 
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
@@ -11,13 +11,33 @@ use crate::formats::{malformed, quoted};
 /// Most entries of a pattern.
 const MAX_PATTERN: usize = 1 << 14;
 
+/// What an adapter is read for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// To serve: all of it must be additions of low rank.
+    Serve,
+    /// To tune further, merge or write: whatever is known here.
+    Keep,
+}
+
+/// Which factors there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// `A`, `B`, and what stands beside them (LoRA, DoRA, LoRA-XS).
+    Lora,
+    /// `A`, `E`, `B` (AdaLoRA).
+    AdaLora,
+}
+
 /// Settings that are part of the result; all others describe training or are refused.
 #[derive(Debug)]
 pub struct Settings {
+    pub kind: Kind,
+    pub dora: bool,
     rank: u64,
     alpha: f64,
     /// Divide by the root of the rank, not by the rank.
-    rslora: bool,
+    pub rslora: bool,
     ranks: Vec<(Key, u64)>,
     alphas: Vec<(Key, f64)>,
 }
@@ -33,11 +53,12 @@ struct Key {
 struct File {
     peft_type: Option<String>,
     r: Option<u64>,
+    init_r: Option<u64>,
     lora_alpha: Option<f64>,
     #[serde(default)]
     use_rslora: Option<bool>,
     #[serde(default)]
-    rank_pattern: Pattern<u64>,
+    rank_pattern: Pattern<Ranks>,
     #[serde(default)]
     alpha_pattern: Pattern<f64>,
     #[serde(default)]
@@ -48,16 +69,28 @@ struct File {
     rest: serde_json::Map<String, Value>,
 }
 
+/// A value of the rank pattern: a rank, or (AdaLoRA) which ranks of those at the start are left.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Ranks {
+    Count(u64),
+    Left(Vec<bool>),
+}
+
+/// Settings that must be absent, null, false or empty where an adapter is to be served, and why.
+const NOT_SERVED: &[(&str, &str)] = &[
+    ("use_dora", "DoRA scales the rows of the merged weight, which is no low-rank addition"),
+    ("lora_bias", "biases of factors are not served"),
+    ("modules_to_save", "modules that were trained as a whole are no low-rank addition"),
+];
+
 /// Settings that must be absent, null, false or empty, and why.
 const OFF: &[(&str, &str)] = &[
-    ("use_dora", "DoRA scales the rows of the merged weight, which is no low-rank addition"),
     ("use_qalora", "QA-LoRA pools its inputs, which is not done here"),
     ("use_bdlora", "block-diagonal factors are not served"),
     ("use_arrow", "Arrow routes between adapters for each token, which is not done here"),
     ("arrow_config", "Arrow routes between adapters for each token, which is not done here"),
     ("alora_invocation_tokens", "aLoRA begins in the middle of a sequence, which is not done here"),
-    ("lora_bias", "biases of factors are not served"),
-    ("modules_to_save", "modules that were trained as a whole are no low-rank addition"),
     ("trainable_token_indices", "changed embeddings are not served"),
     ("layer_replication", "a model with repeated layers is not the base any more"),
     ("target_parameters", "factors of bare parameters (experts) are not served"),
@@ -71,25 +104,28 @@ const OFF: &[(&str, &str)] = &[
 const MUTATING: &[&str] = &["pissa", "olora", "corda", "loftq", "lora_ga"];
 
 impl Settings {
-    pub fn parse(json: &[u8]) -> Result<Self> {
+    pub fn parse(json: &[u8], for_what: Use) -> Result<Self> {
         let file: File = serde_json::from_slice(json)
             .map_err(|e| malformed(format!("{CONFIG} cannot be read: {e}")))?;
-        match file.peft_type.as_deref() {
-            Some("LORA") => {}
+        let kind = match file.peft_type.as_deref() {
+            Some("LORA") => Kind::Lora,
+            Some("ADALORA") => Kind::AdaLora,
             Some(other) => {
                 return Err(unsupported(
                     "peft_type",
-                    format!("is {}, but only LORA is served", quoted(other)),
+                    format!("is {}, but only LORA and ADALORA are read", quoted(other)),
                 ));
             }
             None => return Err(malformed(format!("{CONFIG} has no peft_type"))),
-        }
-        for (key, reason) in OFF {
+        };
+        let serving = if for_what == Use::Serve { NOT_SERVED } else { &[] };
+        for (key, reason) in OFF.iter().chain(serving) {
             if file.rest.get(*key).is_some_and(is_on) {
                 return Err(unsupported(key, format!("is set: {reason}")));
             }
         }
-        if let Some(bias) = file.bias.as_deref().filter(|b| *b != "none") {
+        if let Some(bias) = file.bias.as_deref().filter(|b| *b != "none" && for_what == Use::Serve)
+        {
             return Err(unsupported(
                 "bias",
                 format!("is {}, but only none is served", quoted(bias)),
@@ -108,16 +144,21 @@ impl Settings {
                 ));
             }
         }
-        let rank = file.r.unwrap_or(8);
+        let rank = match kind {
+            Kind::Lora => file.r.unwrap_or(8),
+            Kind::AdaLora => file.init_r.unwrap_or(12),
+        };
         let alpha = file.lora_alpha.unwrap_or(8.0);
         if !alpha.is_finite() {
             return Err(malformed(format!("lora_alpha of {CONFIG} is not finite")));
         }
         Ok(Self {
+            kind,
+            dora: file.rest.get("use_dora").is_some_and(is_on),
             rank,
             alpha,
             rslora: file.use_rslora.unwrap_or(false),
-            ranks: keys("rank_pattern", file.rank_pattern)?,
+            ranks: ranks(kind, file.rank_pattern)?,
             alphas: keys("alpha_pattern", file.alpha_pattern)?,
         })
     }
@@ -127,16 +168,36 @@ impl Settings {
         find(&self.ranks, module).unwrap_or(self.rank)
     }
 
-    /// What the product of a module's factors is multiplied by.
-    pub fn scale(&self, module: &str, rank: usize) -> Result<f32> {
+    /// What the product of a module's factors is multiplied by. AdaLoRA divides by the rank at the start.
+    pub fn scale(&self, module: &str, rank: usize) -> Result<f64> {
         let alpha = find(&self.alphas, module).unwrap_or(self.alpha);
         let rank = rank as f64;
-        let scale = (alpha / if self.rslora { rank.sqrt() } else { rank }) as f32;
-        if scale.is_finite() {
+        let scale = match self.kind {
+            Kind::AdaLora => {
+                let first = self.rank as f64;
+                (if alpha > 0.0 { alpha } else { first }) / (first + 1e-5)
+            }
+            Kind::Lora if self.rslora => alpha / rank.sqrt(),
+            Kind::Lora => alpha / rank,
+        };
+        if (scale as f32).is_finite() {
             return Ok(scale);
         }
         Err(malformed(format!("the scale of module {} is not finite", quoted(module))))
     }
+}
+
+/// Ranks by key; AdaLoRA's keys are those of the modules' `lora_E`.
+fn ranks(kind: Kind, pattern: Pattern<Ranks>) -> Result<Vec<(Key, u64)>> {
+    let counts = pattern.0.into_iter().map(|(key, ranks)| match (kind, ranks) {
+        (Kind::Lora, Ranks::Count(rank)) => Ok((key, rank)),
+        (Kind::AdaLora, Ranks::Left(left)) => {
+            let key = key.strip_suffix(".lora_E").unwrap_or(&key).to_owned();
+            Ok((key, left.iter().filter(|left| **left).count() as u64))
+        }
+        _ => Err(malformed(format!("rank_pattern of {CONFIG} is that of another peft_type"))),
+    });
+    keys("rank_pattern", Pattern(counts.collect::<Result<_>>()?))
 }
 
 /// The first key that matches wins, as in PEFT.

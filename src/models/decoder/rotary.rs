@@ -20,12 +20,6 @@ impl Table {
         (&self.cos[range.clone()], &self.sin[range])
     }
 
-    /// Cosines and sines of the first `positions` positions.
-    pub fn first(&self, positions: usize) -> (&[f32], &[f32]) {
-        let end = positions * self.half;
-        (&self.cos[..end], &self.sin[..end])
-    }
-
     fn positions(&self) -> usize {
         self.cos.len() / self.half
     }

@@ -1,6 +1,7 @@
 //! Encoders that turn texts into vectors: BERT and what sentence-transformers adds to it.
 
 mod config;
+pub mod graph;
 pub mod plan;
 pub mod random;
 #[cfg(test)]

@@ -171,7 +171,7 @@ fn marker(at: At, base: bool, on_front: bool) -> String {
 }
 
 /// A straight line. Level and upright ones are put on whole pixels, where they are sharp.
-fn line(line: Line, colour: &str, thickness: f64) -> String {
+pub fn line(line: Line, colour: &str, thickness: f64) -> String {
     let ((mut x, mut y), (mut to_x, mut to_y)) = line;
     if x == to_x {
         x = x.floor() + 0.5;

@@ -11,12 +11,14 @@ mod labels;
 pub mod picture;
 pub mod plan;
 pub mod report;
-mod scale;
+pub(super) mod scale;
 pub mod stats;
 pub mod table;
-mod text;
+pub(super) mod text;
 
 use std::collections::BTreeSet;
+
+pub(super) use draw::{GREY, SMALL, line, text as label};
 
 use super::{check_steps, evaluation_datasets, step_datasets, unique};
 use crate::error::{Error, Reason, Result};

@@ -336,7 +336,7 @@ pub fn check_tokens(config: &Config, tokens: &[u32]) -> Result<()> {
 }
 
 /// The weight `name`, which must have `shape`.
-fn tensor<'a>(
+pub(super) fn tensor<'a>(
     weights: &'a BTreeMap<String, Arc<Weight>>,
     name: &str,
     shape: &[usize],

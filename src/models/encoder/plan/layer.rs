@@ -164,7 +164,11 @@ pub(super) fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
 }
 
 /// The weight `name`, which must have `shape`.
-pub(super) fn tensor<'a>(model: &'a Model, name: &str, shape: &[usize]) -> Result<&'a Arc<Weight>> {
+pub(in super::super) fn tensor<'a>(
+    model: &'a Model,
+    name: &str,
+    shape: &[usize],
+) -> Result<&'a Arc<Weight>> {
     let weight = model.weight(name)?;
     if weight.shape() != shape {
         return Err(Error::new(

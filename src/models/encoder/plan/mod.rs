@@ -9,6 +9,7 @@ mod tests;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+pub(super) use self::layer::tensor;
 pub use self::linear::Precision;
 
 use self::layer::{Buffers, Layer, Norm, sized};

@@ -1,13 +1,13 @@
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor};
-
 use super::super::{Cache, Chunk, Decoder};
 use super::*;
 use crate::models::Model;
 use crate::models::decoder::graph::Graph;
 use crate::models::decoder::random;
+use crate::nn::adapter::Weighted;
 use crate::nn::dtype::Dtype;
+use crate::nn::ops::{Network, Pool, Precision, Run, Sequences, Tape};
 use crate::nn::weight::{Dense, Weight};
 
 fn config(architecture: &str) -> Config {
@@ -164,11 +164,13 @@ fn the_graph_equals_the_plan() {
         let text = tokens(11, 4);
         let got = run(&mut Decoder::new(&model).unwrap(), std::slice::from_ref(&text), &[mix]);
 
-        let graph = Graph::with_adapters(&model, vec![(a, 0.5), (b, 1.5)]).unwrap();
-        let ids = Tensor::from_slice(&text, (1, 11), &Device::Cpu).unwrap();
-        let hidden = graph.blocks(&graph.embed(&ids).unwrap()).unwrap();
-        let want = graph.logits(&hidden).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-        close(&got[0], &want, architecture);
+        let graph = Graph::new(&model, Precision::F32).unwrap();
+        let (tape, sequences) = (Tape::forgetful(&Pool::default()), Sequences::of([11]));
+        let tuning = Weighted(vec![(a, 0.5), (b, 1.5)]);
+        let run = Run { tape: &tape, tuning: &tuning, sequences: &sequences, training: false };
+        let hidden = graph.through(&run, graph.start(&run, &text).unwrap()).unwrap();
+        let want = graph.logits(&run, &graph.normed(&run, &hidden).unwrap()).unwrap();
+        close(&got[0], &want.read(), architecture);
     }
 }
 

@@ -1,0 +1,285 @@
+//! LoLDU (Shi et al. 2024, "LoLDU: low-rank adaptation via lower-diag-upper decomposition", arXiv 2410.13618,
+//! equations 3 to 6): `W = P L diag(D) U` by pivoted LU; `P`, `L` and `U` are frozen, and the diagonal `z`
+//! is trained: `y = W x + s P L diag(z - z0) U x`.
+//!
+//! Decided here: `s = alpha / r` is 1 unless alpha is given (the published program has 1 / r, and needs
+//! large learning rates for it); the residual weight is not made, the start is subtracted; components
+//! whose pivot is below a millionth of the largest are left out, for their row of `U` would be divided by
+//! nearly nothing.
+
+use rand::Rng;
+use rand::seq::SliceRandom;
+
+use super::module::{Core, Factor, Module, Part, Start};
+use super::options::{self, Site, Usual};
+use super::shapes::Shapes;
+use super::tuned::Tuned;
+use super::{Adapt, Cost, Needs, Setup, build, finite_values, normal, uniform};
+use crate::error::{Error, Reason, Result};
+use crate::methods::Card;
+use crate::nn::linalg::{self, Ldu};
+use crate::proto::v1::{self, LolduPick, LolduStart};
+use crate::train::hooks::Hooks;
+
+static CARD: Card = Card {
+    name: "loldu",
+    title: "LoLDU",
+    verb: "adapt",
+    summary: "Trains the diagonal of an LDU decomposition of each weight; the triangles are frozen.",
+    paper: "LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient \
+            Fine-Tuning, arXiv 2410.13618",
+    needs_calibration: false,
+    families: &["decoder", "encoder"],
+    followed_by: &[],
+};
+
+const USUAL: Usual = Usual { rank: None, alpha: None, all_linear: true, fits: true };
+
+/// Pivots below this share of the largest are left out.
+const SMALLEST: f64 = 1e-6;
+
+/// The frozen parts of a module and the diagonal of the decomposition.
+pub struct Frozen {
+    /// `U` `[r, in]`.
+    pub a: Vec<f32>,
+    /// `P L` `[out, r]`.
+    pub b: Vec<f32>,
+    pub d: Vec<f32>,
+    /// Which components they are.
+    pub kept: Vec<usize>,
+}
+
+/// The components that are kept of a decomposition: at most `rank`.
+pub fn keep(ldu: &Ldu, rank: usize, pick: LolduPick) -> Vec<usize> {
+    let largest = ldu.d.iter().fold(0.0_f64, |top, d| top.max(d.abs()));
+    let usable = |i: &usize| ldu.d[*i].abs() >= SMALLEST * largest && ldu.d[*i] != 0.0;
+    let all = 0..ldu.d.len();
+    match pick {
+        // The first r, of which the ones without a pivot fall out.
+        LolduPick::Unspecified | LolduPick::First => all.take(rank).filter(usable).collect(),
+        LolduPick::Largest => {
+            let mut order: Vec<usize> = all.filter(usable).collect();
+            order.sort_by(|i, j| ldu.d[*j].abs().total_cmp(&ldu.d[*i].abs()));
+            order.truncate(rank);
+            order.sort_unstable();
+            order
+        }
+    }
+}
+
+/// The frozen parts of the components `kept`.
+pub fn frozen(ldu: &Ldu, kept: &[usize]) -> Frozen {
+    let (rows, cols, rank) = (ldu.l.nrows(), ldu.u.ncols(), kept.len());
+    let mut b = vec![0.0; rows * rank];
+    for (i, row) in ldu.rows.iter().enumerate() {
+        for (r, k) in kept.iter().enumerate() {
+            b[row * rank + r] = ldu.l[(i, *k)] as f32;
+        }
+    }
+    let mut a = Vec::with_capacity(rank * cols);
+    for k in kept {
+        a.extend((0..cols).map(|c| ldu.u[(*k, c)] as f32));
+    }
+    Frozen { a, b, d: kept.iter().map(|k| ldu.d[*k] as f32).collect(), kept: kept.to_vec() }
+}
+
+/// Where the trained diagonal starts.
+fn start(kind: LolduStart, d: &[f32], rng: &mut impl Rng) -> Vec<f32> {
+    let n = d.len() as f64;
+    let mean = d.iter().map(|d| f64::from(*d)).sum::<f64>() / n;
+    let spread = d.iter().map(|d| (f64::from(*d) - mean).powi(2)).sum::<f64>() / n;
+    match kind {
+        LolduStart::Unspecified | LolduStart::Lu => d.to_vec(),
+        LolduStart::Uniform => uniform(rng, d.len(), (mean.abs() / 2.0) as f32),
+        LolduStart::Normal => {
+            normal(rng, d.len(), spread.sqrt()).iter().map(|v| v + mean as f32).collect()
+        }
+        LolduStart::Constant => vec![mean as f32; d.len()],
+        LolduStart::Ones => vec![1.0; d.len()],
+        LolduStart::Zeros => vec![0.0; d.len()],
+        LolduStart::Shuffled => {
+            let mut d = d.to_vec();
+            d.shuffle(rng);
+            d
+        }
+    }
+}
+
+/// A module from its frozen parts and the trained diagonal.
+pub fn module(site: &Site, frozen: Frozen, z: Vec<f32>) -> Result<Module> {
+    let ([rows, cols], rank) = (site.shape, z.len());
+    let core = Part::trained(z, &[rank])?;
+    let start = core.tensor().copy()?.detach();
+    Ok(Module {
+        linear: site.linear.clone(),
+        shape: site.shape,
+        rank,
+        scale: site.scale(),
+        rslora: site.rslora,
+        a: Factor::Plain(Part::fixed(frozen.a, &[rank, cols])?),
+        b: Factor::Plain(Part::fixed(frozen.b, &[rows, rank])?),
+        core: Core::Diagonal(core),
+        core_name: "lora_z",
+        start: Some(Start::Diagonal(start)),
+        magnitude: None,
+        ldu: Some(frozen.kept),
+    })
+}
+
+impl Adapt for v1::Loldu {
+    fn card(&self) -> &'static Card {
+        &CARD
+    }
+
+    fn resolve(&mut self) {
+        options::resolve(&mut self.adapter, &USUAL);
+        if self.start == LolduStart::Unspecified as i32 {
+            self.start = LolduStart::Lu as i32;
+        }
+        if self.pick == LolduPick::Unspecified as i32 {
+            self.pick = LolduPick::First as i32;
+        }
+    }
+
+    fn datasets(&self) -> Vec<&str> {
+        Vec::new()
+    }
+
+    /// Counts all components; those without a pivot are known when the weights are read.
+    fn check(&self, shapes: &Shapes) -> Result<Cost> {
+        options::choice::<LolduStart>("start", self.start)?;
+        options::choice::<LolduPick>("pick", self.pick)?;
+        let plan = options::plan(self.adapter.as_ref(), &USUAL, shapes)?;
+        let diagonals: u64 = plan.sites.iter().map(|site| site.rank as u64).sum();
+        let parameters = diagonals + plan.whole(shapes);
+        Ok(Cost { parameters, frozen: plan.factors(), warnings: plan.warnings })
+    }
+
+    fn needs(&self) -> Result<Needs> {
+        Ok(Needs::Nothing)
+    }
+
+    fn start(&self, setup: &mut Setup<'_>) -> Result<Tuned> {
+        let kind = options::choice("start", self.start)?;
+        let pick = options::choice("pick", self.pick)?;
+        let plan = options::plan(self.adapter.as_ref(), &USUAL, setup.shapes)?;
+        build(&plan, setup, |site, stored, random| {
+            let [rows, cols] = site.shape;
+            let w = linalg::from_rows(&finite_values(site, stored)?, rows, cols);
+            let ldu = linalg::ldu(w.as_ref());
+            let kept = keep(&ldu, site.rank, pick);
+            if kept.is_empty() {
+                return Err(Error::new(
+                    Reason::ModelUnsuitable,
+                    format!(
+                        "none of the {} pivots of '{}' can be used; leave it out with adapter.exclude",
+                        site.rank, site.linear
+                    ),
+                ));
+            }
+            if kept.len() < site.rank {
+                let left = site.rank - kept.len();
+                tracing::info!(tensor = site.linear, left, "components without a pivot left out");
+            }
+            let frozen = frozen(&ldu, &kept);
+            let z = start(kind, &frozen.d, &mut random.rng());
+            module(site, frozen, z)
+        })
+    }
+
+    fn hooks(&self, _: &Tuned, _: u64) -> Result<Option<Box<dyn Hooks>>> {
+        Ok(None)
+    }
+
+    fn finish(&self, tuned: Tuned) -> Result<Tuned> {
+        Ok(tuned)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::shapes::testing::{minilm, smollm2};
+    use super::super::testing::{Case, all_linear};
+    use super::*;
+
+    fn full() -> v1::AdapterOptions {
+        v1::AdapterOptions { r: None, ..all_linear(1) }
+    }
+
+    #[test]
+    fn all_components_give_the_weight() {
+        let case = Case::decoder();
+        for (name, stored) in &case.linears() {
+            let [rows, cols] = [stored.rows(), stored.cols()];
+            let w = linalg::from_rows(&stored.to_f32(), rows, cols);
+            let ldu = linalg::ldu(w.as_ref());
+            let kept = keep(&ldu, rows.min(cols), LolduPick::First);
+            assert_eq!(kept.len(), rows.min(cols), "{name}");
+            let Frozen { a, b, d, .. } = frozen(&ldu, &kept);
+            let scaled: Vec<f32> =
+                b.chunks(d.len()).flat_map(|b| b.iter().zip(&d).map(|(b, d)| b * d)).collect();
+            let ld = linalg::from_rows(&scaled, rows, d.len());
+            let product =
+                linalg::product(ld.as_ref(), linalg::from_rows(&a, d.len(), cols).as_ref());
+            let error = (&product - &w).norm_l2() / w.norm_l2();
+            assert!(error < 1e-5, "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn every_start_equals_the_base() {
+        for kind in [
+            LolduStart::Lu,
+            LolduStart::Uniform,
+            LolduStart::Normal,
+            LolduStart::Constant,
+            LolduStart::Ones,
+            LolduStart::Zeros,
+            LolduStart::Shuffled,
+        ] {
+            for options in [full(), all_linear(5)] {
+                let method =
+                    v1::Loldu { adapter: Some(options), start: kind as i32, ..Default::default() };
+                let case = Case::decoder();
+                case.equals_base(&case.start(&method), 0.0);
+            }
+        }
+    }
+
+    #[test]
+    fn the_shared_contract_and_counts() {
+        let method = v1::Loldu { adapter: Some(full()), ..Default::default() };
+        Case::decoder().contract(&method, &["lora_z"]);
+        Case::encoder().contract(&method, &["lora_z"]);
+        let largest = v1::Loldu {
+            adapter: Some(all_linear(4)),
+            pick: LolduPick::Largest as i32,
+            ..Default::default()
+        };
+        Case::decoder().contract(&largest, &["lora_z"]);
+        let count = |r: Option<u32>, shapes: &Shapes| {
+            let adapter = Some(v1::AdapterOptions { r, ..full() });
+            v1::Loldu { adapter, ..Default::default() }.check(shapes).unwrap().parameters
+        };
+        assert_eq!(count(None, &smollm2()), 97_920);
+        assert_eq!(count(Some(16), &smollm2()), 3_360);
+        assert_eq!(count(Some(4), &smollm2()), 840);
+        assert_eq!(count(None, &minilm()), 13_824);
+        // The ratios that the card names.
+        assert_eq!(2_442_240 / 97_920, 24);
+        assert_eq!(2_442_240 / 840, 2_907);
+    }
+
+    #[test]
+    fn small_pivots_are_left_out() {
+        let w = [1.0, 1.0, 2.0, 2.0, 2.0, 1.0, 3.0, 3.0, 5.0];
+        let ldu = linalg::ldu(linalg::from_rows(&w, 3, 3).as_ref());
+        let kept = keep(&ldu, 3, LolduPick::First);
+        assert_eq!(kept, [0, 2]);
+        let Frozen { a, b, d, .. } = frozen(&ldu, &kept);
+        assert!(a.iter().chain(&b).chain(&d).all(|v| v.is_finite()));
+        assert_eq!(keep(&ldu, 1, LolduPick::Largest), [0]);
+        let nothing = linalg::ldu(linalg::from_rows(&[0.0; 4], 2, 2).as_ref());
+        assert!(keep(&nothing, 2, LolduPick::Largest).is_empty());
+    }
+}

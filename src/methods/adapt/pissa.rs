@@ -1,0 +1,141 @@
+//! PiSSA (Meng et al. 2024, "PiSSA: principal singular values and singular vectors adaptation", arXiv
+//! 2404.02948, equations 2 to 4): the factors start as the `r` largest singular components of the weight,
+//! `A = sqrt(S / s) V^T`, `B = U sqrt(S / s)`, and the base keeps the rest.
+//!
+//! Decided here: the base is not changed; the product at the start is subtracted instead, which is the
+//! same function and leaves quantised bases as they are.
+
+use super::lora::{cost, residual};
+use super::module::Module;
+use super::options::{self, Site, Usual};
+use super::shapes::Shapes;
+use super::tuned::Tuned;
+use super::{Adapt, Cost, Needs, Setup, build, finite_values};
+use crate::error::Result;
+use crate::methods::Card;
+use crate::nn::linalg::{self, Svd};
+use crate::proto::v1;
+use crate::train::hooks::Hooks;
+
+static CARD: Card = Card {
+    name: "pissa",
+    title: "PiSSA",
+    verb: "adapt",
+    summary: "LoRA that starts from the largest singular directions of each weight.",
+    paper: "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models, \
+            arXiv 2404.02948",
+    needs_calibration: false,
+    families: &["decoder", "encoder"],
+    followed_by: &[],
+};
+
+const USUAL: Usual = Usual { fits: true, ..Usual::LORA };
+
+/// A module that starts from the components `at` of `u diag(s) v^T`, `v` of any norm: each factor takes
+/// the root of its share of the size.
+pub fn components(site: &Site, svd: &Svd, at: std::ops::Range<usize>) -> Result<Module> {
+    let root: Vec<f64> = svd.s[at.clone()].iter().map(|s| (s / site.scale()).sqrt()).collect();
+    let ([rows, cols], first) = (site.shape, at.start);
+    let mut a = Vec::with_capacity(at.len() * cols);
+    for (i, root) in root.iter().enumerate() {
+        a.extend((0..cols).map(|c| (root * svd.v[(c, first + i)]) as f32));
+    }
+    let mut b = Vec::with_capacity(rows * at.len());
+    for r in 0..rows {
+        b.extend(root.iter().enumerate().map(|(i, root)| (root * svd.u[(r, first + i)]) as f32));
+    }
+    residual(site, a, b)
+}
+
+impl Adapt for v1::Pissa {
+    fn card(&self) -> &'static Card {
+        &CARD
+    }
+
+    fn resolve(&mut self) {
+        options::resolve(&mut self.adapter, &USUAL);
+    }
+
+    fn datasets(&self) -> Vec<&str> {
+        Vec::new()
+    }
+
+    fn check(&self, shapes: &Shapes) -> Result<Cost> {
+        let plan = options::plan(self.adapter.as_ref(), &USUAL, shapes)?;
+        let frozen = plan.factors();
+        Ok(Cost { frozen, ..cost(plan, shapes) })
+    }
+
+    fn needs(&self) -> Result<Needs> {
+        Ok(Needs::Nothing)
+    }
+
+    fn start(&self, setup: &mut Setup<'_>) -> Result<Tuned> {
+        let plan = options::plan(self.adapter.as_ref(), &USUAL, setup.shapes)?;
+        build(&plan, setup, |site, stored, _| {
+            let [rows, cols] = site.shape;
+            let w = linalg::from_rows(&finite_values(site, stored)?, rows, cols);
+            components(site, &linalg::svd(w.as_ref(), &site.linear)?, 0..site.rank)
+        })
+    }
+
+    fn hooks(&self, _: &Tuned, _: u64) -> Result<Option<Box<dyn Hooks>>> {
+        Ok(None)
+    }
+
+    fn finish(&self, tuned: Tuned) -> Result<Tuned> {
+        Ok(tuned)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{Case, all_linear};
+    use super::*;
+
+    #[test]
+    fn the_shared_contract() {
+        let method = v1::Pissa { adapter: Some(all_linear(4)) };
+        for case in [Case::decoder(), Case::encoder(), Case::quantised()] {
+            let tuned = case.start(&method);
+            case.equals_base(&tuned, 0.0);
+            case.contract(&method, &["lora_A", "lora_B"]);
+        }
+    }
+
+    #[test]
+    fn the_residual_form_of_the_paper_is_the_same_function() {
+        let options = v1::AdapterOptions { alpha: Some(10.0), ..all_linear(4) };
+        let method = v1::Pissa { adapter: Some(options) };
+        let case = Case::decoder();
+        let tuned = case.start(&method);
+        let (name, stored) = case.some_linear();
+        let module = &tuned.modules[name];
+        let plain = || {
+            let mut plain = module.clone();
+            plain.start = None;
+            plain.low_rank().unwrap()
+        };
+        // The best approximation of its rank: what is left has no component as large as those taken.
+        let mut rest = stored.to_f32();
+        let mut taken = plain();
+        taken.scale = -taken.scale;
+        taken.add_to(&mut rest);
+        let svd = |values: &[f32]| {
+            let w = linalg::from_rows(values, stored.rows(), stored.cols());
+            linalg::svd(w.as_ref(), "w").unwrap().s
+        };
+        let (all, left) = (svd(&stored.to_f32()), svd(&rest));
+        for (want, got) in all[4..].iter().zip(&left) {
+            assert!((want - got).abs() < 1e-4, "{got} is not {want}");
+        }
+        // W - s B0 A0 + s B A, with B and A as they come from training.
+        case.disturb(&tuned, 0.1);
+        plain().add_to(&mut rest);
+        for (got, want) in module.merged(stored).unwrap().iter().zip(&rest) {
+            assert!((got - want).abs() < 1e-5, "{got} is not {want}");
+        }
+        let exported = module.low_rank().unwrap();
+        assert_eq!((exported.rank, exported.alpha()), (8, 20.0));
+    }
+}

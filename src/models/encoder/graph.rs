@@ -1,0 +1,184 @@
+//! The differentiable forward: the same mathematics as [`plan`](super::plan), with gradients through every
+//! layout, and with whatever is tuned in place of what is stored.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{Activation, Config, Model, Pooling, plan};
+use crate::error::Result;
+use crate::nn::ops::{Attention, Function, Network, Precision, Run, Stored, Value};
+
+/// An encoder whose forward can be taken back.
+pub struct Graph<'a> {
+    model: &'a Model,
+    config: &'a Config,
+    stored: Stored,
+}
+
+impl<'a> Graph<'a> {
+    /// A forward that multiplies as `precision` says. Checks that every tensor is there and has its shape.
+    pub fn new(model: &'a Model, precision: Precision) -> Result<Self> {
+        let config = &model.family;
+        let tensors = config.tensors();
+        let tensors = tensors
+            .iter()
+            .map(|(name, shape)| Ok((&name[..], plan::tensor(model, name, shape)?)))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Self { model, config, stored: Stored::new(tensors, precision, |_| 0.0) })
+    }
+
+    pub fn config(&self) -> &'a Config {
+        self.config
+    }
+
+    /// One state for each sequence.
+    pub fn pool(&self, run: &Run<'_>, hidden: &Value, pooling: Pooling) -> Result<Value> {
+        let ranges = run.sequences.ranges();
+        match pooling {
+            Pooling::Mean => run.tape.mean_rows(hidden, ranges),
+            Pooling::Max => run.tape.max_rows(hidden, ranges),
+            Pooling::Cls => {
+                let firsts: Arc<[u32]> = ranges.iter().map(|range| range.start as u32).collect();
+                run.tape.rows(hidden, &firsts)
+            }
+        }
+    }
+
+    /// `norm(x + delta)`, the end of a block's half.
+    fn close(&self, run: &Run<'_>, x: &Value, delta: &Value, place: &str) -> Result<Value> {
+        self.norm(run, &run.tape.add(x, delta)?, place)
+    }
+
+    fn norm(&self, run: &Run<'_>, x: &Value, place: &str) -> Result<Value> {
+        let vector = |which| self.stored.vector(run, &format!("{place}.LayerNorm.{which}"), 0.0);
+        run.tape.layer_norm(x, &vector("weight")?, &vector("bias")?, self.config.norm_eps)
+    }
+
+    /// Rows of a table of embeddings.
+    fn table(&self, run: &Run<'_>, name: &str, rows: &Arc<[u32]>) -> Result<Value> {
+        let name = format!("embeddings.{name}.weight");
+        if let Some(table) = self.stored.trained(run, &name)? {
+            return run.tape.rows(&table, rows);
+        }
+        let (table, width) = (self.model.weight(&name)?, self.config.hidden);
+        let mut out = run.tape.pool().take(rows.len() * width);
+        for (row, out) in rows.iter().zip(out.chunks_exact_mut(width)) {
+            table.read_rows(*row as usize, out);
+        }
+        Ok(Value::constant(out, width))
+    }
+}
+
+impl Network for Graph<'_> {
+    fn blocks(&self) -> usize {
+        self.config.layers
+    }
+
+    fn start(&self, run: &Run<'_>, tokens: &[u32]) -> Result<Value> {
+        for (i, Range { start, end }) in run.sequences.ranges().iter().enumerate() {
+            plan::check_tokens(self.config, &tokens[*start..*end])
+                .map_err(|error| error.within(&format!("sequences[{i}]")))?;
+        }
+        let types: Arc<[u32]> = vec![0; tokens.len()].into();
+        let words = self.table(run, "word_embeddings", &tokens.into())?;
+        let positions = self.table(run, "position_embeddings", run.sequences.positions())?;
+        let sum = run.tape.add(&words, &positions)?;
+        let types = self.table(run, "token_type_embeddings", &types)?;
+        self.close(run, &sum, &types, "embeddings")
+    }
+
+    fn block(&self, run: &Run<'_>, hidden: &Value, index: usize) -> Result<Value> {
+        let (config, tape) = (self.config, run.tape);
+        let name = |n: &str| format!("encoder.layer.{index}.{n}");
+        let linear = |x: &Value, n: &str| self.stored.linear(run, x, &name(n), true);
+        let (q, k, v) = (
+            linear(hidden, "attention.self.query")?,
+            linear(hidden, "attention.self.key")?,
+            linear(hidden, "attention.self.value")?,
+        );
+        let shape = Attention {
+            heads: config.heads,
+            kv_heads: config.heads,
+            dim: config.head_dim(),
+            scale: 1.0 / (config.head_dim() as f32).sqrt(),
+            softcap: None,
+            causal: false,
+            window: None,
+        };
+        let attended = tape.attention(&shape, run.sequences.ranges(), &q, &k, &v)?;
+        drop((q, k, v));
+        let delta = linear(&attended, "attention.output.dense")?;
+        drop(attended);
+        let hidden = self.close(run, hidden, &delta, &name("attention.output"))?;
+        let function = match config.activation {
+            Activation::Gelu => Function::Gelu,
+            Activation::GeluTanh => Function::GeluTanh,
+            Activation::Relu => Function::Relu,
+        };
+        let wide = tape.activation(function, &linear(&hidden, "intermediate.dense")?);
+        let delta = linear(&wide, "output.dense")?;
+        drop(wide);
+        self.close(run, &hidden, &delta, &name("output"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::plan::{Encoder, Input};
+    use super::super::random;
+    use super::*;
+    use crate::nn::ops::{Pool, Sequences, Tape};
+    use crate::nn::tuning::Frozen;
+
+    #[test]
+    fn equals_the_plan() {
+        for (key, value) in [
+            ("hidden_act", json!("gelu")),
+            ("hidden_act", json!("gelu_new")),
+            ("hidden_act", json!("relu")),
+            ("intermediate_size", json!(41)),
+        ] {
+            let mut config = random::tiny();
+            config[key] = value;
+            let model = random::model(config, 3).unwrap();
+            let ids: Vec<u32> = (0..40).map(|i| (i * 29 + 7) % 96).collect();
+            let lengths = [23, 1, 16];
+            let sequences = Sequences::of(lengths);
+            let tape = Tape::forgetful(&Pool::default());
+            let run = Run { tape: &tape, tuning: &Frozen, sequences: &sequences, training: false };
+            let graph = Graph::new(&model, Precision::F32).unwrap();
+            let hidden = graph.through(&run, graph.start(&run, &ids).unwrap()).unwrap();
+            let mut encoder = Encoder::new(&model).unwrap();
+            for pooling in [Pooling::Mean, Pooling::Cls, Pooling::Max] {
+                let got = graph.pool(&run, &hidden, pooling).unwrap();
+                let inputs: Vec<_> = sequences
+                    .ranges()
+                    .iter()
+                    .map(|r| Input { tokens: &ids[r.clone()], pooling })
+                    .collect();
+                let mut want = vec![0.0; 3 * 32];
+                encoder.embed(&inputs, &mut want).unwrap();
+                for (got, want) in got.read().iter().zip(&want) {
+                    assert!((got - want).abs() < 1e-4, "{pooling:?}: {got} is not {want}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn texts_that_have_no_rows_are_refused_by_place() {
+        let model = random::model(random::tiny(), 3).unwrap();
+        let graph = Graph::new(&model, Precision::F32).unwrap();
+        let tape = Tape::forgetful(&Pool::default());
+        let refuse = |tokens: &[u32], lengths: &[usize]| {
+            let sequences = Sequences::of(lengths.iter().copied());
+            let run = Run { tape: &tape, tuning: &Frozen, sequences: &sequences, training: false };
+            graph.start(&run, tokens).err().unwrap().violations()[0].field.clone()
+        };
+        assert_eq!(refuse(&[1, 96], &[1, 1]), "sequences[1].ids");
+        assert_eq!(refuse(&[1; 65], &[65]), "sequences[0].ids");
+        assert_eq!(refuse(&[1], &[0, 1]), "sequences[0].ids");
+    }
+}
