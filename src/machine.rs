@@ -15,13 +15,7 @@ pub fn processor() -> String {
 
 /// The vector instructions that the kernels use here.
 pub fn instructions() -> &'static str {
-    match Level::best() {
-        Level::Vnni => "AVX-512 VNNI",
-        Level::Avx512 => "AVX-512",
-        Level::Avx2 => "AVX2",
-        Level::Arrays if cfg!(target_arch = "aarch64") => "NEON",
-        Level::Arrays => "none",
-    }
+    Level::best().name()
 }
 
 /// Bytes of memory.

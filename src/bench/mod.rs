@@ -12,6 +12,7 @@ pub mod load;
 pub mod model;
 pub mod stats;
 pub mod train;
+pub mod wire;
 
 use serde::Serialize;
 

@@ -239,6 +239,7 @@ mod tests {
             "planish bench embed minilm --batch 32 --length 32 --precision int8 --no-limits",
             "planish bench serve --model smol --clients 8 --rate 2.5 --seconds 10",
             "planish bench serve -m smol --requests 9 --prompt-tokens 8:64 --shared-prefix 4",
+            "planish bench wire model.gguf --requests 50 --prompt-tokens 4 --repetitions 3",
             "planish embed --model minilm one two --normalize --pooling cls --dimensions 64",
             "planish embed --model minilm --file - --normalize=false --no-truncate --output json",
             "planish jobs watch operations/x --timeout 5m",
@@ -256,6 +257,7 @@ mod tests {
                 "planish bench decode m --threads 0",
                 "planish bench kernels --shape 576",
                 "planish bench serve --rate 1",
+                "planish bench wire",
                 "planish bench serve --model m --requests 1 --seconds 1",
                 "planish bench serve --model m --answer-tokens 9:1",
             ])

@@ -6,6 +6,7 @@ use super::Context;
 use super::client::ConnectionOptions;
 use super::error::{CliError, Result};
 use crate::config::Config;
+use crate::serve::engine::Engine;
 use crate::server::{Running, Server};
 
 /// A service in this process, on a free loopback port.
@@ -34,6 +35,11 @@ impl Own {
             farewell: std::sync::Mutex::default(),
         };
         Ok(Self { server, context })
+    }
+
+    /// The engine that answers for a model.
+    pub async fn engine(&self, model: &str) -> Result<Engine> {
+        Ok(self.server.engine(model).await?)
     }
 
     /// Does `work` while the service lives.

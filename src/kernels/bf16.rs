@@ -7,9 +7,9 @@
 use std::sync::OnceLock;
 
 use super::multiversion::multiversion;
-use super::threads::{self, Shared, with_scratch};
+use super::threads::{self, Shared};
 
-/// Rows of a strip: the lanes of a vector of sums.
+/// Rows of a strip: the lanes of a vector of sums, and the tokens of a tile.
 const LANES: usize = 16;
 
 /// Multiplications that are worth a thread of their own.
@@ -18,7 +18,7 @@ const GRAIN: usize = 1 << 20;
 /// Pairs of columns that a tile of the processor holds: rows are padded to these.
 const DEPTH: usize = 16;
 
-/// Tokens of a pass over the matrix: they and their results stay in the second-level cache.
+/// Tokens that meet two strips before the next two come: they and their results stay in the second-level cache.
 const PASS: usize = 128;
 
 /// Tokens from which tiles, which hold 16, are faster than vectors.
@@ -50,32 +50,89 @@ impl Path {
     }
 }
 
+/// Pairs of 16 lanes or of 32 columns: a line of the caches, so that nothing that is loaded lies in two.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u32; LANES]);
+
+const ZEROS: Line = Line([0; LANES]);
+
+/// Activations rounded to bf16, for several products. The memory is kept from one use to the next.
+///
+/// Sixteen tokens stand side by side, 32 columns of each at a time: `[tiles][count / DEPTH][16 tokens]`
+/// lines, so that a tile of the processor is one run of memory. Tokens and columns that are missing are zeros.
+#[derive(Debug, Default)]
+pub struct Rounded {
+    tokens: usize,
+    cols: usize,
+    lines: Vec<Line>,
+}
+
+impl Rounded {
+    /// Rounds the rows `x` (`[tokens, cols]`), halves to even; parallel. Panics if rows are not whole.
+    pub fn set(&mut self, x: &[f32], cols: usize) {
+        self.set_by(Path::best(), x, cols);
+    }
+
+    fn set_by(&mut self, path: Path, x: &[f32], cols: usize) {
+        assert!(cols > 0 && x.len().is_multiple_of(cols), "rows are whole");
+        (self.tokens, self.cols) = (x.len() / cols, cols);
+        let tile = count(cols);
+        let tiles = self.tokens.div_ceil(LANES);
+        if self.lines.len() < tiles * tile {
+            self.lines.resize(tiles * tile, ZEROS);
+        }
+        let lines = Shared::new(&mut self.lines);
+        threads::for_ranges(tiles, (1 << 15) / (LANES * cols) + 1, |range| {
+            for at in range {
+                // SAFETY: tiles are disjoint.
+                let lines = unsafe { lines.slice(at * tile..(at + 1) * tile) };
+                let x = &x[at * LANES * cols..x.len().min((at + 1) * LANES * cols)];
+                match path {
+                    #[cfg(target_arch = "x86_64")]
+                    Path::Pairs | Path::Tiles if cols.is_multiple_of(2 * DEPTH) => {
+                        // SAFETY: the path was detected on this processor.
+                        unsafe { round_fast(x, cols, lines) }
+                    }
+                    _ => round_tile(x, cols, lines),
+                }
+            }
+        });
+    }
+
+    /// The lines of tile `at`.
+    fn tile(&self, at: usize) -> &[Line] {
+        let tile = count(self.cols);
+        &self.lines[at * tile..(at + 1) * tile]
+    }
+}
+
 /// A matrix rounded to bf16 and packed for products: strips of 16 rows, in which pairs of columns of the rows
 /// lie side by side. Rows, and columns up to a multiple of 32, that are missing are zeros.
 #[derive(Debug, Clone)]
 pub struct Bf16Panels {
     rows: usize,
     cols: usize,
-    /// `[strips][pairs][16]`; the even column is the low half.
-    pairs: Vec<u32>,
+    /// `[strips][pairs]`; the even column is the low half.
+    lines: Vec<Line>,
 }
 
 impl Bf16Panels {
     /// Packs a `[rows, cols]` matrix; `read(row, out)` writes a row as f32. What is bf16 already keeps its bits.
     pub fn pack(rows: usize, cols: usize, mut read: impl FnMut(usize, &mut [f32])) -> Self {
         let count = count(cols);
-        let mut pairs = vec![0_u32; rows.div_ceil(LANES) * count * LANES];
+        let mut lines = vec![ZEROS; rows.div_ceil(LANES) * count];
         let mut row_values = vec![0.0; cols];
-        let mut rounded = vec![0.0; count];
+        let mut rounded = vec![0_u16; 2 * count];
         for row in 0..rows {
             read(row, &mut row_values);
-            round(&row_values, halves(&mut rounded));
-            let strip = &mut pairs[row / LANES * count * LANES..][..count * LANES];
-            for (out, pair) in strip.chunks_exact_mut(LANES).zip(&rounded) {
-                out[row % LANES] = pair.to_bits();
+            round(&row_values, &mut rounded);
+            let strip = &mut lines[row / LANES * count..][..count];
+            for (line, pair) in strip.iter_mut().zip(rounded.as_chunks::<2>().0) {
+                line.0[row % LANES] = u32::from(pair[0]) | u32::from(pair[1]) << 16;
             }
         }
-        Self { rows, cols, pairs }
+        Self { rows, cols, lines }
     }
 
     pub fn rows(&self) -> usize {
@@ -88,69 +145,52 @@ impl Bf16Panels {
 
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
-        size_of_val(&self.pairs[..])
+        size_of_val(&self.lines[..])
     }
 
-    /// `y[t, o] = sum_i x[t, i] w[o, i]`, overwritten, with `x` rounded to bf16; parallel. A result does not depend
-    /// on how the work is split. Panics if sizes do not fit.
-    pub fn multiply(&self, x: &[f32], y: &mut [f32]) {
+    /// `y[t, o] = sum_i x[t, i] w[o, i]`, overwritten; parallel. A result does not depend on how the work is
+    /// split. Panics if sizes do not fit.
+    pub fn multiply(&self, x: &Rounded, y: &mut [f32]) {
         self.multiply_by(Path::best(), x, y);
     }
 
-    fn multiply_by(&self, path: Path, x: &[f32], y: &mut [f32]) {
-        let (rows, cols) = (self.rows, self.cols);
-        if rows == 0 || cols == 0 {
-            return y.fill(0.0);
+    fn multiply_by(&self, path: Path, x: &Rounded, y: &mut [f32]) {
+        let (rows, tokens, count) = (self.rows, x.tokens, count(self.cols));
+        assert!(x.cols == self.cols && y.len() == tokens * rows, "sizes of a product");
+        if rows == 0 || tokens == 0 {
+            return;
         }
-        let tokens = x.len() / cols;
-        assert!(x.len() == tokens * cols && y.len() == tokens * rows, "sizes of a product");
         let path = if tokens < TILES { path.min(Path::Pairs) } else { path };
         let y = Shared::new(y);
-        for from in (0..tokens).step_by(PASS) {
-            let tokens = PASS.min(tokens - from);
-            self.pass(path, &x[from * cols..(from + tokens) * cols], from, y);
-        }
-    }
-
-    /// The product of as many tokens as `x` has, which are those from `from` on.
-    fn pass(&self, path: Path, x: &[f32], from: usize, y: Shared<'_>) {
-        let (rows, cols, count) = (self.rows, self.cols, count(self.cols));
-        let tokens = x.len() / cols;
-        with_scratch(tokens.next_multiple_of(LANES) * count, |rounded| {
-            rounded[tokens * count..].fill(0.0);
-            let shared = Shared::new(rounded);
-            threads::for_ranges(tokens, (1 << 15) / cols + 1, |range| {
-                for token in range {
-                    // SAFETY: tokens are disjoint.
-                    let out = unsafe { shared.slice(token * count..(token + 1) * count) };
-                    out[cols / 2..].fill(0.0);
-                    round(&x[token * cols..(token + 1) * cols], halves(out));
+        // Two strips and a pass of tokens at a time; the same strips one after the other.
+        let passes = tokens.div_ceil(PASS);
+        let each = 4 * LANES * count * tokens.min(PASS);
+        threads::for_ranges(rows.div_ceil(2 * LANES) * passes, GRAIN / each + 1, |range| {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the path was detected on this processor.
+            let _tiles = (path == Path::Tiles).then(|| unsafe { tiles::Configured::new() });
+            for at in range {
+                let (pair, pass) = (at / passes, at % passes);
+                let end = ((2 * pair + 2) * count).min(self.lines.len());
+                let block = Block {
+                    strips: &self.lines[2 * pair * count..end],
+                    count,
+                    x,
+                    tokens: pass * PASS..tokens.min((pass + 1) * PASS),
+                    y,
+                    rows,
+                    first: 2 * pair * LANES,
+                };
+                match path {
+                    // SAFETY: as below; tiles are configured.
+                    #[cfg(target_arch = "x86_64")]
+                    Path::Tiles => unsafe { tiles::multiply(&block) },
+                    // SAFETY: the path was detected on this processor; blocks of the result are disjoint.
+                    #[cfg(target_arch = "x86_64")]
+                    Path::Pairs => unsafe { block.pairs() },
+                    _ => block.plain(),
                 }
-            });
-            let rounded = &*rounded;
-            // Two strips at a time.
-            let strip = count * LANES;
-            let grain = GRAIN / (4 * strip * tokens).max(1) + 1;
-            threads::for_ranges(rows.div_ceil(2 * LANES), grain, |range| {
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: the path was detected on this processor.
-                let _tiles = (path == Path::Tiles).then(|| unsafe { tiles::Configured::new() });
-                for at in range {
-                    let end = ((2 * at + 2) * strip).min(self.pairs.len());
-                    let strips = &self.pairs[2 * at * strip..end];
-                    let first = 2 * at * LANES;
-                    let block = Block { strips, rounded, tokens, from, count, y, rows, first };
-                    match path {
-                        // SAFETY: as below; tiles are configured.
-                        #[cfg(target_arch = "x86_64")]
-                        Path::Tiles => unsafe { tiles::multiply(&block) },
-                        // SAFETY: the path was detected on this processor; blocks of rows are disjoint.
-                        #[cfg(target_arch = "x86_64")]
-                        Path::Pairs => unsafe { block.pairs() },
-                        _ => block.plain(),
-                    }
-                }
-            });
+            }
         });
     }
 }
@@ -160,47 +200,87 @@ fn count(cols: usize) -> usize {
     cols.div_ceil(2).next_multiple_of(DEPTH)
 }
 
-/// Scratch memory, which is f32, as the halves of pairs.
-fn halves(pairs: &mut [f32]) -> &mut [u16] {
-    // SAFETY: two u16 take the place of an f32 and ask for less alignment; every pattern is valid for both.
-    unsafe { std::slice::from_raw_parts_mut(pairs.as_mut_ptr().cast(), 2 * pairs.len()) }
-}
-
 multiversion! {
     /// Rounds to bf16, halves to even. More of `out` is left alone.
     fn round(x: &[f32], out: &mut [u16]) {
         for (v, out) in x.iter().zip(out) {
-            let bits = v.to_bits();
-            let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-            // Rounding could make infinity of what is not a number.
-            *out = if v.is_nan() { bits >> 16 | 0x40 } else { rounded } as u16;
+            *out = half(*v);
         }
     }
 
-    /// Sums of a strip for one token.
-    fn strip(pairs: &[u32], x: &[f32], sums: &mut [f32]) {
+    /// Rounds up to 16 tokens into a tile of them.
+    fn round_tile(x: &[f32], cols: usize, lines: &mut [Line]) {
+        lines.fill(ZEROS);
+        for (token, row) in x.chunks_exact(cols).enumerate() {
+            for (at, values) in row.chunks(2 * DEPTH).enumerate() {
+                let line = &mut lines[at * LANES + token].0;
+                for (pair, values) in line.iter_mut().zip(values.chunks(2)) {
+                    let high = values.get(1).map_or(0, |v| half(*v));
+                    *pair = u32::from(half(values[0])) | u32::from(high) << 16;
+                }
+            }
+        }
+    }
+
+    /// Sums of a strip for one token of a tile, whose lines are [`LANES`] apart.
+    fn strip(pairs: &[Line], x: &[Line], sums: &mut [f32]) {
         let mut acc = [0.0_f32; LANES];
-        for (pairs, x) in pairs.as_chunks::<LANES>().0.iter().zip(x) {
-            let x = x.to_bits();
-            let (low, high) = (f32::from_bits(x << 16), f32::from_bits(x & 0xffff_0000));
-            for (acc, pair) in acc.iter_mut().zip(pairs) {
-                let w = (f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000));
-                let sum = super::multiversion::mul_add::<FMA>(w.1, high, *acc);
-                *acc = super::multiversion::mul_add::<FMA>(w.0, low, sum);
+        for (pairs, x) in pairs.as_chunks::<DEPTH>().0.iter().zip(x.iter().step_by(LANES)) {
+            for (pairs, x) in pairs.iter().zip(x.0) {
+                let (low, high) = (f32::from_bits(x << 16), f32::from_bits(x & 0xffff_0000));
+                for (acc, pair) in acc.iter_mut().zip(pairs.0) {
+                    let w = (f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000));
+                    let sum = super::multiversion::mul_add::<FMA>(w.1, high, *acc);
+                    *acc = super::multiversion::mul_add::<FMA>(w.0, low, sum);
+                }
             }
         }
         sums.copy_from_slice(&acc[..sums.len()]);
     }
 }
 
-/// One or two strips times all tokens.
+/// The nearest bf16, halves to even.
+#[inline(always)]
+fn half(v: f32) -> u16 {
+    let bits = v.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    // Rounding could make infinity of what is not a number.
+    (if v.is_nan() { bits >> 16 | 0x40 } else { rounded }) as u16
+}
+
+/// [`round_tile`] of whole tiles of columns. Numbers below the smallest normal one become zeros.
+///
+/// # Safety
+/// The processor has the instructions; `lines` is a tile for `cols` columns.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn round_fast(x: &[f32], cols: usize, lines: &mut [Line]) {
+    use std::arch::x86_64::*;
+    let tokens = x.len() / cols;
+    assert!(tokens <= LANES && lines.len() * 2 >= cols);
+    for (at, lines) in lines.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+        for (token, line) in lines.iter_mut().enumerate() {
+            if token >= tokens {
+                *line = ZEROS;
+                continue;
+            }
+            let from = x.as_ptr().add(token * cols + at * 2 * DEPTH);
+            let (low, high) = (_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(DEPTH)));
+            let pairs = _mm512_cvtne2ps_pbh(high, low);
+            let pairs = std::mem::transmute::<__m512bh, __m512i>(pairs);
+            _mm512_store_si512((&raw mut line.0).cast(), pairs);
+        }
+    }
+}
+
+/// One or two strips times some tokens.
 struct Block<'a> {
-    strips: &'a [u32],
-    /// `[tokens][count]` pairs, with tokens of zeros up to a multiple of 16.
-    rounded: &'a [f32],
-    tokens: usize,
-    from: usize,
+    strips: &'a [Line],
+    /// Lines of a strip.
     count: usize,
+    x: &'a Rounded,
+    /// They start with a tile.
+    tokens: std::ops::Range<usize>,
     y: Shared<'a>,
     rows: usize,
     first: usize,
@@ -212,14 +292,15 @@ impl<'a> Block<'a> {
     /// # Safety
     /// No two live slices may overlap.
     unsafe fn results(&self, token: usize, first: usize) -> &'a mut [f32] {
-        let at = (self.from + token) * self.rows + first;
+        let at = token * self.rows + first;
         self.y.slice(at..at + LANES.min(self.rows - first))
     }
 
     fn plain(&self) {
-        for (i, pairs) in self.strips.chunks_exact(self.count * LANES).enumerate() {
-            for (token, x) in self.rounded.chunks_exact(self.count).take(self.tokens).enumerate() {
-                // SAFETY: blocks of rows are disjoint, and so are tokens.
+        for (i, pairs) in self.strips.chunks_exact(self.count).enumerate() {
+            for token in self.tokens.clone() {
+                let x = &self.x.tile(token / LANES)[token % LANES..];
+                // SAFETY: blocks of the result are disjoint, and so are tokens.
                 strip(pairs, x, unsafe { self.results(token, self.first + i * LANES) });
             }
         }
@@ -228,22 +309,21 @@ impl<'a> Block<'a> {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     unsafe fn pairs(&self) {
-        let tokens = self.tokens;
-        let mut token = 0;
-        while token < tokens {
-            token += if self.strips.len() == self.count * LANES {
-                match tokens - token {
-                    12.. => self.tile::<12, 1>(token),
-                    4.. => self.tile::<4, 1>(token),
-                    _ => self.tile::<1, 1>(token),
+        let mut token = self.tokens.start;
+        // Never across a tile: counts divide 16 and come in falling order.
+        while token < self.tokens.end {
+            token += if self.strips.len() == self.count {
+                match self.tokens.end - token {
+                    8.. => self.group::<8, 1>(token),
+                    4.. => self.group::<4, 1>(token),
+                    _ => self.group::<1, 1>(token),
                 }
             } else {
-                match tokens - token {
-                    12.. => self.tile::<12, 2>(token),
-                    8.. => self.tile::<8, 2>(token),
-                    4.. => self.tile::<4, 2>(token),
-                    2.. => self.tile::<2, 2>(token),
-                    _ => self.tile::<1, 2>(token),
+                match self.tokens.end - token {
+                    8.. => self.group::<8, 2>(token),
+                    4.. => self.group::<4, 2>(token),
+                    2.. => self.group::<2, 2>(token),
+                    _ => self.group::<1, 2>(token),
                 }
             };
         }
@@ -252,22 +332,25 @@ impl<'a> Block<'a> {
     /// `T` tokens from `token` on, `N` strips. Answers `T`.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    unsafe fn tile<const T: usize, const N: usize>(&self, token: usize) -> usize {
+    unsafe fn group<const T: usize, const N: usize>(&self, token: usize) -> usize {
         use std::arch::x86_64::*;
         // Two types for the same 64 bytes.
         let pairs = |v: __m512i| std::mem::transmute::<__m512i, __m512bh>(v);
         let mut acc = [[_mm512_setzero_ps(); N]; T];
-        let x = self.rounded.as_ptr().add(token * self.count);
+        let x = self.x.tile(token / LANES)[token % LANES..].as_ptr();
         let w = self.strips.as_ptr();
-        for k in 0..self.count {
-            let w: [__m512bh; N] = std::array::from_fn(|n| {
-                let p = w.add((n * self.count + k) * LANES);
-                pairs(_mm512_loadu_si512(p.cast()))
-            });
-            for (t, acc) in acc.iter_mut().enumerate() {
-                let x = pairs(_mm512_castps_si512(_mm512_set1_ps(*x.add(t * self.count + k))));
-                for (acc, w) in acc.iter_mut().zip(w) {
-                    *acc = _mm512_dpbf16_ps(*acc, x, w);
+        for depth in 0..self.count / DEPTH {
+            let x = x.add(depth * LANES).cast::<i32>();
+            for k in 0..DEPTH {
+                let w: [__m512bh; N] = std::array::from_fn(|n| {
+                    let p = w.add(n * self.count + depth * DEPTH + k);
+                    pairs(_mm512_load_si512(p.cast()))
+                });
+                for (t, acc) in acc.iter_mut().enumerate() {
+                    let x = pairs(_mm512_set1_epi32(*x.add(t * LANES + k)));
+                    for (acc, w) in acc.iter_mut().zip(w) {
+                        *acc = _mm512_dpbf16_ps(*acc, x, w);
+                    }
                 }
             }
         }
@@ -343,80 +426,91 @@ mod tiles {
         }
     }
 
-    /// One or two strips times all tokens, 32 at a time.
+    /// One or two strips times the tokens, 32 at a time.
     ///
     /// # Safety
-    /// Tiles are configured; no other thread writes these rows of the result.
+    /// Tiles are configured; no other thread writes these results.
     pub(super) unsafe fn multiply(block: &Block<'_>) {
-        let second = block.strips.len() > block.count * LANES;
-        let mut token = 0;
-        while token < block.tokens {
-            let left = block.tokens - token;
-            let x = block.rounded.as_ptr().add(token * block.count);
-            let w = block.strips.as_ptr();
-            // What is missing is multiplied as its neighbour and not stored.
-            let other_x = if left > LANES { x.add(LANES * block.count) } else { x };
-            let other_w = if second { w.add(LANES * block.count) } else { w };
+        let second = block.strips.len() > block.count;
+        let w = block.strips.as_ptr();
+        // What is missing is multiplied as its neighbour and not stored.
+        let other_w = if second { w.add(block.count) } else { w };
+        for token in block.tokens.clone().step_by(2 * LANES) {
+            let left = block.tokens.end - token;
+            let x = block.x.tile(token / LANES).as_ptr();
+            let other_x = if left > LANES { x.add(block.count) } else { x };
             asm!(
                 "tilezero tmm0",
                 "tilezero tmm1",
                 "tilezero tmm2",
                 "tilezero tmm3",
-                options(nostack, preserves_flags, nomem)
+                "2:",
+                "tileloadd tmm4, [{x} + {line}*1]",
+                "tileloadd tmm6, [{w} + {line}*1]",
+                "tileloadd tmm7, [{other_w} + {line}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm5, [{other_x} + {line}*1]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {x}, 1024",
+                "add {other_x}, 1024",
+                "add {w}, 1024",
+                "add {other_w}, 1024",
+                "dec {depth}",
+                "jnz 2b",
+                x = inout(reg) x => _,
+                other_x = inout(reg) other_x => _,
+                w = inout(reg) w => _,
+                other_w = inout(reg) other_w => _,
+                depth = inout(reg) block.count / DEPTH => _,
+                line = in(reg) 64_usize,
+                options(nostack, readonly)
             );
-            for k in (0..block.count).step_by(DEPTH) {
-                asm!(
-                    "tileloadd tmm4, [{x} + {apart}*1]",
-                    "tileloadd tmm6, [{w} + {line}*1]",
-                    "tileloadd tmm7, [{other_w} + {line}*1]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm5, [{other_x} + {apart}*1]",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "tdpbf16ps tmm3, tmm5, tmm7",
-                    x = in(reg) x.add(k),
-                    other_x = in(reg) other_x.add(k),
-                    apart = in(reg) 4 * block.count,
-                    w = in(reg) w.add(k * LANES),
-                    other_w = in(reg) other_w.add(k * LANES),
-                    line = in(reg) 64_usize,
-                    options(nostack, preserves_flags, readonly)
-                );
-            }
-            let mut out = [[0.0_f32; LANES]; LANES];
-            let p = out.as_mut_ptr();
+            let whole_x = [left >= LANES, left >= 2 * LANES];
+            let whole_w = [LANES, 2 * LANES].map(|end| block.first + end <= block.rows);
             for tile in 0..4 {
-                let (below, beside) = (tile / 2 == 1, tile % 2 == 1);
-                if below && left <= LANES || beside && !second {
+                let (below, beside) = (tile / 2, tile % 2);
+                if below == 1 && left <= LANES || beside == 1 && !second {
                     continue;
                 }
-                macro_rules! store {
-                    ($tile:literal) => {
-                        asm!(
-                            concat!("tilestored [{p} + {line}*1], ", $tile),
-                            p = in(reg) p,
-                            line = in(reg) 64_usize,
-                            options(nostack, preserves_flags)
-                        )
-                    };
+                let (token, first) = (token + below * LANES, block.first + beside * LANES);
+                if whole_x[below] && whole_w[beside] {
+                    // All 16 rows lie inside of the result.
+                    store(tile, block.y.at(token * block.rows + first), 4 * block.rows);
+                    continue;
                 }
-                match tile {
-                    0 => store!("tmm0"),
-                    1 => store!("tmm1"),
-                    2 => store!("tmm2"),
-                    _ => store!("tmm3"),
-                }
-                let token = token + if below { LANES } else { 0 };
-                let first = block.first + if beside { LANES } else { 0 };
-                for (i, sums) in out.iter().enumerate().take(block.tokens - token) {
+                let mut out = [[0.0_f32; LANES]; LANES];
+                store(tile, out.as_mut_ptr().cast(), 4 * LANES);
+                for (i, sums) in out.iter().enumerate().take(block.tokens.end - token) {
                     let results = block.results(token + i, first);
-                    match results.as_chunks_mut::<LANES>().0 {
-                        [results] => *results = *sums,
-                        _ => results.copy_from_slice(&sums[..results.len()]),
-                    }
+                    results.copy_from_slice(&sums[..results.len()]);
                 }
             }
-            token += 2 * LANES;
+        }
+    }
+
+    /// Writes one of the four tiles of sums, its rows `stride` bytes apart.
+    ///
+    /// # Safety
+    /// Tiles are configured; the rows are valid for writing.
+    #[inline(always)]
+    unsafe fn store(tile: usize, to: *mut f32, stride: usize) {
+        macro_rules! store {
+            ($tile:literal) => {
+                asm!(
+                    concat!("tilestored [{to} + {stride}*1], ", $tile),
+                    to = in(reg) to,
+                    stride = in(reg) stride,
+                    options(nostack, preserves_flags)
+                )
+            };
+        }
+        match tile {
+            0 => store!("tmm0"),
+            1 => store!("tmm1"),
+            2 => store!("tmm2"),
+            _ => store!("tmm3"),
         }
     }
 }
@@ -455,7 +549,9 @@ mod tests {
                         continue;
                     }
                     let mut y = vec![f32::NAN; tokens * rows];
-                    packed.multiply_by(path, &x, &mut y);
+                    let mut input = Rounded::default();
+                    input.set_by(path, &x, cols);
+                    packed.multiply_by(path, &input, &mut y);
                     for (i, y) in y.iter().enumerate() {
                         let (x, w) = (&x[i / rows * cols..], &w[i % rows * cols..][..cols]);
                         let terms = x.iter().zip(w).map(|(x, w)| rounded(*x) * rounded(*w));
@@ -478,11 +574,13 @@ mod tests {
         let packed =
             Bf16Panels::pack(rows, cols, |row, out| out.copy_from_slice(&w[row * cols..][..cols]));
         let x = noise(29 * cols, 2);
-        let mut all = vec![0.0; 29 * rows];
-        packed.multiply(&x, &mut all);
+        let (mut all, mut rounded) = (vec![0.0; 29 * rows], Rounded::default());
+        rounded.set(&x, cols);
+        packed.multiply(&rounded, &mut all);
         for first in [0, 8, 16] {
             let mut some = vec![0.0; 12 * rows];
-            packed.multiply(&x[first * cols..][..12 * cols], &mut some);
+            rounded.set(&x[first * cols..][..12 * cols], cols);
+            packed.multiply(&rounded, &mut some);
             assert_eq!(some, all[first * rows..][..12 * rows]);
         }
     }
@@ -491,14 +589,39 @@ mod tests {
     fn rounding_is_to_even_and_keeps_what_is_no_number() {
         let values =
             [1.0, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, f32::NAN, f32::MAX, -f32::INFINITY, 1e-42];
-        let mut out = [0.0; 4];
-        round(&values, halves(&mut out));
-        let halves = halves(&mut out);
+        let mut halves = [0; 8];
+        round(&values, &mut halves);
         for (half, v) in halves.iter().zip(values) {
             let expected = bf16::from_f32(v);
             let got = bf16::from_bits(*half);
             assert!(got == expected || got.is_nan() && expected.is_nan(), "{v}: {got}");
         }
         assert_eq!(halves[7], 0);
+    }
+
+    #[test]
+    fn every_way_of_rounding_gives_the_same_tiles() {
+        for (tokens, cols) in [(1, 32), (16, 64), (19, 96), (37, 33)] {
+            let mut x = noise(tokens * cols, 5);
+            (x[0], x[1], x[31]) = (f32::INFINITY, 1.0 + 1.0 / 256.0, -3.0e38);
+            // What was there before must not shine through.
+            let before = noise(40 * 128, 6);
+            let tiles: Vec<Vec<u32>> = [Path::Plain, Path::best()]
+                .into_iter()
+                .map(|path| {
+                    let mut rounded = Rounded::default();
+                    rounded.set_by(path, &before, 128);
+                    rounded.set_by(path, &x, cols);
+                    let tiles = 0..tokens.div_ceil(LANES);
+                    tiles.flat_map(|t| rounded.tile(t).to_vec()).flat_map(|l| l.0).collect()
+                })
+                .collect();
+            assert_eq!(tiles[0], tiles[1], "{tokens} tokens of {cols}");
+            let (token, col) = (tokens - 1, cols - 1);
+            let line = token / LANES * count(cols) + col / 32 * LANES + token % LANES;
+            let pair = tiles[0][line * LANES + col % 32 / 2];
+            let got = bf16::from_bits((pair >> (16 * (col % 2))) as u16);
+            assert_eq!(got, bf16::from_f32(x[token * cols + col]));
+        }
     }
 }

@@ -55,6 +55,7 @@ multiversion! {
     /// Sum of all words, wrapping: the cheapest use of everything that is read.
     fn sum(words: &[u64]) -> u64 {
         /// Bytes that are asked for ahead of their use.
+        #[cfg(target_arch = "x86_64")]
         const AHEAD: usize = 4096;
         let mut sums = [0_u64; 32];
         let mut chunks = words.chunks_exact(32);
@@ -148,7 +149,17 @@ fn integer_spin() -> Spin {
     INTEGER_LOOP
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+fn integer_spin() -> Spin {
+    if std::arch::is_aarch64_feature_detected!("dotprod") {
+        // SAFETY: the instruction was detected.
+        let run = |spins| unsafe { neon::dot(spins) };
+        return Spin { instruction: "sdot 16b", run, operations: CHAINS * 32 };
+    }
+    INTEGER_LOOP
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn integer_spin() -> Spin {
     INTEGER_LOOP
 }
@@ -168,7 +179,17 @@ fn single_spin() -> Spin {
     SINGLE_LOOP
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+fn single_spin() -> Spin {
+    if std::arch::is_aarch64_feature_detected!("neon") {
+        // SAFETY: the instruction was detected.
+        let run = |spins| unsafe { neon::fma(spins) };
+        return Spin { instruction: "fmla 4s", run, operations: CHAINS * 8 };
+    }
+    SINGLE_LOOP
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn single_spin() -> Spin {
     SINGLE_LOOP
 }
@@ -229,6 +250,54 @@ fn single_loop(spins: usize) {
     black_box(chains);
 }
 
+/// Hides a register's value from the compiler, so that it can neither fold a loop nor drop it.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! hide {
+    (vreg, $value:expr) => { hide!("/* {0:v} */", vreg, $value) };
+    ($class:ident, $value:expr) => { hide!("/* {0} */", $class, $value) };
+    ($text:literal, $class:ident, $value:expr) => {
+        // SAFETY: the text is a comment: nothing is read, written or changed.
+        unsafe { asm!($text, inout($class) $value, options(nomem, nostack, preserves_flags)) }
+    };
+}
+
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    use std::arch::aarch64::*;
+    use std::arch::asm;
+    use std::hint::black_box;
+
+    use super::CHAINS;
+    use crate::kernels::integer::neon;
+
+    #[target_feature(enable = "neon,dotprod")]
+    pub fn dot(spins: usize) {
+        let mut chains = [vdupq_n_s32(0); CHAINS];
+        let (left, right) = (vdupq_n_s8(3), vdupq_n_s8(-2));
+        for _ in 0..spins {
+            for chain in &mut chains {
+                // SAFETY: this function has the instruction.
+                *chain = unsafe { neon::dot::<true>(*chain, left, right) };
+                hide!(vreg, *chain);
+            }
+        }
+        black_box(chains);
+    }
+
+    #[target_feature(enable = "neon")]
+    pub fn fma(spins: usize) {
+        let mut chains = [vdupq_n_f32(1.0); CHAINS];
+        let (factor, term) = (vdupq_n_f32(0.999), vdupq_n_f32(0.001));
+        for _ in 0..spins {
+            for chain in &mut chains {
+                *chain = vfmaq_f32(*chain, factor, term);
+                hide!(vreg, *chain);
+            }
+        }
+        black_box(chains);
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::asm;
@@ -236,14 +305,6 @@ mod x86 {
     use std::hint::black_box;
 
     use super::CHAINS;
-
-    /// Hides a register's value from the compiler, so that it can neither fold a loop nor drop it.
-    macro_rules! hide {
-        ($class:ident, $value:expr) => {
-            // SAFETY: the text is empty: nothing is read, written or changed.
-            unsafe { asm!("/* {0} */", inout($class) $value, options(nomem, nostack, preserves_flags)) }
-        };
-    }
 
     #[target_feature(enable = "avx512f,avx512vnni")]
     pub fn dot_512(spins: usize) {

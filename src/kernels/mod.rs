@@ -4,6 +4,8 @@
 //! [`simd::Simd`]; reading rows, products with few tokens and products with many are made from it.
 
 pub mod activation;
+#[cfg(test)]
+pub mod allocations;
 pub mod attention;
 pub mod bf16;
 pub mod bidirectional;
@@ -11,6 +13,7 @@ pub mod cast;
 pub mod dot;
 pub mod dual_grained;
 mod expand;
+pub mod f32_panels;
 pub mod few;
 pub mod gemm;
 pub mod ggml;

@@ -1,6 +1,6 @@
 //! Rounding of activations to 8 bits, for products in integers.
 
-use super::multiversion::multiversion;
+use super::simd::{self, Level, Simd, Task};
 use super::threads::{self, Shared};
 
 /// Columns that share a scale.
@@ -69,7 +69,8 @@ impl Activations {
                     weighted.slice(blocks),
                 )
             };
-            round(&x[columns], width, codes, scales, sums, weighted);
+            let x = &x[columns];
+            simd::run(Level::best(), Round { x, width, codes, scales, sums, weighted });
         });
         self.totals.clear();
         if grain == Grain::Token {
@@ -111,6 +112,7 @@ impl Activations {
     }
 
     /// `[tokens]`; empty where tokens do not share a scale.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub(super) fn totals(&self) -> &[i32] {
         &self.totals
     }
@@ -125,53 +127,52 @@ impl Activations {
     }
 }
 
-multiversion! {
-    fn round(
-        x: &[f32],
-        width: usize,
-        codes: &mut [i8],
-        scales: &mut [f32],
-        sums: &mut [i32],
-        weighted: &mut [f32],
-    ) {
-        for (unit, x) in x.chunks_exact(width).enumerate() {
-            let mut top = [0.0_f32; 16];
-            // Zero, unless a value is not finite.
-            let mut poison = [0.0_f32; 16];
-            for half in x.as_chunks::<16>().0 {
-                for i in 0..16 {
-                    top[i] = top[i].max(half[i].abs());
-                    poison[i] += half[i] * 0.0;
+/// Rounds what shares `width` columns, unit by unit.
+struct Round<'a> {
+    x: &'a [f32],
+    width: usize,
+    codes: &'a mut [i8],
+    scales: &'a mut [f32],
+    sums: &'a mut [i32],
+    weighted: &'a mut [f32],
+}
+
+impl Task for Round<'_> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        for (unit, x) in self.x.chunks_exact(self.width).enumerate() {
+            // SAFETY: every pointer below is to 16 elements of a chunk.
+            let (top, poison) = unsafe {
+                let (mut top, mut poison) = (S::splat(0.0), S::splat(0.0));
+                for x in x.as_chunks::<SUM>().0 {
+                    let x = S::load(x.as_ptr());
+                    top = S::max_abs(top, x);
+                    // Zero, unless a value is not finite.
+                    poison = S::mul_add(x, S::splat(0.0), poison);
                 }
-            }
-            let top = top.iter().fold(0.0_f32, |m, v| m.max(*v));
-            let poison: f32 = poison.iter().sum();
+                (S::largest(top), S::sum(poison))
+            };
             let scale = top / 127.0;
             // Of a scale too small to divide by, the values are lost: all are below 1e-36.
             let inverse = if scale > 1e-38 { 1.0 / scale } else { 0.0 };
             let scale = scale + poison;
-            for (inside, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
-                let b = unit * (width / BLOCK) + inside;
-                let codes = &mut codes[b * BLOCK..][..BLOCK];
-                // The magic constant leaves the nearest integer, ties to even, in the low bits. Only what is not
-                // finite lies outside of the bounds.
-                let whole: [i32; BLOCK] = std::array::from_fn(|i| {
-                    let shifted = x[i] * inverse + 12_582_912.0;
-                    (shifted.to_bits() as i32).wrapping_sub(0x4b40_0000).clamp(-127, 127)
-                });
-                for i in 0..BLOCK {
-                    codes[i] = whole[i] as i8;
-                }
-                let sum = |from: usize| {
-                    let mut sum = 0_i32;
-                    for i in 0..SUM {
-                        sum += whole[from + i];
+            let blocks = unit * (self.width / BLOCK)..(unit + 1) * (self.width / BLOCK);
+            for (b, x) in blocks.zip(x.as_chunks::<BLOCK>().0) {
+                let codes = &mut self.codes[b * BLOCK..][..BLOCK];
+                let mut sums = [0; 2];
+                for (half, sum) in sums.iter_mut().enumerate() {
+                    // SAFETY: as above.
+                    unsafe {
+                        let x = S::load(x.as_ptr().add(SUM * half));
+                        let whole = S::nearest(S::mul(x, S::splat(inverse)));
+                        S::store_i8(codes.as_mut_ptr().add(SUM * half), whole);
+                        *sum = S::sum_i32(whole);
                     }
-                    sum
-                };
-                (sums[2 * b], sums[2 * b + 1]) = (sum(0), sum(SUM));
-                scales[b] = scale;
-                weighted[b] = scale * (sums[2 * b] + sums[2 * b + 1]) as f32;
+                }
+                self.sums[2 * b..2 * b + 2].copy_from_slice(&sums);
+                self.scales[b] = scale;
+                self.weighted[b] = scale * sums[0].wrapping_add(sums[1]) as f32;
             }
         }
     }

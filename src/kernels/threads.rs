@@ -327,6 +327,14 @@ impl<'a, T> Shared<'a, T> {
         }
     }
 
+    /// Where element `at` is, for blocks that are no slice. Whoever writes there promises what callers of
+    /// `slice` do.
+    #[inline(always)]
+    pub(super) fn at(&self, at: usize) -> *mut T {
+        assert!(at < self.len);
+        self.start.wrapping_add(at)
+    }
+
     /// # Safety
     /// No other thread may access element `at`.
     #[inline(always)]

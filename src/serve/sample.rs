@@ -35,13 +35,21 @@ impl Sampling {
         frequency_penalty: 0.0,
         seed: 0,
     };
+
+    /// Whether it matters what was said before.
+    fn penalises(&self) -> bool {
+        self.repetition_penalty != 1.0
+            || self.presence_penalty != 0.0
+            || self.frequency_penalty != 0.0
+    }
 }
 
 /// The sampler of one request: its options, its random stream, and what it has seen.
 pub struct Sampler {
     options: Sampling,
     rng: ChaCha8Rng,
-    /// Tokens of the prompt and the answer, with how often each was generated.
+    /// Tokens of the prompt and the answer, with how often each was generated; empty where nothing is
+    /// penalised.
     seen: BTreeMap<u32, u32>,
     /// Candidates, reused from token to token.
     pool: Vec<(f32, u32)>,
@@ -105,7 +113,9 @@ impl Sampler {
                 )
             })?;
         let id = if self.options.temperature == 0.0 { best.1 } else { self.draw(best.0) };
-        *self.seen.entry(id).or_default() += 1;
+        if self.options.penalises() {
+            *self.seen.entry(id).or_default() += 1;
+        }
         Ok(id)
     }
 

@@ -61,12 +61,19 @@ impl GenerationService for Generation {
         } else {
             end_tokens(&engine.model().config, tokenizer.as_deref())
         };
-        let compiler = engine.clone();
-        let (prompt, constraint) = super::blocking(move || {
-            let constraint = form.map(|form| compiler.vocabulary()?.compile(&form)).transpose()?;
-            Ok((prompt.tokens(tokenizer.as_deref())?, constraint))
-        })
-        .await?;
+        let (prompt, constraint) = match (prompt, form) {
+            // Nothing to work out, so no other thread is woken for it.
+            (Input::Tokens(ids), None) => (ids, None),
+            (prompt, form) => {
+                let compiler = engine.clone();
+                super::blocking(move || {
+                    let constraint =
+                        form.map(|form| compiler.vocabulary()?.compile(&form)).transpose()?;
+                    Ok((prompt.tokens(tokenizer.as_deref())?, constraint))
+                })
+                .await?
+            }
+        };
         let prompt_tokens = prompt.len() as u64;
         let events = engine.generate(engine::Request {
             prompt,

@@ -52,6 +52,7 @@ use crate::proto::v1::job_service_server::JobServiceServer;
 use crate::proto::v1::method_service_server::MethodServiceServer;
 use crate::proto::v1::model_service_server::ModelServiceServer;
 use crate::proto::v1::retrieval_service_server::RetrievalServiceServer;
+use crate::serve::engine::Engine;
 use gate::{Gate, Phase};
 use state::{State, blocking};
 
@@ -162,6 +163,15 @@ impl Running {
     /// The bound address.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The engine that answers for a model by its resource name, loaded if it is not yet: what the
+    /// generation service calls once a request is decoded.
+    ///
+    /// # Errors
+    /// NOT_FOUND for a name without a model, MODEL_UNSUITABLE for an encoder, and what loading finds.
+    pub async fn engine(&self, model: &str) -> Result<Engine> {
+        self.state.engine(&self.state.store.version(model).await?).await
     }
 
     /// Returns when the server ends by itself, which it does only on failure. Cancel-safe.

@@ -36,7 +36,12 @@ impl Sql {
             )
             .with_source(error)
         })?;
-        let reader = SqlitePoolOptions::new().max_connections(8).connect_with(options).await?;
+        // A connection to a file does not break while nobody uses it: it is not tried before each use.
+        let reader = SqlitePoolOptions::new()
+            .max_connections(8)
+            .test_before_acquire(false)
+            .connect_with(options)
+            .await?;
         Ok(Self { reader, writer })
     }
 

@@ -113,6 +113,25 @@ fn kernels_are_measured_by_layout_shape_and_tokens() {
     assert!(said.contains("dense-f32"), "{said}");
 }
 
+#[test]
+fn the_wire_is_measured_beside_the_call() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = support::tiny_model(folder.path(), 1, 32).display().to_string();
+    let line = format!("wire {model} --requests 4 --prompt-tokens 3 --repetitions 3 --threads 1");
+    let wire = found(&line);
+    assert_eq!((&wire["bench"], &wire["machine"]["threads"]), (&"wire".into(), &1.into()));
+    assert_eq!(wire["run"]["requests"], 4);
+    for path in ["/in_process_milliseconds", "/grpc_milliseconds"] {
+        assert_spread(&wire, path, 3);
+    }
+    assert_eq!(wire["added_milliseconds"]["values"].as_array().unwrap().len(), 3);
+
+    // Nothing to measure, more than fits the model, no model at all.
+    assert_eq!(bench(&format!("wire {model} --requests 0")).0, 65);
+    assert_eq!(bench(&format!("wire {model} --prompt-tokens 4096")).0, 65);
+    assert_eq!(bench("wire no/such/model").0, 66);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_is_loaded_and_its_answers_are_counted() {
     let service = Service::start().await;

@@ -1,9 +1,10 @@
 //! `planish bench`: what a model, the kernels and a server reach, beside what the machine can do.
 //!
-//! All but `serve` measure inside this process and need no server. What each number means is said in
+//! All but `serve` measure inside this process and need no running server. What each number means is said in
 //! `docs/performance.md`.
 
 mod serve;
+mod wire;
 
 use std::path::{Path, PathBuf};
 
@@ -40,6 +41,8 @@ pub enum Command {
     Kernels(KernelsArgs),
     /// Load on a running server
     Serve(serve::Args),
+    /// What gRPC adds to a request of one token
+    Wire(wire::Args),
 }
 
 /// How everything inside this process is measured.
@@ -240,6 +243,7 @@ impl Command {
     pub(super) async fn run(self, context: &Context) -> Result<()> {
         match self {
             Self::Serve(args) => args.run(context).await,
+            Self::Wire(args) => args.run(context).await,
             Self::Decode(DecodeArgs { model, tokens, prompt }) => {
                 model.measure(context.output, move |bench| bench.decode(prompt, tokens)).await
             }

@@ -14,11 +14,13 @@ use super::super::quantize::{Activations, BLOCK};
 use super::super::simd::Simd;
 use super::panels::{LANES, VECTOR, block_bytes};
 use super::scales::Scales;
-use super::tile::{Codes, Panel};
+use super::tile::{Codes, Panel, ask_ahead, each_token};
 use super::whole::{self, Groups};
 
 /// Tokens of a tile.
 pub(super) const TOKENS: usize = 16;
+/// Blocks whose sums have room: the one that is scaled and the next.
+const RING: usize = 2;
 /// Bytes of the unpacked codes of a block.
 const UNPACKED: usize = 8 * VECTOR;
 
@@ -114,7 +116,7 @@ impl Tiles {
             "tilezero tmm0",
             "tileloadd tmm1, [{x} + {stride}]",
             "tileloadd tmm2, [{codes} + {line}]",
-            "tdpbsud tmm0, tmm1, tmm2",
+            "tdpbssd tmm0, tmm1, tmm2",
             "tilestored [{out} + {line}], tmm0",
             x = in(reg) x, stride = in(reg) stride, codes = in(reg) codes,
             line = in(reg) VECTOR, out = in(reg) out,
@@ -181,7 +183,7 @@ impl Tiles {
             "tilezero tmm3",
             "tileloadd tmm4, [{x} + {stride}]",
             "tileloadd tmm5, [{codes} + {line}]",
-            "tdpbsud tmm3, tmm4, tmm5",
+            "tdpbssd tmm3, tmm4, tmm5",
             "tilestored [{out} + {line}], tmm3",
             x = in(reg) x, stride = in(reg) stride, codes = in(reg) codes,
             line = in(reg) VECTOR, out = in(reg) out,
@@ -203,7 +205,7 @@ pub(super) const fn unpacked_bytes(cols: usize) -> usize {
     cols / BLOCK * UNPACKED
 }
 
-/// Unpacks the codes of a panel, unless they are whole bytes already; gives where they are.
+/// Unpacks the codes of a panel into signed bytes, less `zero`.
 ///
 /// # Safety
 /// `codes` is the start of a panel of `cols` columns, `scratch` is valid for [`unpacked_bytes`], and the
@@ -211,19 +213,19 @@ pub(super) const fn unpacked_bytes(cols: usize) -> usize {
 #[inline(always)]
 pub(super) unsafe fn unpack<S: Simd, const BITS: u8>(
     codes: *const u8,
+    zero: u8,
     cols: usize,
     scratch: *mut u8,
-) -> *const u8 {
-    if BITS == 8 {
-        return codes;
-    }
+) {
     for block in 0..cols / BLOCK {
-        let w = Codes::<BITS>::unpack::<S>(codes.add(block * block_bytes(BITS)));
+        let at = codes.add(block * block_bytes(BITS));
+        ask_ahead(at, block_bytes(BITS));
+        let w = Codes::<BITS>::unpack::<S>(at);
         for (v, w) in w.into_iter().enumerate() {
+            let w = if zero == 0 { w } else { S::less(w, zero) };
             S::store_codes(scratch.add(block * UNPACKED + v * VECTOR), w);
         }
     }
-    scratch
 }
 
 #[repr(C, align(64))]
@@ -246,12 +248,23 @@ pub(super) unsafe fn tile<S: Simd, G: Scales>(
     let codes = x.codes().as_ptr().add(first * cols);
     let scales = x.scales().as_ptr().add(first * blocks);
     let weighted = x.weighted().as_ptr().add(first * blocks);
-    let offsets = x.sums().as_ptr().add(2 * first * blocks);
-    let zero = panel.zero;
 
-    // Two sets of sums, so that the tile of a block is on its way while the one before is scaled.
-    let mut room = [const { Sums([[0; LANES]; TOKENS]) }; 4];
+    let mut room = [const { Sums([[0; LANES]; TOKENS]) }; 2 * RING];
     let room = room.as_mut_ptr();
+    let ask = |block: usize| {
+        let (q, w) = (codes.add(block * BLOCK), unpacked.add(block * UNPACKED));
+        let low = room.add(2 * (block % RING)).cast::<i32>();
+        let high = room.add(2 * (block % RING) + 1).cast::<i32>();
+        if G::HALVES {
+            tiles.dot_half(q, cols, w, low);
+            tiles.dot_half(q.add(16), cols, w.add(UNPACKED / 2), high);
+        } else {
+            tiles.dot(q, cols, w, low);
+        }
+    };
+    for block in 0..blocks.min(RING - 1) {
+        ask(block);
+    }
     let mut sums = [S::splat(0.0); TOKENS];
     let reader = panel.reader;
     let mut block = 0;
@@ -259,40 +272,25 @@ pub(super) unsafe fn tile<S: Simd, G: Scales>(
     while block < blocks {
         let unit = reader.unit::<S>(unit_at);
         for inside in 0..reader.blocks() {
-            let (q, w) = (codes.add(block * BLOCK), unpacked.add(block * UNPACKED));
-            let low = room.add(2 * (block % 2)).cast::<i32>();
-            let high = room.add(2 * (block % 2) + 1).cast::<i32>();
-            if G::HALVES {
-                tiles.dot_half(q, cols, w, low);
-                tiles.dot_half(q.add(16), cols, w.add(UNPACKED / 2), high);
-            } else {
-                tiles.dot(q, cols, w, low);
+            if block + RING - 1 < blocks {
+                ask(block + RING - 1);
             }
+            let low = room.add(2 * (block % RING)).cast::<i32>();
+            let high = room.add(2 * (block % RING) + 1).cast::<i32>();
             let (scale, min) = reader.block::<S>(unit, unit_at, inside);
-            for (t, total) in sums.iter_mut().enumerate() {
-                let d = S::splat(*scales.add(t * blocks + block));
-                let offset = offsets.add(2 * (t * blocks + block));
-                let less = |sum: *const i32, offset: i32| {
-                    let sum = S::load_i32(sum.add(LANES * t));
-                    match zero {
-                        0 => sum,
-                        _ => S::add_i32(sum, S::splat_i32(-zero * offset)),
-                    }
-                };
+            each_token!(T => {
+                let at = T * blocks + block;
+                let d = S::splat(*scales.add(at));
+                let low = S::from_i32(S::load_i32(low.add(LANES * T)));
+                sums[T] = S::fused(low, S::mul(scale[0], d), sums[T]);
                 if G::HALVES {
-                    let (low, high) = (less(low, *offset), less(high, *offset.add(1)));
-                    *total = S::fused(S::from_i32(low), S::mul(scale[0], d), *total);
-                    *total = S::fused(S::from_i32(high), S::mul(scale[1], d), *total);
-                } else {
-                    let offset = if zero == 0 { 0 } else { *offset + *offset.add(1) };
-                    let sum = S::from_i32(less(low, offset));
-                    *total = S::fused(sum, S::mul(scale[0], d), *total);
+                    let high = S::from_i32(S::load_i32(high.add(LANES * T)));
+                    sums[T] = S::fused(high, S::mul(scale[1], d), sums[T]);
                 }
                 if G::MIN {
-                    let weighted = S::splat(*weighted.add(t * blocks + block));
-                    *total = S::fused(min, weighted, *total);
+                    sums[T] = S::fused(min, S::splat(*weighted.add(at)), sums[T]);
                 }
-            }
+            });
             block += 1;
         }
         unit_at = unit_at.add(reader.bytes());
@@ -310,8 +308,11 @@ pub(super) unsafe fn expand<S: Simd, G: Groups, const BITS: u8>(
     cols: usize,
     scratch: *mut u8,
 ) -> *const u8 {
-    let unpacked = unpack::<S, BITS>(panel.codes, cols, scratch);
-    if BITS != 8 {
+    if BITS == 8 {
+        return panel.codes;
+    }
+    unpack::<S, BITS>(panel.codes, 0, cols, scratch);
+    {
         let each = panel.groups.blocks();
         for block in 0..cols / BLOCK {
             let factors = panel.factors().add(2 * LANES * (block / each));
@@ -321,7 +322,7 @@ pub(super) unsafe fn expand<S: Simd, G: Groups, const BITS: u8>(
             }
         }
     }
-    unpacked
+    scratch.cast_const()
 }
 
 /// [`whole::tile`] for 32 tokens and two panels (which may be the same): `[tile of tokens][panel]`.

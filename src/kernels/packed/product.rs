@@ -69,12 +69,17 @@ pub(super) fn multiply_at(
 }
 
 /// Elements of scratch that tiles take; 0 where they are not to be used.
+#[cfg(target_arch = "x86_64")]
 fn tile_scratch(x: &Activations) -> usize {
-    #[cfg(target_arch = "x86_64")]
     if x.tokens() >= amx::TOKENS && amx::available() {
         // f32 is how scratch is counted; a line more, to start at a line.
         return 2 * amx::unpacked_bytes(x.cols()) / 4 + 16;
     }
+    0
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn tile_scratch(_: &Activations) -> usize {
     0
 }
 
@@ -88,6 +93,7 @@ struct Piece<'a> {
     x: &'a Activations,
     y: Shared<'a>,
     /// Room for two unpacked panels, if tiles are to be used.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     scratch: &'a mut [f32],
 }
 
@@ -139,13 +145,8 @@ impl Piece<'_> {
         for index in self.panels.clone() {
             let panel = self.panel(index, reader, zero);
             let mut token = whole;
-            if S::TILE >= 16 {
-                while token + 16 <= tokens {
-                    let sums = tile::<S, BITS, G, 16>(panel, self.x, token);
-                    self.store::<S, 16>(index, token, sums);
-                    token += 16;
-                }
-                if token + 8 <= tokens {
+            if S::TILE >= 8 {
+                while token + 8 <= tokens {
                     let sums = tile::<S, BITS, G, 8>(panel, self.x, token);
                     self.store::<S, 8>(index, token, sums);
                     token += 8;
@@ -179,7 +180,7 @@ impl Piece<'_> {
         for index in self.panels.clone() {
             let panel = self.panel_of_rows(index, groups);
             let mut token = whole;
-            if S::TILE >= 16 {
+            if S::TILE >= 8 {
                 while token + 8 <= tokens {
                     let sums = whole::tile::<S, G, BITS, 8>(panel, self.x, token);
                     self.store::<S, 8>(index, token, sums);
@@ -249,6 +250,7 @@ impl Piece<'_> {
     /// As of `panels`.
     #[cfg(not(target_arch = "x86_64"))]
     #[inline(always)]
+    #[allow(clippy::extra_unused_type_parameters)]
     unsafe fn rows_in_tiles<S: Simd, const BITS: u8, G: Groups>(&mut self, _: G) -> usize {
         0
     }
@@ -282,9 +284,9 @@ impl Piece<'_> {
         let start = start.add(start.align_offset(64));
         for index in self.panels.clone() {
             let panel = self.panel(index, reader, zero);
-            let unpacked = amx::unpack::<S, BITS>(panel.codes, self.x.cols(), start);
+            amx::unpack::<S, BITS>(panel.codes, zero, self.x.cols(), start);
             for token in (0..whole).step_by(amx::TOKENS) {
-                let sums = amx::tile::<S, G>(&tiles, panel, unpacked, self.x, token);
+                let sums = amx::tile::<S, G>(&tiles, panel, start, self.x, token);
                 self.store::<S, { amx::TOKENS }>(index, token, sums);
             }
         }
@@ -295,6 +297,7 @@ impl Piece<'_> {
     /// As of `panels`.
     #[cfg(not(target_arch = "x86_64"))]
     #[inline(always)]
+    #[allow(clippy::extra_unused_type_parameters)]
     unsafe fn in_tiles<S: Simd, const BITS: u8, G: Scales>(&mut self, _: G, _: u8) -> usize {
         0
     }

@@ -54,8 +54,8 @@ impl<const BITS: u8> Codes<BITS> {
     }
 }
 
-/// Up to so many tokens the memory is what a panel waits for.
-pub(super) const FEW: usize = 4;
+/// Up to so many tokens a panel is read too fast for the processor to fetch ahead by itself.
+pub(super) const FEW: usize = 16;
 
 /// Asks for the lines that follow those of a block.
 #[inline(always)]
@@ -73,6 +73,20 @@ pub(super) struct Panel<G: Scales> {
     pub reader: G,
     pub zero: i32,
 }
+
+/// The same for each token of a tile, without a loop, so that sums stay in registers.
+macro_rules! each_token {
+    ($t:ident => $body:block) => {
+        each_token!($t => $body; 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    ($t:ident => $body:block; $($n:literal)+) => {
+        $({
+            const $t: usize = $n;
+            $body
+        })+
+    };
+}
+pub(super) use each_token;
 
 /// `T` tokens from `first` on, times the panel: sixteen sums a token.
 ///
@@ -107,34 +121,38 @@ pub(super) unsafe fn tile<S: Simd, const BITS: u8, G: Scales, const T: usize>(
             }
             let w = Codes::<BITS>::unpack::<S>(at);
             let (scale, min) = reader.block::<S>(unit, unit_at, inside);
-            for (t, total) in sums.iter_mut().enumerate() {
-                let q = codes.add(t * blocks * BLOCK + block * BLOCK);
-                let d = S::splat(*scales.add(t * blocks + block));
-                let offset = offsets.add(2 * (t * blocks + block));
-                if G::HALVES {
-                    let mut low = S::splat_i32(-zero * *offset);
-                    let mut high = S::splat_i32(-zero * *offset.add(1));
-                    for (v, w) in w.into_iter().enumerate() {
-                        match v {
-                            0..4 => low = dot(low, w, q.add(4 * v)),
-                            _ => high = dot(high, w, q.add(4 * v)),
+            each_token!(I => {
+                if I < T {
+                    let at = I * blocks + block;
+                    let q = codes.add(at * BLOCK);
+                    let d = S::splat(*scales.add(at));
+                    let offset = offsets.add(2 * at);
+                    let mut total = sums[I];
+                    if G::HALVES {
+                        let mut low = S::splat_i32(-zero * *offset);
+                        let mut high = S::splat_i32(-zero * *offset.add(1));
+                        for (v, w) in w.into_iter().enumerate() {
+                            match v {
+                                0..4 => low = dot(low, w, q.add(4 * v)),
+                                _ => high = dot(high, w, q.add(4 * v)),
+                            }
                         }
+                        total = S::fused(S::from_i32(low), S::mul(scale[0], d), total);
+                        total = S::fused(S::from_i32(high), S::mul(scale[1], d), total);
+                    } else {
+                        let start = if zero == 0 { 0 } else { -zero * (*offset + *offset.add(1)) };
+                        let mut sum = S::splat_i32(start);
+                        for (v, w) in w.into_iter().enumerate() {
+                            sum = dot(sum, w, q.add(4 * v));
+                        }
+                        total = S::fused(S::from_i32(sum), S::mul(scale[0], d), total);
                     }
-                    *total = S::fused(S::from_i32(low), S::mul(scale[0], d), *total);
-                    *total = S::fused(S::from_i32(high), S::mul(scale[1], d), *total);
-                } else {
-                    let start = if zero == 0 { 0 } else { -zero * (*offset + *offset.add(1)) };
-                    let mut sum = S::splat_i32(start);
-                    for (v, w) in w.into_iter().enumerate() {
-                        sum = dot(sum, w, q.add(4 * v));
+                    if G::MIN {
+                        total = S::fused(min, S::splat(*weighted.add(at)), total);
                     }
-                    *total = S::fused(S::from_i32(sum), S::mul(scale[0], d), *total);
+                    sums[I] = total;
                 }
-                if G::MIN {
-                    let weighted = S::splat(*weighted.add(t * blocks + block));
-                    *total = S::fused(min, weighted, *total);
-                }
-            }
+            });
             block += 1;
         }
         unit_at = unit_at.add(reader.bytes());

@@ -33,6 +33,7 @@ pub(super) trait Groups: Copy {
     ///
     /// # Safety
     /// As of `finish`; `p` is the start of the group's factors.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     unsafe fn expand(self, p: *const u8, codes: &mut [u8; VECTOR]);
 }
 

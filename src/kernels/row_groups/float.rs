@@ -61,7 +61,7 @@ pub(super) fn multiply(level: Level, w: &RowGroups<'_>, x: &[f32], y: &mut [f32]
                 // Values of a group, and its columns.
                 with_scratch(most * (w.pattern.group + 1), |scratch| {
                     let place = Place { first, count, stride: rows };
-                    simd::run(level, Many { w, range, xt, y, place, scratch, level });
+                    simd::run(level, Many { w, range, xt, y, place, scratch });
                 });
             });
         });
@@ -94,6 +94,8 @@ unsafe fn pack(level: Level, mask: &[u64], x: &[f32], out: &mut [f32]) {
     match level {
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 | Level::Vnni => pack_avx512(mask, x.as_ptr(), out.as_mut_ptr()),
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon | Level::NeonDot => super::neon::pack_floats(mask, x, out),
         _ => {
             let mut next = 0;
             for (i, &word) in mask.iter().enumerate() {
@@ -360,7 +362,6 @@ struct Many<'a> {
     y: Shared<'a>,
     place: Place,
     scratch: &'a mut [f32],
-    level: Level,
 }
 
 impl Task for Many<'_> {
@@ -392,18 +393,15 @@ impl Task for Many<'_> {
                 let mut lane = 0;
                 while lane < lanes {
                     let tile = Tile { values, columns, xt, lanes, lane, row: g * p.group + lane };
-                    let wide = self.level >= Level::Avx512 && place.count > 16;
-                    lane += match (lanes - lane, self.level) {
-                        (8.., Level::Avx512 | Level::Vnni) if wide => {
-                            tile.multiply::<S, 8, 2>(self.y, place)
-                        }
-                        (8.., Level::Avx512 | Level::Vnni) => {
-                            tile.multiply::<S, 8, 1>(self.y, place)
-                        }
-                        (4.., _) if wide => tile.multiply::<S, 4, 2>(self.y, place),
-                        (4.., _) => tile.multiply::<S, 4, 1>(self.y, place),
-                        (2.., _) if wide => tile.multiply::<S, 2, 2>(self.y, place),
-                        (2.., _) => tile.multiply::<S, 2, 1>(self.y, place),
+                    let many = S::TILE >= 16;
+                    let wide = many && place.count > 16;
+                    lane += match lanes - lane {
+                        8.. if wide => tile.multiply::<S, 8, 2>(self.y, place),
+                        8.. if many => tile.multiply::<S, 8, 1>(self.y, place),
+                        4.. if wide => tile.multiply::<S, 4, 2>(self.y, place),
+                        4.. => tile.multiply::<S, 4, 1>(self.y, place),
+                        2.. if wide => tile.multiply::<S, 2, 2>(self.y, place),
+                        2.. => tile.multiply::<S, 2, 1>(self.y, place),
                         _ => tile.multiply::<S, 1, 2>(self.y, place),
                     };
                 }

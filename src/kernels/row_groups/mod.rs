@@ -10,6 +10,8 @@
 
 mod float;
 mod int8;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 #[cfg(test)]
 mod tests;
 

@@ -363,6 +363,42 @@ fn streams_advance_in_every_step_while_prompts_prefill() {
 }
 
 #[test]
+fn a_turn_allocates_only_what_it_hands_out() {
+    use crate::kernels::{allocations, threads};
+
+    let shared = shared("llama", Limits { slots: 3, ..LIMITS });
+    let mut worker = worker(&shared);
+    let plain = |prompt: Vec<u32>| Request { logprobs: false, ..request(prompt, 60) };
+    let mixes = [Mix::default(), idle_adapter(), Mix::default()];
+    let mut answers =
+        mixes.map(|adapters| submit(&shared, Request { adapters, ..plain(vec![1, 2, 3]) }));
+    let mut most = 0;
+    let mut turns = || {
+        // Within one page of keys and values, and less than the channel's own blocks hold.
+        for turn in 0..30 {
+            let before = allocations::count();
+            assert!(worker.turn());
+            let made = allocations::count() - before;
+            for answer in &mut answers {
+                assert_eq!(taken(answer).0.len(), 1);
+            }
+            if turn > 3 {
+                most = most.max(made);
+            }
+        }
+    };
+    // As a part of shared work a turn runs on one thread, whose allocations are counted.
+    let once = std::sync::Mutex::new(&mut turns);
+    threads::share(2, &|part| {
+        if part == 0 {
+            (once.lock().unwrap())();
+        }
+    });
+    // The list of tokens in each of three events.
+    assert!(most <= 3, "{most}");
+}
+
+#[test]
 fn deadlines_end_requests_in_the_queue_and_in_a_slot() {
     let shared = shared("llama", Limits { slots: 1, ..LIMITS });
     let mut worker = worker(&shared);

@@ -6,6 +6,8 @@
 
 #[cfg(target_arch = "x86_64")]
 mod many;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -17,14 +19,20 @@ use crate::kernels::multiversion::multiversion;
 use crate::kernels::simd::Level;
 use crate::kernels::threads::{self, Shared, with_scratch};
 
-/// Kernels, from least to most.
+/// Kernels of the architecture, from least to most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(super) enum Path {
     Plain,
+    #[cfg(target_arch = "x86_64")]
     Avx2,
     /// AVX-512 with dot products and byte permutations.
+    #[cfg(target_arch = "x86_64")]
     Vnni,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    /// NEON with dot products.
+    #[cfg(target_arch = "aarch64")]
+    NeonDot,
 }
 
 impl Path {
@@ -35,7 +43,19 @@ impl Path {
 
     #[cfg(test)]
     pub(super) fn available() -> impl Iterator<Item = Self> {
-        [Self::Plain, Self::Avx2, Self::Vnni].into_iter().filter(|path| *path <= Self::best())
+        [
+            Self::Plain,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            Self::Vnni,
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon,
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDot,
+        ]
+        .into_iter()
+        .filter(|path| *path <= Self::best())
     }
 }
 
@@ -51,7 +71,16 @@ fn detect() -> Path {
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+fn detect() -> Path {
+    match Level::best() {
+        Level::NeonDot => Path::NeonDot,
+        Level::Neon => Path::Neon,
+        Level::Arrays => Path::Plain,
+    }
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn detect() -> Path {
     Path::Plain
 }
@@ -116,7 +145,11 @@ pub(super) fn multiply(
                         Path::Vnni => few.vnni(),
                         #[cfg(target_arch = "x86_64")]
                         Path::Avx2 => few.avx2(),
-                        _ => few.plain(),
+                        #[cfg(target_arch = "aarch64")]
+                        Path::NeonDot => few.neon::<true>(),
+                        #[cfg(target_arch = "aarch64")]
+                        Path::Neon => few.neon::<false>(),
+                        Path::Plain => few.plain(),
                     }
                 }
             });

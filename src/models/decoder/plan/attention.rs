@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::super::Config;
-use super::cache::Cache;
+use super::Chunk;
 use crate::kernels::attention::{Elements, Queries, Rows, Segment, Shape, attend, for_pieces};
 
 /// Query rows (positions times heads that share a key head) of a task: enough to fill the matrix
@@ -16,6 +16,10 @@ const SERIAL: usize = 1 << 17;
 /// Consecutive rows of a step that belong to one sequence.
 #[derive(Debug, Clone)]
 pub(super) struct Span {
+    /// The chunk that they are part of.
+    pub chunk: usize,
+    /// The first of its tokens that is one of them.
+    pub token: usize,
     /// Rows of the step's buffers.
     pub rows: Range<usize>,
     /// Position of the first row.
@@ -24,8 +28,8 @@ pub(super) struct Span {
 
 /// Where the keys and values of the spans stand.
 pub(super) enum Store<'a, 'c> {
-    /// One cache a span, all new positions written.
-    Caches(&'a [&'c mut Cache]),
+    /// The caches of the spans' chunks, all new positions written.
+    Caches(&'a [Chunk<'c>]),
     /// The step's own rows, for sequences that start with it.
     Step { keys: &'a [f32], values: &'a [f32] },
 }
@@ -36,13 +40,12 @@ impl Store<'_, '_> {
         &self,
         config: &Config,
         layer: usize,
-        index: usize,
         span: &Span,
         head: usize,
         position: usize,
     ) -> Segment<'_> {
         match self {
-            Self::Caches(caches) => caches[index].segment(layer, head, position),
+            Self::Caches(chunks) => chunks[span.chunk].cache.segment(layer, head, position),
             Self::Step { keys, values } => {
                 let width = config.key_channels();
                 let at = position - span.first;
@@ -122,8 +125,7 @@ pub(super) fn run(
                 first: span.first + task.rows.start,
                 count: task.rows.len(),
             };
-            let source =
-                |position| store.segment(config, layer, task.span, span, key_head, position);
+            let source = |position| store.segment(config, layer, span, key_head, position);
             let out = &mut out[(heads.start - task.heads.start) * shape.dim..];
             attend(&shape, &queries, &source, out, width);
             heads.start = end;

@@ -7,9 +7,8 @@ use super::super::rotary::{Rotary, Table};
 use super::super::{Activation, Config, LayerKind};
 use super::adapters::{Adapters, Site};
 use super::attention::{self, Span, Store};
-use super::cache::Cache;
 use super::linear::{self, Arithmetic, Linear};
-use super::{Tap, vector};
+use super::{Chunk, Tap, vector};
 use crate::error::Result;
 use crate::kernels::quantize::Activations;
 use crate::kernels::threads::for_row_pairs;
@@ -163,14 +162,14 @@ impl Layer {
             + norms.map(|norm| size_of_val(&norm[..]) as u64).sum::<u64>()
     }
 
-    /// Runs the block over `hidden` (`[rows, hidden]`, in place). `spans` tile the rows. With caches
-    /// (one a span) keys and values are appended to them; without, every span is a sequence of its own.
+    /// Runs the block over `hidden` (`[rows, hidden]`, in place). `spans` tile the rows. With chunks
+    /// keys and values are appended to their caches; without, every span is a sequence of its own.
     pub fn forward(
         &self,
         buffers: &mut Buffers,
         hidden: &mut [f32],
         spans: &[Span],
-        caches: Option<&mut [&mut Cache]>,
+        chunks: Option<&mut [Chunk<'_>]>,
         mut tap: Option<&mut Tap<'_>>,
     ) {
         let config = &*self.config;
@@ -205,13 +204,13 @@ impl Layer {
         adapters.add(self.index, Site::V, x, v);
         let end = spans.iter().map(|s| s.first + s.rows.len()).max().unwrap_or(0);
         self.place(&self.rotary.upto(end), spans, q, k);
-        match caches {
-            Some(caches) => {
-                for (span, cache) in spans.iter().zip(caches.iter_mut()) {
+        match chunks {
+            Some(chunks) => {
+                for span in spans {
                     let range = span.rows.start * kv_width..span.rows.end * kv_width;
-                    cache.write(self.index, &k[range.clone()], &v[range]);
+                    chunks[span.chunk].cache.write(self.index, &k[range.clone()], &v[range]);
                 }
-                attention::run(config, self.index, spans, q, &Store::Caches(caches), attended);
+                attention::run(config, self.index, spans, q, &Store::Caches(chunks), attended);
             }
             None => {
                 let store = Store::Step { keys: k, values: v };
@@ -325,7 +324,7 @@ impl Block {
         let mut buffers = Buffers::default();
         for piece in hidden.chunks_mut((WALK_ROWS / length).max(1) * sequence) {
             let spans: Vec<Span> = (0..piece.len() / sequence)
-                .map(|i| Span { rows: i * length..(i + 1) * length, first: 0 })
+                .map(|i| Span { chunk: i, token: 0, rows: i * length..(i + 1) * length, first: 0 })
                 .collect();
             // A closure of this call's lifetime, so that the tap can be lent once a piece.
             match &mut tap {

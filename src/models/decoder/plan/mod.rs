@@ -12,8 +12,6 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
 pub use block::Block;
 pub use cache::{Cache, CacheFormat, PAGE, Page, PagePool};
 pub use linear::Arithmetic;
@@ -26,12 +24,15 @@ use super::Config;
 use super::config::{EMBEDDING, FINAL_NORM};
 use crate::error::{Error, Reason, Result};
 use crate::kernels::quantize::Activations;
+use crate::kernels::threads::for_rows;
 use crate::kernels::{activation, norm};
 use crate::models::Model;
 use crate::nn::weight::Weight;
 
 /// Rows that run through the layers at once; longer inputs are cut, so memory stays bounded.
 const STEP: usize = 512;
+/// Logits below which capping them stays on its thread.
+const CAP_GRAIN: usize = 1 << 14;
 
 /// Called with the input of each group of linears that share one: the group's index within the block
 /// (as in [`Config::linears`]) and the rows `[tokens, in]`.
@@ -55,6 +56,8 @@ pub struct Decoder {
     hidden: Vec<f32>,
     wanted: Vec<f32>,
     buffers: Buffers,
+    /// Those of the present step; kept, like the buffers, so that decoding allocates nothing.
+    spans: Vec<Span>,
     out: Vec<f32>,
 }
 
@@ -95,6 +98,7 @@ impl Decoder {
             hidden: Vec::new(),
             wanted: Vec::new(),
             buffers: Buffers::default(),
+            spans: Vec::new(),
             out: Vec::new(),
         })
     }
@@ -150,25 +154,26 @@ impl Decoder {
         let wanted: usize = chunks.iter().map(|c| c.logits.len()).sum();
         let total = sized(&mut self.out, wanted * width).len();
 
-        let mut step = Vec::new();
         let mut done = 0;
         let (mut chunk, mut token) = (0, 0);
         while chunk < chunks.len() {
             // Fill a step with what is left of the chunks, in order.
-            step.clear();
+            self.spans.clear();
             let mut rows = 0;
             while chunk < chunks.len() && rows < STEP {
-                let take = (chunks[chunk].tokens.len() - token).min(STEP - rows);
+                let Chunk { tokens, cache, .. } = &chunks[chunk];
+                let take = (tokens.len() - token).min(STEP - rows);
                 if take > 0 {
-                    step.push((chunk, token..token + take));
+                    let (rows, first) = (rows..rows + take, cache.len());
+                    self.spans.push(Span { chunk, token, rows, first });
                 }
                 (rows, token) = (rows + take, token + take);
-                if token == chunks[chunk].tokens.len() {
+                if token == tokens.len() {
                     (chunk, token) = (chunk + 1, 0);
                 }
             }
             if rows > 0 {
-                done += self.step(chunks, adapters, &step, (rows, done), output);
+                done += self.step(chunks, adapters, (rows, done), output);
             }
         }
         debug_assert_eq!(done, wanted);
@@ -201,58 +206,41 @@ impl Decoder {
         Ok(())
     }
 
-    /// Runs some tokens of some chunks; writes their wanted output from row `first` on, returns how many
+    /// Runs the tokens of the spans; writes their wanted output from row `first` on, returns how many
     /// rows.
     fn step(
         &mut self,
         chunks: &mut [Chunk<'_>],
         adapters: &[Mix],
-        parts: &[(usize, Range<usize>)],
         (rows, first): (usize, usize),
         output: Output,
     ) -> usize {
         let width = self.config.hidden;
         let hidden = sized(&mut self.hidden, rows * width);
-        let mut spans = Vec::with_capacity(parts.len());
-        let mut row = 0;
-        for (chunk, tokens) in parts {
-            let chunk = &chunks[*chunk];
-            let span = row..row + tokens.len();
-            row = span.end;
-            let out = &mut hidden[span.start * width..span.end * width];
-            let tokens = &chunk.tokens[tokens.clone()];
+        let spans = &self.spans[..];
+        for span in spans {
+            let out = &mut hidden[span.rows.start * width..span.rows.end * width];
+            let tokens = &chunks[span.chunk].tokens[span.token..][..span.rows.len()];
             embed_rows(&self.config, tokens, out, |row, out| self.embedding.read_row(row, out));
-            spans.push(Span { rows: span, first: chunk.cache.len() });
         }
-        let rows_of =
-            parts.iter().zip(&spans).map(|((chunk, _), span)| (*chunk, span.rows.clone()));
-        let mixes = rows_of.filter_map(|(chunk, rows)| Some((adapters.get(chunk)?, rows)));
+        let mixes = spans.iter().filter_map(|s| Some((adapters.get(s.chunk)?, s.rows.clone())));
         self.buffers.adapters.start(rows, mixes);
-        {
-            let mut next = parts.iter().map(|(chunk, _)| *chunk).peekable();
-            let mut caches: Vec<&mut Cache> = chunks
-                .iter_mut()
-                .enumerate()
-                .filter(|(i, _)| next.next_if_eq(i).is_some())
-                .map(|(_, chunk)| &mut *chunk.cache)
-                .collect();
-            for layer in &self.layers {
-                layer.forward(&mut self.buffers, hidden, &spans, Some(&mut caches), None);
-            }
-            for (cache, span) in caches.iter_mut().zip(&spans) {
-                cache.advance(span.rows.len());
-            }
+        for layer in &self.layers {
+            layer.forward(&mut self.buffers, hidden, spans, Some(&mut *chunks), None);
+        }
+        for span in spans {
+            chunks[span.chunk].cache.advance(span.rows.len());
         }
         self.buffers.adapters.end();
 
         // Only the rows whose logits are wanted go through the head.
         let wanted = sized(&mut self.wanted, rows * width);
         let mut count = 0;
-        for ((chunk, tokens), span) in parts.iter().zip(&spans) {
-            let logits = &chunks[*chunk].logits;
-            let low = logits.start.clamp(tokens.start, tokens.end) - tokens.start;
-            let high = logits.end.clamp(tokens.start, tokens.end) - tokens.start;
-            let from = &hidden[(span.rows.start + low) * width..(span.rows.start + high) * width];
+        for Span { chunk, token, rows, .. } in spans {
+            let Range { start, end } = chunks[*chunk].logits;
+            let low = start.clamp(*token, token + rows.len()) - token;
+            let high = end.clamp(*token, token + rows.len()) - token;
+            let from = &hidden[(rows.start + low) * width..(rows.start + high) * width];
             wanted[count * width..][..from.len()].copy_from_slice(from);
             count += high - low;
         }
@@ -316,7 +304,7 @@ impl Head {
         let width = self.norm.len();
         linear::multiply(hidden, width, rounded, [(&self.matrix, &mut *logits)]);
         if let Some(cap) = self.softcap {
-            logits.par_chunks_mut(1 << 14).for_each(|part| activation::softcap(part, cap));
+            for_rows(logits, 1, CAP_GRAIN, |_, part| activation::softcap(part, cap));
         }
     }
 }

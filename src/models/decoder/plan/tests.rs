@@ -327,6 +327,59 @@ fn walking_the_blocks_equals_the_decoder() {
 }
 
 #[test]
+fn a_step_of_decoding_allocates_nothing() {
+    use crate::kernels::{allocations, threads};
+    use crate::nn::weight::{Ggml, GgmlType};
+
+    for (architecture, packed) in
+        ARCHITECTURES.into_iter().zip([false; 5]).chain([("llama", true), ("gemma3_text", true)])
+    {
+        let mut config = random::tiny(architecture);
+        config["intermediate_size"] = json!(96);
+        let mut model = random::model(config, 4).unwrap();
+        if packed {
+            for (name, weight) in &mut model.weights {
+                if let (&[rows, cols], true) = (weight.shape(), name.contains("_proj.")) {
+                    let blocks = Ggml::quantize([rows, cols], GgmlType::Q4_1, &weight.to_f32());
+                    *weight = Arc::new(Weight::Ggml(blocks.unwrap()));
+                }
+            }
+        }
+        let mut decoder = Decoder::with(&model, Arithmetic::Integer).unwrap();
+        let adapter = random::adapter(decoder.config(), 3, 1.0, 5, |_| true).unwrap();
+        let fitted = Arc::new(adapters::Fitted::new("a", &adapter, decoder.config()).unwrap());
+        let with = Mix::new([(fitted, 0.5)]);
+        let mixes = [with.clone(), Mix::default(), with];
+        let mut caches = [(); 3].map(|()| Cache::new(decoder.config(), 40));
+        let mut counts = Vec::new();
+        let mut steps = || {
+            for (rows, mixes) in [(1, &[][..]), (3, &[]), (1, &mixes), (3, &mixes)] {
+                for round in 0..5_u32 {
+                    let (tokens, before) = ([7 * round + 3], allocations::count());
+                    let mut chunks = caches.each_mut().map(|cache| Chunk {
+                        tokens: &tokens,
+                        cache,
+                        logits: 0..1,
+                    });
+                    decoder.forward_with(&mut chunks[..rows], mixes).unwrap();
+                    let made = allocations::count() - before;
+                    // What the first steps allocate is kept.
+                    counts.push(if round < 2 { 0 } else { made });
+                }
+            }
+        };
+        // As a part of shared work a step runs on one thread, whose allocations are counted.
+        let once = std::sync::Mutex::new(&mut steps);
+        threads::share(2, &|part| {
+            if part == 0 {
+                (once.lock().unwrap())();
+            }
+        });
+        assert_eq!(counts, [0; 20], "{architecture} {packed}");
+    }
+}
+
+#[test]
 fn bad_calls_are_refused_and_change_nothing() {
     let model = random::model(random::tiny("llama"), 4).unwrap();
     let mut decoder = Decoder::new(&model).unwrap();

@@ -4,10 +4,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::super::{Activation, Config, Model};
-use super::GRAIN;
-use super::linear::{Linear, Precision, products};
+use super::linear::{Inputs, Linear, Precision, products};
+use super::{GRAIN, MLP_ROWS};
 use crate::error::{Error, Reason, Result};
-use crate::kernels::quantize::Activations;
+use crate::kernels::quantize::Grain;
 use crate::kernels::{activation, bidirectional, norm, threads};
 use crate::nn::weight::Weight;
 
@@ -51,8 +51,8 @@ pub(super) struct Buffers {
     attended: Vec<f32>,
     delta: Vec<f32>,
     wide: Vec<f32>,
-    /// The input of products, in 8 bits.
-    rounded: Activations,
+    /// The input of products, in fewer bits.
+    inputs: Inputs,
 }
 
 /// The weights of one block, ready to run.
@@ -76,18 +76,23 @@ impl Layer {
     ) -> Result<Self> {
         let (hidden, wide) = (config.hidden, config.intermediate);
         let place = |name: &str| format!("encoder.layer.{index}.{name}");
-        let linear =
-            |name: &str, rows, cols| Linear::new(model, &place(name), [rows, cols], precision);
+        let linear = |name: &str, rows, cols, grain| {
+            Linear::new(model, &place(name), [rows, cols], precision, grain)
+        };
+        // A few channels of the states are ten times as large as the others. Where whole tokens shared a
+        // scale, they would leave too few bits to the others; queries and keys suffer most, as scores are
+        // exponents. Elsewhere the faster products do.
+        let (fine, coarse) = (Grain::Block, Grain::Token);
         Ok(Self {
             qkv: [
-                linear("attention.self.query", hidden, hidden)?,
-                linear("attention.self.key", hidden, hidden)?,
-                linear("attention.self.value", hidden, hidden)?,
+                linear("attention.self.query", hidden, hidden, fine)?,
+                linear("attention.self.key", hidden, hidden, fine)?,
+                linear("attention.self.value", hidden, hidden, fine)?,
             ],
-            out: linear("attention.output.dense", hidden, hidden)?,
+            out: linear("attention.output.dense", hidden, hidden, coarse)?,
             after_attention: Norm::new(model, &place("attention.output"))?,
-            up: linear("intermediate.dense", wide, hidden)?,
-            down: linear("output.dense", hidden, wide)?,
+            up: linear("intermediate.dense", wide, hidden, coarse)?,
+            down: linear("output.dense", hidden, wide, coarse)?,
             after_mlp: Norm::new(model, &place("output"))?,
             config: Arc::clone(config),
         })
@@ -103,26 +108,30 @@ impl Layer {
         let v = sized(&mut buffers.v, len);
         let attended = sized(&mut buffers.attended, len);
         let delta = sized(&mut buffers.delta, len);
-        let wide = sized(&mut buffers.wide, rows * config.intermediate);
+        let wide = sized(&mut buffers.wide, rows.min(MLP_ROWS) * config.intermediate);
 
-        let rounded = &mut buffers.rounded;
+        let inputs = &mut buffers.inputs;
         let width = config.hidden;
         let [query, key, value] = &self.qkv;
         let outputs = [(query, &mut *q), (key, &mut *k), (value, &mut *v)];
-        products(states, width, rounded, outputs);
+        products(states, width, inputs, outputs);
         let shape = bidirectional::Shape {
             heads: config.heads,
             dim: config.head_dim(),
             scale: 1.0 / (config.head_dim() as f32).sqrt(),
         };
-        let inputs = (biased(q, query), biased(k, key), biased(v, value));
-        bidirectional::attend(&shape, sequences, inputs, attended);
-        products(attended, width, rounded, [(&self.out, &mut *delta)]);
+        let qkv = (biased(q, query), biased(k, key), biased(v, value));
+        bidirectional::attend(&shape, sequences, qkv, attended);
+        products(attended, width, inputs, [(&self.out, &mut *delta)]);
         self.after_attention.add(states, delta, &self.out.bias);
-        products(states, width, rounded, [(&self.up, &mut *wide)]);
-        self.activate(wide);
-        products(wide, config.intermediate, rounded, [(&self.down, &mut *delta)]);
-        self.after_mlp.add(states, delta, &self.down.bias);
+        let pieces = states.chunks_mut(MLP_ROWS * width).zip(delta.chunks_mut(MLP_ROWS * width));
+        for (states, delta) in pieces {
+            let wide = &mut wide[..states.len() / width * config.intermediate];
+            products(states, width, inputs, [(&self.up, &mut *wide)]);
+            self.activate(wide);
+            products(wide, config.intermediate, inputs, [(&self.down, &mut *delta)]);
+            self.after_mlp.add(states, delta, &self.down.bias);
+        }
     }
 
     /// Bytes of the matrices.

@@ -7,7 +7,7 @@ mod linear;
 mod tests;
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 pub(super) use self::layer::tensor;
 pub use self::linear::Precision;
@@ -22,6 +22,11 @@ use crate::nn::weight::Weight;
 const STEP: usize = 1024;
 /// Elements of the widest buffer, for models so wide that fewer rows must do.
 const ELEMENTS: usize = 1 << 26;
+/// Rows of a group of texts that one thread takes through all layers: their states, and the weights of a
+/// product, stay in its second-level cache.
+const GROUP: usize = 256;
+/// Rows whose widest states are there at once.
+const MLP_ROWS: usize = 128;
 /// Elements of rows that are worth a task of their own.
 const GRAIN: usize = 1 << 13;
 
@@ -41,7 +46,8 @@ pub struct Encoder {
     norm: Norm,
     layers: Vec<Layer>,
     states: Vec<f32>,
-    buffers: Buffers,
+    /// Of each group of texts that runs at the same time as others.
+    buffers: Vec<Buffers>,
 }
 
 impl Encoder {
@@ -72,7 +78,7 @@ impl Encoder {
                 .map(|i| Layer::new(model, &config, i, precision))
                 .collect::<Result<_>>()?,
             states: Vec::new(),
-            buffers: Buffers::default(),
+            buffers: Vec::new(),
             config,
         })
     }
@@ -136,24 +142,74 @@ impl Encoder {
                 start..tokens.len()
             })
             .collect();
-        let states = sized(&mut self.states, tokens.len() * width);
-        let grain = GRAIN / width + 1;
-        let (words, positions, norm) = (&*self.words, &self.positions, &self.norm);
-        threads::for_rows(states, width, grain, |first, rows| {
-            for (row, &(token, position)) in rows.chunks_exact_mut(width).zip(&tokens[first..]) {
-                words.read_rows(token as usize, row);
-                norm::add(row, &positions[position * width..][..width]);
-            }
-            norm.apply(rows);
-        });
-        for layer in &self.layers {
-            layer.forward(&mut self.buffers, states, &sequences);
+        let mut rest = sized(&mut self.states, tokens.len() * width);
+        let groups = groups(&sequences, threads::threads());
+        if self.buffers.len() < groups.len() {
+            self.buffers.resize_with(groups.len(), Buffers::default);
         }
+        // Each is locked once, by the thread that takes it.
+        let mut pieces = Vec::with_capacity(groups.len());
+        for (group, buffers) in groups.iter().zip(&mut self.buffers) {
+            let rows = sequences[group.start].start..sequences[group.end - 1].end;
+            let states;
+            (states, rest) = rest.split_at_mut(rows.len() * width);
+            let own: Vec<_> = sequences[group.clone()]
+                .iter()
+                .map(|s| s.start - rows.start..s.end - rows.start)
+                .collect();
+            pieces.push(Mutex::new((states, buffers, own, &tokens[rows])));
+        }
+        let (words, positions, norm) = (&*self.words, &self.positions, &self.norm);
+        // Inside of a group that shares the threads with others nothing is shared out again.
+        threads::share(pieces.len(), &|i| {
+            let mut piece = pieces[i].lock().unwrap_or_else(PoisonError::into_inner);
+            let (states, buffers, sequences, tokens) = &mut *piece;
+            threads::for_rows(states, width, GRAIN / width + 1, |first, rows| {
+                for (row, &(token, position)) in rows.chunks_exact_mut(width).zip(&tokens[first..])
+                {
+                    words.read_rows(token as usize, row);
+                    norm::add(row, &positions[position * width..][..width]);
+                }
+                norm.apply(rows);
+            });
+            for layer in &self.layers {
+                layer.forward(buffers, states, sequences);
+            }
+        });
+        drop(pieces);
+        let states = &self.states;
         for (&i, rows) in step.iter().zip(&sequences) {
             let states = &states[rows.start * width..rows.end * width];
             pool(inputs[i].pooling, states, &mut out[i * width..][..width]);
         }
     }
+}
+
+/// Splits texts, whose rows follow each other, into groups of about [`GROUP`] rows, as many as keep all
+/// threads at work; one group, which all threads work on together, where that leaves some idle for long.
+fn groups(sequences: &[Range<usize>], threads: usize) -> Vec<Range<usize>> {
+    let rows = sequences.last().map_or(0, |s| s.end);
+    let count = rows.div_ceil(GROUP).next_multiple_of(threads);
+    let mut groups = Vec::with_capacity(count);
+    let mut start = 0;
+    for (i, sequence) in sequences.iter().enumerate() {
+        if sequence.end * count >= rows * (groups.len() + 1) {
+            groups.push(start..i + 1);
+            start = i + 1;
+        }
+    }
+    // Each thread takes the next group when it has done one.
+    let mut busy = vec![0; threads];
+    for group in &groups {
+        if let Some(least) = busy.iter_mut().min() {
+            *least += sequences[group.end - 1].end - sequences[group.start].start;
+        }
+    }
+    let longest = busy.into_iter().max().unwrap_or(0);
+    if longest * threads > rows + rows / 4 {
+        return std::iter::once(0..sequences.len()).collect();
+    }
+    groups
 }
 
 /// Refuses what the embeddings have no rows for; errors blame `ids`.
