@@ -28,7 +28,7 @@ if wants decode; then
   "$python" "$here/prepare.py" gemma quantize
 fi
 if wants torch || wants embed; then
-  $pip install -q torch==2.15.0 transformers==5.23.0 sentencepiece
+  $pip install -q torch==2.15.0 transformers==5.23.0 peft==0.21.2 sentencepiece
 fi
 if wants torch; then
   # The source package carries llama.cpp's converter of Hugging Face folders.

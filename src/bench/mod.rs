@@ -11,6 +11,7 @@ pub mod limits;
 pub mod load;
 pub mod model;
 pub mod stats;
+pub mod train;
 pub mod wire;
 
 use serde::Serialize;

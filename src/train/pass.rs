@@ -210,7 +210,8 @@ impl<'a> Pass<'a> {
             let tape = Tape::new(&self.pool);
             let start = if input.tracked() { tape.start(&input) } else { input.detached() };
             drop(input);
-            let end = network.block(&self.run(&tape, batch, true), &start, index)?;
+            let again = Run { read: false, ..self.run(&tape, batch, true) };
+            let end = network.block(&again, &start, index)?;
             if !end.tracked() {
                 return Ok(sums);
             }
@@ -287,7 +288,8 @@ impl<'a> Pass<'a> {
     }
 
     fn run<'b>(&'b self, tape: &'b Tape, batch: &'b Batch, training: bool) -> Run<'b> {
-        Run { tape, tuning: self.tuning, sequences: &batch.sequences, training }
+        let sequences = &batch.sequences;
+        Run { tape, tuning: self.tuning, sequences, training, read: true }
     }
 
     /// The gradient of a loss with respect to itself.

@@ -19,6 +19,7 @@ use crate::bench::kernels::{self, Bound, Row, SHAPES, Settings, TOKENS};
 use crate::bench::limits::Limits;
 use crate::bench::model::{Decode, Prefill, Run, Subject};
 use crate::bench::stats::Spread;
+use crate::bench::train::{self, Train};
 use crate::bench::{Machine, set_threads};
 use crate::models::decoder::plan::{Arithmetic, CacheFormat};
 use crate::models::encoder::plan::Precision;
@@ -34,6 +35,8 @@ pub enum Command {
     Batch(BatchArgs),
     /// Texts of one length through an encoder
     Embed(EmbedArgs),
+    /// Steps of training adapters on a frozen model
+    Train(TrainArgs),
     /// The products of every weight layout
     Kernels(KernelsArgs),
     /// Load on a running server
@@ -158,6 +161,46 @@ impl From<PrecisionArg> for Precision {
 }
 
 #[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// File or folder of the model, pypi:package or hf:owner/name
+    model: String,
+    /// Sequences of a step
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    batch: usize,
+    /// Tokens of each sequence
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    length: usize,
+    /// Rank of the adapters
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    rank: usize,
+    /// Linear layers that get one, by parts of their names
+    #[arg(
+        long,
+        value_name = "LIST",
+        value_delimiter = ',',
+        default_value = "q_proj,v_proj,query,value"
+    )]
+    targets: Vec<String>,
+    /// Numbers in which products run
+    #[arg(long, value_enum, value_name = "NUMBERS", default_value_t = TrainPrecision::F32)]
+    precision: TrainPrecision,
+    /// Keep the inputs of blocks only and compute each block again for its gradient
+    #[arg(long)]
+    checkpoint: bool,
+    /// Take the loss without gradients
+    #[arg(long)]
+    forward_only: bool,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum TrainPrecision {
+    F32,
+    Bf16,
+}
+
+#[derive(Debug, Args)]
 pub struct KernelsArgs {
     /// Only layouts whose name contains this
     #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
@@ -212,6 +255,7 @@ impl Command {
                 model.measure(context.output, work).await
             }
             Self::Embed(args) => args.run(context.output).await,
+            Self::Train(args) => args.run(context.output).await,
             Self::Kernels(args) => {
                 let form = context.output;
                 blocking(move || args.run(form)).await
@@ -325,6 +369,42 @@ fn embed_text(found: &Embed) -> String {
         ("milliseconds a batch", spread(&found.milliseconds)),
         ("weights", bytes(found.weight_bytes)),
         ("least cosine to f32", format!("{:.6}", found.least_cosine)),
+    ])
+}
+
+impl TrainArgs {
+    async fn run(self, form: Output) -> Result<()> {
+        let folder = tempfile::tempdir().map_err(|e| CliError::file("making a folder", &e))?;
+        let place = folder.path().to_owned();
+        blocking(move || {
+            self.common.apply()?;
+            let model = import::open_any(&fetch(&self.model, &place, form)?)?;
+            let run = train::Run {
+                batch: self.batch,
+                length: self.length,
+                rank: self.rank,
+                targets: self.targets,
+                bf16: self.precision == TrainPrecision::Bf16,
+                checkpoint_activations: self.checkpoint,
+                forward_only: self.forward_only,
+                repetitions: self.common.repetitions.into(),
+            };
+            let found = train::measure(&model, run)?;
+            let limits = self.common.limits(model.bytes());
+            print(form, "train", Some(&self.model), limits.as_ref(), found, train_text)
+        })
+        .await
+    }
+}
+
+fn train_text(found: &Train) -> String {
+    facts(&[
+        ("seconds a step", spread(&found.seconds_per_step)),
+        ("tokens/s", spread(&found.tokens_per_second)),
+        ("trained elements", found.trained.to_string()),
+        ("loss", format!("{:.4}, then {:.4}", found.first_loss, found.last_loss)),
+        ("peak memory", bytes(found.peak_bytes)),
+        ("activations", bytes(found.activation_bytes)),
     ])
 }
 

@@ -170,12 +170,16 @@ impl Network for Graph<'_> {
         };
         let wide = tape.gated(function, &gate, &up)?;
         drop((gate, up));
-        let mut delta = linear(&wide, "mlp.down_proj", config.mlp_bias)?;
+        let (last, read) = (name("mlp.down_proj"), run.read || config.post_norms);
+        let mut delta = self.stored.last_linear(run, &wide, &last, config.mlp_bias, read)?;
         drop(wide);
         if config.post_norms {
             delta = norm(&delta, "post_feedforward_layernorm.weight")?;
         }
-        tape.add(&hidden, &delta)
+        match run.read {
+            true => tape.add(&hidden, &delta),
+            false => tape.unread_sum(&hidden, &delta),
+        }
     }
 }
 
@@ -193,7 +197,13 @@ mod tests {
     fn logits(model: &Model, ids: &[u32], lengths: &[usize], precision: Precision) -> Vec<f32> {
         let tape = Tape::forgetful(&Pool::default());
         let sequences = Sequences::of(lengths.iter().copied());
-        let run = Run { tape: &tape, tuning: &Frozen, sequences: &sequences, training: false };
+        let run = Run {
+            tape: &tape,
+            tuning: &Frozen,
+            sequences: &sequences,
+            training: false,
+            read: true,
+        };
         let graph = Graph::new(model, precision).unwrap();
         let hidden = graph.through(&run, graph.start(&run, ids).unwrap()).unwrap();
         assert!(!hidden.tracked());
@@ -242,7 +252,13 @@ mod tests {
             let graph = Graph::new(&model, Precision::F32).unwrap();
             let tape = Tape::forgetful(&Pool::default());
             let sequences = Sequences::of([1]);
-            let run = Run { tape: &tape, tuning: &Frozen, sequences: &sequences, training: false };
+            let run = Run {
+                tape: &tape,
+                tuning: &Frozen,
+                sequences: &sequences,
+                training: false,
+                read: true,
+            };
             assert!(graph.start(&run, &[96]).is_err());
         }
         model.weights.remove("model.layers.1.mlp.up_proj.weight").unwrap();

@@ -147,7 +147,13 @@ mod tests {
             let lengths = [23, 1, 16];
             let sequences = Sequences::of(lengths);
             let tape = Tape::forgetful(&Pool::default());
-            let run = Run { tape: &tape, tuning: &Frozen, sequences: &sequences, training: false };
+            let run = Run {
+                tape: &tape,
+                tuning: &Frozen,
+                sequences: &sequences,
+                training: false,
+                read: true,
+            };
             let graph = Graph::new(&model, Precision::F32).unwrap();
             let hidden = graph.through(&run, graph.start(&run, &ids).unwrap()).unwrap();
             let mut encoder = Encoder::new(&model).unwrap();
@@ -174,7 +180,13 @@ mod tests {
         let tape = Tape::forgetful(&Pool::default());
         let refuse = |tokens: &[u32], lengths: &[usize]| {
             let sequences = Sequences::of(lengths.iter().copied());
-            let run = Run { tape: &tape, tuning: &Frozen, sequences: &sequences, training: false };
+            let run = Run {
+                tape: &tape,
+                tuning: &Frozen,
+                sequences: &sequences,
+                training: false,
+                read: true,
+            };
             graph.start(&run, tokens).err().unwrap().violations()[0].field.clone()
         };
         assert_eq!(refuse(&[1, 96], &[1, 1]), "sequences[1].ids");

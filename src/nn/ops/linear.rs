@@ -121,6 +121,33 @@ impl Tape {
         change: Option<&LowRank>,
         bias: Option<&[f32]>,
     ) -> Result<Value> {
+        self.any_product(x, weight, change, bias, true)
+    }
+
+    /// The same for a result that nobody reads: only its gradient is wanted, so its elements, which are left
+    /// unspecified, are not computed.
+    ///
+    /// # Errors
+    /// As of [`Tape::tuned_product`].
+    pub fn unread_product(
+        &self,
+        x: &Value,
+        weight: &Arc<Linear>,
+        change: Option<&LowRank>,
+    ) -> Result<Value> {
+        // The gradient of factors on the outputs needs the outputs.
+        let needed = change.is_some_and(|change| change.rows.is_some());
+        self.any_product(x, weight, change, None, needed)
+    }
+
+    fn any_product(
+        &self,
+        x: &Value,
+        weight: &Arc<Linear>,
+        change: Option<&LowRank>,
+        bias: Option<&[f32]>,
+        read: bool,
+    ) -> Result<Value> {
         let (inner, outer) = (weight.cols(), weight.rows());
         if x.width() != inner || bias.is_some_and(|bias| bias.len() != outer) {
             return Err(Error::internal(format!(
@@ -129,7 +156,9 @@ impl Tape {
             )));
         }
         let mut y = self.pool().take(x.rows() * outer);
-        weight.multiply(&x.read(), &mut y);
+        if read {
+            weight.multiply(&x.read(), &mut y);
+        }
         let Some(change) = change else {
             if let Some(bias) = bias {
                 elementwise::add_bias(&mut y, bias);
@@ -163,9 +192,11 @@ impl Tape {
                 true,
             );
             elementwise::scale(&mut h, factors.scale);
-            let h = View::new(&h, tokens, factors.rank);
-            let b = factors.b.read();
-            gemm::gemm(h, View::new(&b, outer, factors.rank).t(), &mut y, outer, true, true);
+            if read {
+                let h = View::new(&h, tokens, factors.rank);
+                let b = factors.b.read();
+                gemm::gemm(h, View::new(&b, outer, factors.rank).t(), &mut y, outer, true, true);
+            }
         }
         let inputs = [Some(x), Some(&factors.a), Some(&factors.b), factors.rows.as_ref()];
         let inputs: Vec<&Value> = inputs.into_iter().flatten().collect();

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::linear::{Linear, Precision};
 use super::tape::{Tape, Value};
 use crate::error::{Error, Result};
-use crate::nn::tuning::Tuning;
+use crate::nn::tuning::{LowRank, Tuning};
 use crate::nn::weight::Weight;
 
 /// Sequences that stand one after another.
@@ -62,6 +62,9 @@ pub struct Run<'a> {
     pub sequences: &'a Sequences,
     /// Whether dropout applies.
     pub training: bool,
+    /// Whether the result of a block is read; where only its gradient is wanted, a block may leave out what
+    /// its result alone needs.
+    pub read: bool,
 }
 
 /// A network as a row of blocks, which can be run one at a time.
@@ -156,8 +159,7 @@ impl Stored {
         let together = constant.as_deref();
         let y = if let Some(trained) = self.trained(run, &weight)? {
             tape.dense(x, &trained)?
-        } else if let Some(mut change) = run.tuning.low_rank(&weight)? {
-            change.dropout = change.dropout.filter(|d| run.training && d.probability > 0.0);
+        } else if let Some(change) = self.change(run, &weight)? {
             let y = tape.tuned_product(x, stored, Some(&change), together)?;
             if together.is_some() {
                 return Ok(y);
@@ -176,6 +178,33 @@ impl Stored {
             Some(bias) => tape.add_bias(y, bias),
             None => Ok(y),
         }
+    }
+
+    /// The linear layer `name`, whose result is read if `read` says so and only added to something if not.
+    pub fn last_linear(
+        &self,
+        run: &Run<'_>,
+        x: &Value,
+        name: &str,
+        biased: bool,
+        read: bool,
+    ) -> Result<Value> {
+        let weight = format!("{name}.weight");
+        let special =
+            biased || run.tuning.computes(&weight) || run.tuning.tensor(&weight)?.is_some();
+        if read || special {
+            return self.linear(run, x, name, biased);
+        }
+        let change = self.change(run, &weight)?;
+        run.tape.unread_product(x, self.matrix(&weight)?, change.as_ref())
+    }
+
+    fn change(&self, run: &Run<'_>, weight: &str) -> Result<Option<LowRank>> {
+        let change = run.tuning.low_rank(weight)?;
+        Ok(change.map(|mut change| {
+            change.dropout = change.dropout.filter(|d| run.training && d.probability > 0.0);
+            change
+        }))
     }
 
     fn computed(

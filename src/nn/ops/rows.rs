@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::tape::{Tape, Value};
+use super::tape::{Shared, Sink, Tape, Value};
 use crate::error::{Error, Result};
 use crate::kernels::training::elementwise;
 
@@ -18,15 +18,19 @@ impl Tape {
         }
         let mut y = self.pool().take(a.rows() * a.width());
         elementwise::sum(&a.read(), &b.read(), &mut y);
-        Ok(self.result(y, a.width(), &[a, b], || {
-            let nodes = [a.node(), b.node()];
-            move |g, sink| {
-                for node in nodes.into_iter().flatten() {
-                    sink.add(node, Arc::clone(&g));
-                }
-                Ok(())
-            }
-        }))
+        Ok(self.result(y, a.width(), &[a, b], || to_both([a.node(), b.node()])))
+    }
+
+    /// `a + b` for a sum that nobody reads: only its gradient is wanted.
+    ///
+    /// # Errors
+    /// INTERNAL for values of different sizes.
+    pub fn unread_sum(&self, a: &Value, b: &Value) -> Result<Value> {
+        if a.width() != b.width() || a.rows() != b.rows() {
+            return Err(Error::internal("values of different sizes cannot be added"));
+        }
+        let nodes = [a.node(), b.node()];
+        Ok(self.alias(a, &nodes, || to_both(nodes)))
     }
 
     /// `x * by`, in the place of `x`.
@@ -167,6 +171,16 @@ impl Tape {
                 Ok(())
             }
         }))
+    }
+}
+
+/// The gradient of a sum.
+fn to_both(nodes: [Option<usize>; 2]) -> impl FnOnce(Shared, &Sink<'_>) -> Result<()> + 'static {
+    move |g, sink| {
+        for node in nodes.into_iter().flatten() {
+            sink.add(node, Arc::clone(&g));
+        }
+        Ok(())
     }
 }
 

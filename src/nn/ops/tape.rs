@@ -215,6 +215,23 @@ impl Tape {
         Value { data: Data::Buffer(data), width, node }
     }
 
+    /// The result of an operation that nobody reads, which takes the elements of `like`.
+    pub(super) fn alias<B>(
+        &self,
+        like: &Value,
+        inputs: &[Option<usize>],
+        back: impl FnOnce() -> B,
+    ) -> Value
+    where
+        B: FnOnce(Shared, &Sink<'_>) -> Result<()> + 'static,
+    {
+        let node = inputs.iter().any(Option::is_some).then(|| {
+            let back = self.recording.then(|| Box::new(back()) as Back);
+            self.push(back)
+        });
+        Value { node, ..like.clone() }
+    }
+
     /// One number; `back` gets the number that its gradient is.
     pub(super) fn number<B>(
         &self,

@@ -107,7 +107,7 @@ fn compare(pass: &Pass<'_>, sequences: &[&Sequence], parameters: &Parameters, wh
                 parameter.var.set(&moved).unwrap();
                 pass.loss(sequences, parameters).unwrap().loss
             };
-            let want = (moved(4e-3) - moved(-4e-3)) / 8e-3;
+            let want = (moved(1e-3) - moved(-1e-3)) / 2e-3;
             moved(0.0);
             let error = (f64::from(got[at]) - want).abs();
             assert!(error < 1e-2 + 0.03 * want.abs(), "{what} {name}: {} not {want}", got[at]);
@@ -280,7 +280,7 @@ fn rounded_products_give_nearly_the_same_gradients() {
         let (a, b) = (values(a), values(&b[name]));
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
         let cosine = dot(&a, &b) / (dot(&a, &a) * dot(&b, &b)).sqrt();
-        assert!(cosine > 0.99, "{name}: {cosine}");
+        assert!(cosine > 0.97, "{name}: {cosine}");
     }
 }
 

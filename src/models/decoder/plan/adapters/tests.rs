@@ -167,7 +167,13 @@ fn the_graph_equals_the_plan() {
         let graph = Graph::new(&model, Precision::F32).unwrap();
         let (tape, sequences) = (Tape::forgetful(&Pool::default()), Sequences::of([11]));
         let tuning = Weighted(vec![(a, 0.5), (b, 1.5)]);
-        let run = Run { tape: &tape, tuning: &tuning, sequences: &sequences, training: false };
+        let run = Run {
+            tape: &tape,
+            tuning: &tuning,
+            sequences: &sequences,
+            training: false,
+            read: true,
+        };
         let hidden = graph.through(&run, graph.start(&run, &text).unwrap()).unwrap();
         let want = graph.logits(&run, &graph.normed(&run, &hidden).unwrap()).unwrap();
         close(&got[0], &want.read(), architecture);
