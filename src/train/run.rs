@@ -65,7 +65,8 @@ impl Run<'_> {
     /// an average, as that of it. Where the folder holds a checkpoint of this run, that is taken up.
     ///
     /// # Errors
-    /// `NON_FINITE` with the update, the tensor and a remedy; the last checkpoint stays. `CANCELLED`.
+    /// `NON_FINITE` with the update, the tensor and a remedy; the last checkpoint stays, see
+    /// [`Run::last_good`]. `CANCELLED`.
     /// `DATASET_UNSUITABLE`, `INVALID_OPTION` for data that the options do not suit. `LIMIT_REACHED` when the
     /// run would need more memory than it may, before anything is done.
     pub fn train(
@@ -113,6 +114,21 @@ impl Run<'_> {
         let mut report = state.finish(parameters)?;
         report.estimated_memory_bytes = signed(estimate.total());
         Ok(report)
+    }
+
+    /// Puts the weights of the last checkpoint into `parameters` (without the average) and gives its update:
+    /// what is left of a run that failed. `None` when there is none.
+    pub fn last_good(&self, parameters: &Parameters) -> Result<Option<u64>> {
+        let settings = self.settings;
+        let mut optimizer =
+            Optimizer::new(settings.rule, settings.weight_decay, settings.eight_bit);
+        let found = Folder::new(self.folder)?.load(
+            &self.fingerprint(parameters),
+            parameters,
+            None,
+            &mut optimizer,
+        )?;
+        Ok(found.map(|(standing, _)| standing.step))
     }
 
     /// What training `parameters` comes to hold in memory.
@@ -485,7 +501,7 @@ impl Loop<'_, '_> {
             remedies.push("train with precision f32".to_owned());
         }
         let kept = match self.saved {
-            Some((step, _)) if step > 0 => format!("the checkpoint of update {step} is kept"),
+            Some((step, _)) if step > 0 => format!("the last good checkpoint is of update {step}"),
             _ => "there is no checkpoint yet".to_owned(),
         };
         Error::new(
