@@ -22,7 +22,7 @@ use super::optimizer::Optimizer;
 use super::order::{self, Order};
 use super::parameters::{Gradients, Parameters};
 use super::schedule::Schedule;
-use super::settings::{Precision, Settings};
+use super::settings::{Objective, Precision, Settings};
 use super::tensors;
 use crate::data::sequence::{Sequence, Target};
 use crate::error::{Error, Reason, Result};
@@ -41,7 +41,7 @@ pub struct Run<'a> {
     pub validation: &'a [Sequence],
     /// The token of padding.
     pub padding: u32,
-    /// How tokens are hidden, for masked language modelling.
+    /// How tokens are hidden, where the objective is masked language modelling.
     pub masking: Option<Masking>,
     /// Stream of the run.
     pub random: Stream,
@@ -76,8 +76,20 @@ impl Run<'_> {
         hooks: &mut dyn Hooks,
     ) -> Result<v1::TrainingReport> {
         self.progress.check()?;
-        self.settings.objective(self.training)?;
-        let options = self.options();
+        let objective = self.settings.objective(self.training)?;
+        if !self.validation.is_empty() {
+            let same = Settings { objective: Some(objective), ..self.settings.clone() };
+            same.objective(self.validation).map_err(|e| e.within("validation"))?;
+        }
+        let masked = objective == Objective::MaskedLm;
+        if masked && self.masking.is_none() {
+            return Err(Error::new(
+                Reason::ModelUnsuitable,
+                "the model has no mask token; choose another objective or an encoder",
+            ));
+        }
+        let options =
+            order::Options { masking: self.masking.clone().filter(|_| masked), ..self.options() };
         let random = self.random.child("training");
         let training = Order::shuffled(self.training, &options, random.child("data"))?;
         let validation = match self.validation {
@@ -152,7 +164,7 @@ impl Run<'_> {
             packing: self.settings.packing,
             group_by_length: self.settings.group_by_length,
             padding: self.padding,
-            masking: self.masking.clone(),
+            masking: None,
         }
     }
 

@@ -559,6 +559,13 @@ fn records_of_another_kind_are_refused() {
     case.data.push(Sequence { tokens: vec![1, 2], target: Target::Class(0), line: 13 });
     let error = case.run(&mut Toy::default(), &mut zeros(12), &mut Remember(0.0)).unwrap_err();
     assert!(error.message().starts_with("line 13"), "{error}");
+    let mut case = Case::new(|_| ());
+    case.validation = vec![Sequence { tokens: vec![1, 2], target: Target::Value(0.5), line: 3 }];
+    let error = case.run(&mut Toy::default(), &mut zeros(12), &mut Remember(0.0)).unwrap_err();
+    assert!(error.message().starts_with("validation: line 3"), "{error}");
+    let masked = Case::new(|t| t.objective = v1::TrainingObjective::MaskedLm.into());
+    let error = masked.run(&mut Toy::default(), &mut zeros(12), &mut Remember(0.0)).unwrap_err();
+    assert_eq!(error.reason(), Reason::ModelUnsuitable);
 }
 
 #[test]
