@@ -6,8 +6,8 @@
 //! further decade; a code is the middle of its cell. Signed: 64 cells in the first decade, with both signs;
 //! unsigned: 128. To these come 0 and 1.
 //!
-//! Squares of gradients that are less than about 1/2000 of the largest in their block are taken for larger
-//! than they are, so their elements move more slowly than with moments in f32.
+//! Gradients that are less than about 1/2000 of the largest in their block have squares below the lowest
+//! code, which stands for them: their elements move more slowly than with moments in f32.
 
 use std::sync::LazyLock;
 
