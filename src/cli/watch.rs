@@ -266,7 +266,7 @@ mod tests {
             numbers(&metrics),
             format!(
                 "loss 2.3457, validation 2.5000, accuracy 87.5%, rate 2.50e-4, 530 tokens/s, {}, kept \
-                 ranks 96",
+                 ranks 96.0",
                 output::size(1_500_000_000)
             )
         );

@@ -221,3 +221,67 @@ async fn dropping_the_handle_ends_the_threads() {
         .unwrap();
     drop(store);
 }
+
+#[tokio::test]
+async fn what_an_interrupted_run_keeps_is_there_for_the_next_one_and_goes_with_the_operation() {
+    let folder = tempfile::tempdir().unwrap();
+    let kept = folder.path().join("scratch/kept");
+    let begin = |job: &Job<'_>| -> Result<()> {
+        std::fs::create_dir_all(&job.kept)?;
+        std::fs::write(job.kept.join("checkpoint"), job.operation.attempt.to_string())?;
+        Ok(())
+    };
+    let first = work(move |job| {
+        begin(job)?;
+        endless(job)
+    });
+    let (store, jobs) = start(folder.path(), first).await;
+    let (resumed, cancelled) =
+        (jobs.submit(evaluate("")).await.unwrap().id, jobs.submit(evaluate("")).await.unwrap().id);
+    for id in [&resumed, &cancelled] {
+        wait_for(&store, &jobs, id, |operation| operation.message == "on and on").await;
+    }
+    assert_eq!(entries(&kept), 2);
+    jobs.cancel(&cancelled).await.unwrap();
+    assert_eq!(done(&store, &jobs, &cancelled).await.state, State::Cancelled);
+    assert_eq!(entries(&kept), 1);
+    jobs.stop(Duration::from_secs(20)).await;
+    assert_eq!(entries(&kept), 1);
+    drop((store, jobs));
+    // Left by an operation that nobody knows.
+    std::fs::create_dir(kept.join("unknown")).unwrap();
+
+    let second = work(|job| {
+        let left = std::fs::read_to_string(job.kept.join("checkpoint"))?;
+        assert_eq!((left.as_str(), job.operation.attempt), ("1", 2));
+        Ok(Vec::new())
+    });
+    let (store, jobs) = start(folder.path(), second).await;
+    assert_eq!(done(&store, &jobs, &resumed).await.state, State::Succeeded);
+    assert_eq!(entries(&kept), 0);
+}
+
+#[tokio::test]
+async fn measured_numbers_come_with_the_events() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, jobs) = start(
+        folder.path(),
+        work(|job| {
+            let metrics = [("loss", 2.5), ("bad", f64::NAN)];
+            let metrics = metrics.map(|(name, value)| (name.to_owned(), value)).into();
+            job.progress.part(0.0, 0.5).measure(metrics);
+            endless(job)
+        }),
+    )
+    .await;
+    let id = jobs.submit(evaluate("")).await.unwrap().id;
+    let told = wait_for(&store, &jobs, &id, |operation| !operation.metrics.is_empty()).await;
+    assert_eq!(told.metrics, [("loss".to_owned(), 2.5)].into());
+    let events = store.events(&id, 0).await.unwrap();
+    assert!(events[0].metrics.is_empty());
+    let event = events.iter().find(|event| !event.metrics.is_empty()).unwrap();
+    assert_eq!((event.message.as_str(), event.metrics["loss"]), ("on and on", 2.5));
+    jobs.cancel(&id).await.unwrap();
+    // What has ended measures nothing.
+    assert!(done(&store, &jobs, &id).await.metrics.is_empty());
+}

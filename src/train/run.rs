@@ -22,7 +22,7 @@ use super::optimizer::Optimizer;
 use super::order::{self, Order};
 use super::parameters::{Gradients, Parameters};
 use super::schedule::Schedule;
-use super::settings::{Precision, Settings};
+use super::settings::{Objective, Precision, Settings};
 use super::tensors;
 use crate::data::sequence::{Sequence, Target};
 use crate::error::{Error, Reason, Result};
@@ -41,7 +41,7 @@ pub struct Run<'a> {
     pub validation: &'a [Sequence],
     /// The token of padding.
     pub padding: u32,
-    /// How tokens are hidden, for masked language modelling.
+    /// How tokens are hidden, where the objective is masked language modelling.
     pub masking: Option<Masking>,
     /// Stream of the run.
     pub random: Stream,
@@ -65,7 +65,8 @@ impl Run<'_> {
     /// an average, as that of it. Where the folder holds a checkpoint of this run, that is taken up.
     ///
     /// # Errors
-    /// `NON_FINITE` with the update, the tensor and a remedy; the last checkpoint stays. `CANCELLED`.
+    /// `NON_FINITE` with the update, the tensor and a remedy; the last checkpoint stays, see
+    /// [`Run::last_good`]. `CANCELLED`.
     /// `DATASET_UNSUITABLE`, `INVALID_OPTION` for data that the options do not suit. `LIMIT_REACHED` when the
     /// run would need more memory than it may, before anything is done.
     pub fn train(
@@ -75,8 +76,20 @@ impl Run<'_> {
         hooks: &mut dyn Hooks,
     ) -> Result<v1::TrainingReport> {
         self.progress.check()?;
-        self.settings.objective(self.training)?;
-        let options = self.options();
+        let objective = self.settings.objective(self.training)?;
+        if !self.validation.is_empty() {
+            let same = Settings { objective: Some(objective), ..self.settings.clone() };
+            same.objective(self.validation).map_err(|e| e.within("validation"))?;
+        }
+        let masked = objective == Objective::MaskedLm;
+        if masked && self.masking.is_none() {
+            return Err(Error::new(
+                Reason::ModelUnsuitable,
+                "the model has no mask token; choose another objective or an encoder",
+            ));
+        }
+        let options =
+            order::Options { masking: self.masking.clone().filter(|_| masked), ..self.options() };
         let random = self.random.child("training");
         let training = Order::shuffled(self.training, &options, random.child("data"))?;
         let validation = match self.validation {
@@ -115,6 +128,21 @@ impl Run<'_> {
         Ok(report)
     }
 
+    /// Puts the weights of the last checkpoint into `parameters` (without the average) and gives its update:
+    /// what is left of a run that failed. `None` when there is none.
+    pub fn last_good(&self, parameters: &Parameters) -> Result<Option<u64>> {
+        let settings = self.settings;
+        let mut optimizer =
+            Optimizer::new(settings.rule, settings.weight_decay, settings.eight_bit);
+        let found = Folder::new(self.folder)?.load(
+            &self.fingerprint(parameters),
+            parameters,
+            None,
+            &mut optimizer,
+        )?;
+        Ok(found.map(|(standing, _)| standing.step))
+    }
+
     /// What training `parameters` comes to hold in memory.
     pub fn estimate(&self, parameters: &Parameters) -> Result<Estimate> {
         let options = self.options();
@@ -136,7 +164,7 @@ impl Run<'_> {
             packing: self.settings.packing,
             group_by_length: self.settings.group_by_length,
             padding: self.padding,
-            masking: self.masking.clone(),
+            masking: None,
         }
     }
 
@@ -485,7 +513,7 @@ impl Loop<'_, '_> {
             remedies.push("train with precision f32".to_owned());
         }
         let kept = match self.saved {
-            Some((step, _)) if step > 0 => format!("the checkpoint of update {step} is kept"),
+            Some((step, _)) if step > 0 => format!("the last good checkpoint is of update {step}"),
             _ => "there is no checkpoint yet".to_owned(),
         };
         Error::new(

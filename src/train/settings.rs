@@ -117,7 +117,8 @@ pub fn resolve(training: &mut v1::Training, learning_rate: f64) {
     training.accumulation.get_or_insert(1);
     training.max_length.get_or_insert(512);
     training.learning_rate.get_or_insert(learning_rate);
-    if training.schedule() == LearningRateSchedule::Unspecified {
+    // Numbers that stand for nothing are left for the check.
+    if training.schedule == LearningRateSchedule::Unspecified as i32 {
         training.schedule = LearningRateSchedule::Linear.into();
     }
     if training.warmup_steps.is_none() {
@@ -138,7 +139,7 @@ pub fn resolve(training: &mut v1::Training, learning_rate: f64) {
     }
     training.weight_decay.get_or_insert(0.0);
     training.clip_norm.get_or_insert(1.0);
-    if training.precision() == TrainingPrecision::Unspecified {
+    if training.precision == TrainingPrecision::Unspecified as i32 {
         training.precision = TrainingPrecision::F32.into();
     }
     let validation = training.validation.get_or_insert_default();

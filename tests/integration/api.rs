@@ -329,3 +329,33 @@ async fn methods_are_listed_and_read() {
     assert_error(client.list_methods(bad).await, Code::InvalidArgument, "INVALID_FIELD", "verb");
     service.running.stop().await.unwrap();
 }
+
+#[tokio::test]
+async fn trainings_are_rendered() {
+    use v1::render_training_request::Source;
+    let service = Service::start().await;
+    let point =
+        |step: i64| v1::TrainingPoint { step, loss: 3.0 / step as f64, ..Default::default() };
+    let report = v1::TrainingReport { points: (1..=50).map(point).collect(), ..Default::default() };
+    let render = async |source: Source, view: v1::TrainingView| {
+        let request = v1::RenderTrainingRequest { source: Some(source), view: view.into() };
+        service.jobs().render_training(request).await.map(tonic::Response::into_inner)
+    };
+    for (view, media_type, begins) in [
+        (v1::TrainingView::Text, "text/plain; charset=utf-8", b"  update".as_slice()),
+        (v1::TrainingView::Csv, "text/csv; charset=utf-8", b"kind,step,loss"),
+        (v1::TrainingView::Svg, "image/svg+xml", b"<svg"),
+        (v1::TrainingView::Png, "image/png", b"\x89PNG"),
+    ] {
+        let rendered = render(Source::Report(report.clone()), view).await.unwrap();
+        assert_eq!(rendered.media_type, media_type);
+        assert!(rendered.content.starts_with(begins), "{media_type}");
+    }
+    let large = vec![v1::TrainingPoint::default(); 10_001];
+    let large = v1::TrainingReport { points: large, ..Default::default() };
+    let refused = render(Source::Report(large), v1::TrainingView::Png).await;
+    assert_error(refused, Code::ResourceExhausted, "TOO_LARGE", "report");
+    let unknown = render(Source::Name("operations/none".into()), v1::TrainingView::Text).await;
+    assert_error(unknown, Code::NotFound, "RESOURCE_NOT_FOUND", "");
+    service.running.stop().await.unwrap();
+}

@@ -5,6 +5,9 @@
 //! Quantization (arXiv 2110.02861): seven decades below 1, each cut into equal cells, half as many in each
 //! further decade; a code is the middle of its cell. Signed: 64 cells in the first decade, with both signs;
 //! unsigned: 128. To these come 0 and 1.
+//!
+//! Gradients that are less than about 1/2000 of the largest in their block have squares below the lowest
+//! code, which stands for them: their elements move more slowly than with moments in f32.
 
 use std::sync::LazyLock;
 

@@ -91,7 +91,7 @@ fn moments_can_be_replaced() {
     assert!(optimizer.moments("a").is_empty());
 }
 
-/// `sum of c_i (p_i - 1)^2 / 2` with curvatures over four decades, and gradients that change with each
+/// `sum of c_i (p_i - 1)^2 / 2` with curvatures over two decades, and gradients that change with each
 /// update as those of batches do.
 fn descend(eight_bit: bool, elements: usize, updates: u64) -> (Vec<f32>, u64) {
     let start: Vec<f32> = (0..elements).map(|i| ((i * 7919) % 1000) as f32 / 250.0 - 1.0).collect();
@@ -99,7 +99,7 @@ fn descend(eight_bit: bool, elements: usize, updates: u64) -> (Vec<f32>, u64) {
     let mut optimizer = Optimizer::new(Rule::AdamW(AdamW::default()), 0.0, eight_bit);
     for t in 0..updates {
         let noise = |i: usize| ((i as u64 * 31 + t * 17) % 13) as f32 / 60.0 - 0.1;
-        let curvature = |i: usize| 10f32.powi(-((i % 5) as i32));
+        let curvature = |i: usize| 10f32.powi(-((i % 3) as i32));
         let gradient: Vec<f32> = values(&parameters["a"])
             .iter()
             .enumerate()
