@@ -92,7 +92,9 @@ fn shares(sizes: &[usize], share: f64, wanted: usize) -> Vec<usize> {
     let exact = |size: usize| size as f64 * share;
     let mut takes: Vec<usize> = sizes.iter().map(|&size| exact(size) as usize).collect();
     let mut order: Vec<usize> = (0..sizes.len()).collect();
-    order.sort_by(|&a, &b| exact(sizes[b]).fract().total_cmp(&exact(sizes[a]).fract()).then(a.cmp(&b)));
+    order.sort_by(|&a, &b| {
+        exact(sizes[b]).fract().total_cmp(&exact(sizes[a]).fract()).then(a.cmp(&b))
+    });
     let mut missing = wanted.saturating_sub(takes.iter().sum());
     for class in order {
         if missing > 0 && takes[class] + 1 < sizes[class] {

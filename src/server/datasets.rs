@@ -8,11 +8,11 @@ use super::State;
 use super::paging::Page;
 use super::upload::{self, Part};
 use super::{check, convert, download};
+use crate::data::records::{Columns, Layout};
 use crate::error::{Error, Result};
 use crate::proto::v1;
 use crate::proto::v1::dataset_service_server::DatasetService;
 use crate::proto::v1::import_dataset_request;
-use crate::data::records::{Columns, Layout};
 use crate::store::datasets::{DatasetFile, DatasetKind};
 use crate::store::names;
 

@@ -283,8 +283,7 @@ fn plain(source: &Source) -> bool {
 /// Reads a whole file, to see that it can be read.
 async fn check(path: PathBuf, file: DatasetFile) -> Result<Checked> {
     let DatasetFile { kind, name, layout } = file;
-    let source =
-        Source { path, file_name: name, kind, layout, max_bytes: MAX_TEXT_BYTES };
+    let source = Source { path, file_name: name, kind, layout, max_bytes: MAX_TEXT_BYTES };
     source.layout.check(kind)?;
     let records = match kind {
         DatasetKind::Choices => items(source.path.clone(), source.file_name.clone()).await?.len(),
@@ -304,7 +303,9 @@ fn kind(name: &str) -> Result<DatasetKind> {
     known.ok_or_else(|| {
         Error::new(
             Reason::StoreCorrupt,
-            format!("a data set is of a kind '{name:.40}' that this release does not know; upgrade"),
+            format!(
+                "a data set is of a kind '{name:.40}' that this release does not know; upgrade"
+            ),
         )
     })
 }
@@ -320,7 +321,8 @@ fn layout(json: &str) -> Result<Layout> {
 }
 
 fn json(value: &impl serde::Serialize) -> Result<String> {
-    serde_json::to_string(value).map_err(|error| Error::internal(format!("a layout is json: {error}")))
+    serde_json::to_string(value)
+        .map_err(|error| Error::internal(format!("a layout is json: {error}")))
 }
 
 /// A request id that stands for another request.

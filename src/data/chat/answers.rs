@@ -55,7 +55,8 @@ pub fn encode_answers(
         by_parts(tokenizer, &parts)?
     } else {
         // Only parts keep apart what a message spells out.
-        let whole = if text.contains(marks[0]) { None } else { by_offsets(tokenizer, &plain, &parts)? };
+        let whole =
+            if text.contains(marks[0]) { None } else { by_offsets(tokenizer, &plain, &parts)? };
         whole.ok_or_else(|| {
             unsuitable("the tokenizer joins words to what stands before them, or a message spells out special tokens")
         })?
@@ -122,7 +123,7 @@ fn parts<'t>(
     while let Some((before, after)) = rest.split_once(begin) {
         let (words, after) = after
             .split_once(end)
-            .filter(|(words, _)| !words.contains(begin))
+            .filter(|(words, _)| !before.contains(end) && !words.contains(begin))
             .ok_or_else(|| unsuitable("the chat template takes answers apart"))?;
         push(before, false);
         push(words, true);
@@ -190,7 +191,8 @@ fn by_offsets(tokenizer: &Tokenizer, plain: &str, parts: &[Part<'_>]) -> Result<
             continue;
         };
         // A space before a word is often part of its token.
-        let spaces = |range: Range<usize>| plain.get(range).is_some_and(|text| text.trim().is_empty());
+        let spaces =
+            |range: Range<usize>| plain.get(range).is_some_and(|text| text.trim().is_empty());
         if !spaces(span.start.min(range.start)..range.start)
             || !spaces(range.end..span.end.max(range.end))
         {

@@ -165,7 +165,8 @@ fn dialogue(text: &str) -> Result<Vec<Message>, Problem> {
             None if said.trim().is_empty() => {}
             None => {
                 return Err(Problem::Wrong(
-                    "it does not begin with '\\n\\nHuman:'; give conversations, or a prompt column".into(),
+                    "it does not begin with '\\n\\nHuman:'; give conversations, or a prompt column"
+                        .into(),
                 ));
             }
         }

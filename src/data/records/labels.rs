@@ -157,7 +157,10 @@ mod tests {
     #[test]
     fn names_keep_their_order_and_numbers_are_sorted() {
         assert_eq!(collect(&[json!("b"), json!(" a "), json!("b")]).unwrap(), ["b", "a"]);
-        assert_eq!(collect(&[json!(10), json!("2"), json!(-1), json!(2.0)]).unwrap(), ["-1", "2", "10"]);
+        assert_eq!(
+            collect(&[json!(10), json!("2"), json!(-1), json!(2.0)]).unwrap(),
+            ["-1", "2", "10"]
+        );
         assert_eq!(collect(&[json!("1"), json!("x"), json!(0)]).unwrap(), ["1", "x", "0"]);
         assert_eq!(collect(&[json!("1"), json!("01")]).unwrap(), ["1", "01"]);
         assert_eq!(collect(&[json!(true), json!(["false"])]).unwrap(), ["true", "false"]);
@@ -167,7 +170,8 @@ mod tests {
     #[test]
     fn given_names_are_found_by_name_and_by_index() {
         let mut labels = Labels::given(&["no".into(), "yes".into()]).unwrap();
-        for (value, class) in [(json!("yes"), 1), (json!("no"), 0), (json!(1), 1), (json!("0"), 0)] {
+        for (value, class) in [(json!("yes"), 1), (json!("no"), 0), (json!(1), 1), (json!("0"), 0)]
+        {
             assert_eq!(labels.class(&value).unwrap(), class, "{value}");
         }
         for value in [json!("maybe"), json!(2), json!(-1), json!(0.5)] {

@@ -127,7 +127,9 @@ impl Layout {
             // A column without a name is called by its place.
             let named = cells.into_iter().zip(places.clone());
             if header {
-                named.map(|(name, place)| if name.is_empty() { place.clone() } else { name }).collect()
+                named
+                    .map(|(name, place)| if name.is_empty() { place.clone() } else { name })
+                    .collect()
             } else {
                 places.cloned().collect()
             }
@@ -235,7 +237,8 @@ impl Present<'_> {
                     .into_iter()
                     .find(|(_, name)| name.is_some())
                     {
-                        let what = "the messages say it all; name either them or a prompt and an answer";
+                        let what =
+                            "the messages say it all; name either them or a prompt and an answer";
                         return Err(Error::field(field, what));
                     }
                     return Ok(columns);
@@ -245,7 +248,8 @@ impl Present<'_> {
             }
             Kind::Preferences => {
                 columns.chosen = Some(self.need("chosen_column", &asked.chosen, &["chosen"])?);
-                columns.rejected = Some(self.need("rejected_column", &asked.rejected, &["rejected"])?);
+                columns.rejected =
+                    Some(self.need("rejected_column", &asked.rejected, &["rejected"])?);
                 self.prompt(asked, &mut columns, false)?;
             }
         }
@@ -261,13 +265,17 @@ impl Present<'_> {
             self.pick("prompt_column", &asked.prompt, &usual)?
         };
         // An input follows an instruction; beside another kind of prompt it could be anything.
-        let instruction = columns.prompt.as_deref().is_some_and(|p| p.eq_ignore_ascii_case("instruction"));
+        let instruction =
+            columns.prompt.as_deref().is_some_and(|p| p.eq_ignore_ascii_case("instruction"));
         let usual: &[&str] = if instruction { &["input", "context"] } else { &[] };
         columns.input = self.pick("input_column", &asked.input, usual)?;
-        let usual: &[&str] = if columns.prompt.is_some() { &["system", "system_prompt"] } else { &[] };
+        let usual: &[&str] =
+            if columns.prompt.is_some() { &["system", "system_prompt"] } else { &[] };
         columns.system = self.pick("system_column", &asked.system, usual)?;
         if columns.prompt.is_none() {
-            for (field, name) in [("input_column", &columns.input), ("system_column", &columns.system)] {
+            for (field, name) in
+                [("input_column", &columns.input), ("system_column", &columns.system)]
+            {
                 if name.is_some() {
                     return Err(Error::field(field, "it needs a prompt; name the prompt_column"));
                 }

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use serde_json::{Map, Value};
 
 use super::chat::Message;
-use super::rows::{self, Format, Rows};
+use super::rows::{self, Format, MAX_WORDS, Rows};
 use super::text;
 use crate::error::{Error, Reason, Result};
 
@@ -18,8 +18,6 @@ pub use conversation::Preference;
 use labels::Labels;
 pub use layout::{Columns, Layout};
 
-/// Words of a sentence.
-const MAX_WORDS: usize = 100_000;
 /// Rows that are looked at to find the columns.
 const SAMPLE: usize = 200;
 
@@ -228,7 +226,9 @@ impl Records {
         if *kind == Kind::Choices {
             return Err(Error::new(
                 Reason::DatasetUnsuitable,
-                format!("{file_name}: choices are for evaluation; choose a data set of another kind"),
+                format!(
+                    "{file_name}: choices are for evaluation; choose a data set of another kind"
+                ),
             ));
         }
         let within = |error: Error| error.within(file_name);
@@ -280,11 +280,14 @@ impl Records {
             match record(self.kind, &row.fields, &self.layout.columns, &mut self.labels) {
                 Ok(record) => return Ok(Some((row.line, record))),
                 // A document without text is no mistake.
-                Err(Problem::Unusable(_)) if self.layout.skip_unusable || self.kind == Kind::Text => {
+                Err(Problem::Unusable(_))
+                    if self.layout.skip_unusable || self.kind == Kind::Text =>
+                {
                     self.skipped += 1;
                 }
                 Err(Problem::Unusable(what)) => {
-                    let remedy = "; correct it, or import with skip_unusable to leave such records out";
+                    let remedy =
+                        "; correct it, or import with skip_unusable to leave such records out";
                     return Err(at(Reason::DatasetUnsuitable, what, remedy));
                 }
                 Err(Problem::Wrong(what)) => {
@@ -361,7 +364,8 @@ fn record(
             let words: Option<Vec<String>> =
                 words.iter().map(|word| word.as_str().map(str::to_owned)).collect();
             let words = words.ok_or_else(|| Problem::Wrong("a word is not a string".into()))?;
-            let tags: Result<Vec<u32>, Problem> = tags.iter().map(|tag| labels.class(tag)).collect();
+            let tags: Result<Vec<u32>, Problem> =
+                tags.iter().map(|tag| labels.class(tag)).collect();
             Record::Tagged(words, tags?)
         }
     })

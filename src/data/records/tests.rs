@@ -51,7 +51,10 @@ fn class(text: &str, class: u32) -> Record {
 }
 
 fn say(turns: &[(&str, &str)]) -> Vec<Message> {
-    turns.iter().map(|(role, content)| Message { role: (*role).into(), content: (*content).into() }).collect()
+    turns
+        .iter()
+        .map(|(role, content)| Message { role: (*role).into(), content: (*content).into() })
+        .collect()
 }
 
 fn name(text: &str) -> Option<String> {
@@ -81,13 +84,18 @@ fn classes_are_found_in_tables_with_and_without_names() {
         layout.columns = Columns { text: name("thing"), label: name("2"), ..Columns::default() };
         layout.header = Some(true);
     };
-    let (checked, records) = file("a.tsv", Kind::Classification, unusual).with(asked).read().unwrap();
+    let (checked, records) =
+        file("a.tsv", Kind::Classification, unusual).with(asked).read().unwrap();
     assert_eq!(records, [(2, class("bad", 0)), (3, class("good", 1))]);
-    assert_eq!((checked.layout.columns.label, checked.layout.labels), (name("kind"), vec!["no".into(), "yes".into()]));
+    assert_eq!(
+        (checked.layout.columns.label, checked.layout.labels),
+        (name("kind"), vec!["no".into(), "yes".into()])
+    );
     let places = |layout: &mut Layout| {
         layout.columns = Columns { text: name("2"), label: name("1"), ..Columns::default() };
     };
-    let (_, records) = file("a.csv", Kind::Classification, "x,one,9\ny,two,9\n").with(places).read().unwrap();
+    let (_, records) =
+        file("a.csv", Kind::Classification, "x,one,9\ny,two,9\n").with(places).read().unwrap();
     assert_eq!(records, [(1, class("one", 0)), (2, class("two", 1))]);
 }
 
@@ -95,14 +103,18 @@ fn classes_are_found_in_tables_with_and_without_names() {
 fn labels_of_another_data_set_give_their_indices() {
     let text = "{\"text\":\"a\",\"label\":1}\n{\"text\":\"b\",\"label\":\"Sports\"}";
     let names: Vec<String> = ["World", "Sports", "Business"].map(str::to_owned).into();
-    let given = file("a.jsonl", Kind::Classification, text).with(|layout| layout.labels = names.clone());
+    let given =
+        file("a.jsonl", Kind::Classification, text).with(|layout| layout.labels = names.clone());
     let (checked, records) = given.read().unwrap();
     assert_eq!(records, [(1, class("a", 1)), (2, class("b", 1))]);
     assert_eq!(checked.layout.labels, names);
     let other = file("a.jsonl", Kind::Classification, "{\"text\":\"a\",\"label\":\"Chess\"}");
     let (reason, message) = other.with(|layout| layout.labels = names).refusal();
     assert_eq!(reason, Reason::MalformedFile);
-    assert!(message.starts_with("a.jsonl: line 1: the label 'Chess' is none of the 3"), "{message}");
+    assert!(
+        message.starts_with("a.jsonl: line 1: the label 'Chess' is none of the 3"),
+        "{message}"
+    );
     let (reason, _) = file("a.jsonl", Kind::Classification, text.lines().next().unwrap()).refusal();
     assert_eq!(reason, Reason::DatasetUnsuitable);
 }
@@ -173,7 +185,10 @@ fn conversations_have_many_forms() {
         layout.columns.prompt = name("intent");
         layout.columns.answer = name("snippet");
     });
-    assert_eq!(named.read().unwrap().1[0].1, Record::Chat(say(&[("user", "i"), ("assistant", "s")])));
+    assert_eq!(
+        named.read().unwrap().1[0].1,
+        Record::Chat(say(&[("user", "i"), ("assistant", "s")]))
+    );
 }
 
 #[test]
@@ -206,7 +221,8 @@ fn what_is_no_conversation_is_refused_or_left_out() {
         assert_eq!(reason, Reason::DatasetUnsuitable, "{message}");
         assert!(message.contains("line 1") && message.contains(part), "{message}");
         assert!(message.contains("skip_unusable"), "{message}");
-        let skipping = file("a.jsonl", Kind::Chat, &text).with(|layout| layout.skip_unusable = true);
+        let skipping =
+            file("a.jsonl", Kind::Chat, &text).with(|layout| layout.skip_unusable = true);
         let (checked, records) = skipping.read().unwrap();
         assert_eq!((checked.records, checked.skipped, records[0].0), (1, 1, 2));
     }
@@ -233,7 +249,11 @@ fn pairs_share_what_comes_before_they_part() {
     let Record::Preference(found) = &records[0].1 else { panic!("{records:?}") };
     assert_eq!(found.prompt, say(&[("user", "i\n\nx")]));
     for (line, reason, part) in [
-        (r#"{"prompt":"q","chosen":"a","rejected":"a"}"#, Reason::DatasetUnsuitable, "are the same"),
+        (
+            r#"{"prompt":"q","chosen":"a","rejected":"a"}"#,
+            Reason::DatasetUnsuitable,
+            "are the same",
+        ),
         (r#"{"prompt":"q","chosen":"a","rejected":""}"#, Reason::DatasetUnsuitable, "is blank"),
         (r#"{"prompt":"q","chosen":"a","rejected":4}"#, Reason::MalformedFile, "'rejected'"),
         (r#"{"chosen":"a","rejected":"b"}"#, Reason::MalformedFile, "Human:"),
@@ -291,12 +311,16 @@ fn layouts_that_do_not_fit_are_refused() {
     assert_eq!(refused(Classification, |l| l.columns.prompt = name("text")), "prompt_column");
     assert_eq!(refused(Classification, |l| l.columns.label = name("lable")), "label_column");
     assert_eq!(refused(Classification, |l| l.columns.label = name(" ")), "label_column");
-    assert_eq!(refused(Classification, |l| l.columns.label = Some("x".repeat(300))), "label_column");
+    assert_eq!(
+        refused(Classification, |l| l.columns.label = Some("x".repeat(300))),
+        "label_column"
+    );
     assert_eq!(refused(Classification, |l| l.header = Some(true)), "header");
     assert_eq!(refused(Classification, |l| l.labels = vec!["a".into(), "a".into()]), "labels[1]");
     assert_eq!(refused(Text, |l| l.labels = vec!["a".into()]), "labels");
     assert_eq!(refused(Chat, |_| {}), "answer_column");
     assert_eq!(refused(Tagging, |_| {}), "text_column");
-    let error = Records::open(&file("a.jsonl", Kind::Choices, text).source).map(|_| ()).unwrap_err();
+    let error =
+        Records::open(&file("a.jsonl", Kind::Choices, text).source).map(|_| ()).unwrap_err();
     assert_eq!(error.reason(), Reason::DatasetUnsuitable);
 }

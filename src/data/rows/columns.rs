@@ -6,8 +6,8 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::lines::Lines;
-use super::{MAX_FIELDS, MAX_ROW_BYTES, Row, long_row, malformed};
-use crate::error::Result;
+use super::{MAX_FIELDS, MAX_ROW_BYTES, MAX_WORDS, Row, malformed};
+use crate::error::{Error, Reason, Result};
 
 /// Columns of Universal Dependencies.
 const UNIVERSAL: [&str; 10] =
@@ -69,8 +69,14 @@ impl Reader {
                 continue;
             }
             bytes += text.len();
-            if bytes > MAX_ROW_BYTES {
-                return Err(long_row("line", line));
+            if bytes > MAX_ROW_BYTES || columns.first().is_some_and(|c| c.len() == MAX_WORDS) {
+                return Err(Error::new(
+                    Reason::TooLarge,
+                    format!(
+                        "line {line}: a sentence has more than {MAX_WORDS} words or {MAX_ROW_BYTES} \
+                         bytes; put a blank line between sentences"
+                    ),
+                ));
             }
             if columns.is_empty() {
                 first = line;
@@ -84,11 +90,8 @@ impl Reader {
             return Ok(None);
         }
         let named = columns.into_iter().enumerate().map(|(place, column)| {
-            let name = if self.universal {
-                UNIVERSAL[place].to_owned()
-            } else {
-                (place + 1).to_string()
-            };
+            let name =
+                if self.universal { UNIVERSAL[place].to_owned() } else { (place + 1).to_string() };
             (name, Value::Array(column))
         });
         Ok(Some(Row { line: first, fields: named.collect::<Map<_, _>>() }))

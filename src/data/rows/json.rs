@@ -7,7 +7,7 @@ use serde_json::{Deserializer, Map, Value};
 use super::lines::Lines;
 use super::{MAX_ROW_BYTES, MAX_WHAT, Row, malformed};
 use crate::data::text::{read_bytes, utf8};
-use crate::error::Result;
+use crate::error::{Error, Reason, Result};
 
 /// An object a line; blank lines are left out.
 pub fn lines(
@@ -21,14 +21,8 @@ pub fn lines(
             if text.trim().is_empty() {
                 continue;
             }
-            let fields = serde_json::from_str(text).map_err(|error| {
-                let column = error.column();
-                malformed(
-                    "line",
-                    line,
-                    format!("column {column}: {}; each line must be a json object", what(&error)),
-                )
-            })?;
+            let fields = serde_json::from_str(text)
+                .map_err(|error| refused(line, &error, "each line must be a json object"))?;
             return Ok(Some(Row { line, fields }));
         }
         Ok(None)
@@ -97,8 +91,7 @@ impl Array {
             }
             Some(Err(error)) => {
                 let line = line + error.line().saturating_sub(1) as u64;
-                let what = format!("column {}: {}; {wanted}", error.column(), what(&error));
-                Err(malformed("line", line, what))
+                Err(refused(line, &error, wanted))
             }
             None => Err(malformed("line", line, format!("the array has no end; {wanted}"))),
         }
@@ -128,8 +121,10 @@ impl Array {
 }
 
 /// The parser's words without its count of lines, which is not ours.
-fn what(error: &serde_json::Error) -> String {
+fn refused(line: u64, error: &serde_json::Error, wanted: &str) -> Error {
     let what = error.to_string();
     let what = what.split(" at line ").next().unwrap_or_default();
-    what.chars().take(MAX_WHAT).collect()
+    let what: String = what.chars().take(MAX_WHAT).collect();
+    let column = error.column();
+    Error::new(Reason::MalformedFile, format!("line {line}, column {column}: {what}; {wanted}"))
 }

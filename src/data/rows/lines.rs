@@ -49,7 +49,9 @@ impl Read for Bytes {
         if self.row.fetch_add(read, Ordering::Relaxed) > MAX_ROW_BYTES + slack {
             return Err(io::Error::new(
                 io::ErrorKind::FileTooLarge,
-                format!("a record has more than {MAX_ROW_BYTES} bytes; close its quotes or split it"),
+                format!(
+                    "a record has more than {MAX_ROW_BYTES} bytes; close its quotes or split it"
+                ),
             ));
         }
         Ok(read)

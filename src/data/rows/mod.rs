@@ -20,6 +20,8 @@ pub const MAX_ROW_BYTES: usize = 8 << 20;
 pub const MAX_ROWS: u64 = 20_000_000;
 /// Fields of a row.
 pub const MAX_FIELDS: usize = 1000;
+/// Words of a sentence.
+pub const MAX_WORDS: usize = 100_000;
 /// Characters of a parser's words that an error repeats.
 const MAX_WHAT: usize = 200;
 
@@ -157,7 +159,9 @@ pub fn open(
                 return Err(malformed(
                     format.unit(),
                     row.line,
-                    format!("{fields} fields are more than {MAX_FIELDS}; leave out those not needed"),
+                    format!(
+                        "{fields} fields are more than {MAX_FIELDS}; leave out those not needed"
+                    ),
                 ));
             }
             Ok(row)

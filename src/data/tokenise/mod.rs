@@ -93,7 +93,9 @@ impl<'t> Tokeniser<'t> {
     pub fn new(tokenizer: &'t Tokenizer, options: Options) -> Result<Self> {
         let (before, after) = match options.form {
             Form::Encoder => tokenizer.around()?,
-            Form::Decoder => (tokenizer.bos.filter(|_| tokenizer.add_bos).into_iter().collect(), vec![]),
+            Form::Decoder => {
+                (tokenizer.bos.filter(|_| tokenizer.add_bos).into_iter().collect(), vec![])
+            }
         };
         let around = before.len() + after.len();
         if !LENGTHS.contains(&options.max_length) || options.max_length <= around {
@@ -240,7 +242,8 @@ impl<'t> Tokeniser<'t> {
                 TagPieces::First => None,
                 TagPieces::All => Some(*tag),
             };
-            wanted.extend((0..pieces.len()).map(|piece| if piece == 0 { Some(*tag) } else { later }));
+            wanted
+                .extend((0..pieces.len()).map(|piece| if piece == 0 { Some(*tag) } else { later }));
         }
         if !whole && !self.overlong(line) {
             return Ok(Vec::new());

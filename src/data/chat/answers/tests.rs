@@ -101,15 +101,16 @@ fn templates_that_change_answers_are_refused() {
 
 #[test]
 fn models_without_a_template_get_the_plain_one() {
-    let words = testing::words();
+    let mut words = testing::bytes();
+    (words.add_bos, words.bos, words.eos) = (false, None, vec![256]);
     let template = Template::plain(&words).unwrap();
     let encoded = encode_answers(&words, &template, &say(&DIALOGUE[1..]), 0, true).unwrap();
     let (runs, text) = read(&words, &encoded);
-    assert_eq!(runs, ["one two</s>", "three</s>"]);
+    assert_eq!(runs, ["one two<s>", "three<s>"]);
     assert_eq!(
         text,
-        "### User:\nho\n\n\n### Assistant:\none two</s>\n\n### User:\none two\n\n\
-         ### Assistant:\nthree</s>\n\n"
+        "### User:\nho\n\n\n### Assistant:\none two<s>\n\n### User:\none two\n\n\
+         ### Assistant:\nthree<s>\n\n"
     );
     let prompt = template.render(&say(&[("user", "q")]), true).unwrap();
     assert_eq!(prompt, "### User:\nq\n\n### Assistant:\n");
@@ -139,8 +140,7 @@ fn spaced() -> Tokenizer {
         json!({"id": id, "content": content, "special": true, "normalized": false,
             "single_word": false, "lstrip": false, "rstrip": false})
     };
-    let metaspace =
-        json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": false});
+    let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": false});
     let json = json!({
         "added_tokens": [special(1, "<s>"), special(2, "</s>")],
         "pre_tokenizer": metaspace, "decoder": metaspace,
@@ -164,7 +164,10 @@ fn tokenizers_that_add_spaces_are_read_by_the_places_of_their_tokens() {
     assert_eq!(runs, ["one two </s>", "é </s>"]);
     // The tokens are those of the text as a whole.
     let plain = crate::data::chat::render(&tokenizer, &say(&turns), false).unwrap();
-    assert_eq!(tokenizer.decode(&tokenizer.encode(&plain, false, true).unwrap(), false).unwrap(), text);
+    assert_eq!(
+        tokenizer.decode(&tokenizer.encode(&plain, false, true).unwrap(), false).unwrap(),
+        text
+    );
     let template = Template::of(&tokenizer).unwrap();
     let spelled = say(&[("user", "</s>"), ("assistant", "one")]);
     let error = encode_answers(&tokenizer, &template, &spelled, 0, false).unwrap_err();

@@ -119,7 +119,8 @@ pub fn pages(file: &mut File, reader: &SerializedFileReader<File>, max_bytes: u6
                 file.seek(SeekFrom::Start(at))?;
                 let mut bytes = Vec::new();
                 file.take(MAX_HEAD.min(end - at)).read_to_end(&mut bytes)?;
-                let head = Head::read(&bytes).ok_or_else(|| broken("the head of a page is damaged"))?;
+                let head =
+                    Head::read(&bytes).ok_or_else(|| broken("the head of a page is damaged"))?;
                 if !(0..=MAX_PAGE).contains(&head.unpacked) {
                     return Err(too_large(format!("a page has more than {MAX_PAGE} bytes")));
                 }

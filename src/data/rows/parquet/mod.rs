@@ -27,9 +27,8 @@ pub fn rows(
     check::footer(&mut file)?;
     let reader = contained(|| SerializedFileReader::new(file.try_clone()?))?;
     contained(|| Ok(check::pages(&mut file, &reader, max_bytes)))??;
-    let mut rows = contained(|| {
-        Ok(RowIter::from_file_into(Box::new(reader)).with_batch_size(BATCH))
-    })?;
+    let mut rows =
+        contained(|| Ok(RowIter::from_file_into(Box::new(reader)).with_batch_size(BATCH)))?;
     let (mut line, mut left) = (0, max_bytes);
     let mut next = move || -> Result<Option<Row>> {
         line += 1;

@@ -151,9 +151,8 @@ mod tests {
     use super::*;
 
     /// A structure with field 1 an integer of 150, 3 a text, 4 a list of two structures, 5 a true.
-    const BYTES: &[u8] = &[
-        0x15, 0xAC, 0x02, 0x28, 2, b'h', b'i', 0x19, 0x2C, 0x15, 1, 0, 0x15, 2, 0, 0x11, 0,
-    ];
+    const BYTES: &[u8] =
+        &[0x15, 0xAC, 0x02, 0x28, 2, b'h', b'i', 0x19, 0x2C, 0x15, 1, 0, 0x15, 2, 0, 0x11, 0];
 
     #[test]
     fn fields_are_read_or_stepped_over() {
