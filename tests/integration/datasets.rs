@@ -178,7 +178,8 @@ async fn the_same_request_is_the_same_layout() {
         }),
         ..Default::default()
     };
-    let import = |header| import_dataset(service.datasets(), header, &[text.as_bytes()]);
+    let chunks = [text.as_bytes()];
+    let import = |header| import_dataset(service.datasets(), header, &chunks);
     let first = import(header("1")).await.unwrap();
     assert_eq!(first.layout.as_ref().unwrap().has_header, Some(false));
     assert_eq!(import(header("1")).await.unwrap(), first);

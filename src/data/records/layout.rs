@@ -170,7 +170,7 @@ impl Layout {
         if !asked.is_empty() && asked.iter().all(|name| place(name)) {
             return Ok(false);
         }
-        let again = |row: &Row| row.fields.values().last().map(cell).as_ref() == cells.last();
+        let again = |row: &Row| row.fields.values().next_back().map(cell).as_ref() == cells.last();
         let pairs = cells.len() == 2;
         match kind {
             Kind::Classification if pairs && rows.iter().skip(1).any(again) => Ok(false),

@@ -167,10 +167,11 @@ impl<'t> Tokeniser<'t> {
             self.conversation(&messages, preference.prompt.len()).map_err(within)
         };
         let (chosen, rejected) = (side(&preference.chosen)?, side(&preference.rejected)?);
-        let dropped = self.report.dropped;
+        let Report { dropped, cut, .. } = self.report;
         let (chosen, rejected) = (self.fit(line, chosen), self.fit(line, rejected));
         // What happened to both happened to one record.
         self.report.dropped = self.report.dropped.min(dropped + 1);
+        self.report.cut = self.report.cut.min(cut + 1);
         let (Some(mut chosen), Some(mut rejected)) = (chosen, rejected) else { return Ok(None) };
         for sequence in [&mut chosen, &mut rejected] {
             sequence.line = line;
@@ -313,10 +314,7 @@ impl<'t> Tokeniser<'t> {
             self.dropped(line);
             return false;
         }
-        // Both sides of a pair may be cut.
-        if self.report.first_cut.is_none() {
-            self.report.first_cut = Some(line);
-        }
+        self.report.first_cut.get_or_insert(line);
         self.report.cut += 1;
         true
     }

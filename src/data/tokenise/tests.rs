@@ -182,6 +182,11 @@ fn pairs_learn_what_follows_their_prompt() {
         assert_eq!(side.line, 7);
     }
     assert_eq!((report.records, report.sequences, report.targets), (1, 2, 9));
+    // Room for the prompt and a letter: both sides are cut, which is one record.
+    let room = pairs[0].chosen.tokens.len() - 4;
+    let tokeniser = Tokeniser::new(&tokenizer, options(Form::Decoder, room)).unwrap();
+    let (_, report) = tokenise_pairs(records(), tokeniser, &Progress::silent()).unwrap();
+    assert_eq!((report.cut, report.dropped, report.targets), (1, 0, 2));
     // Too short for either side: one record is dropped, not two.
     let tokeniser = Tokeniser::new(&tokenizer, options(Form::Decoder, 10)).unwrap();
     let error = tokenise_pairs(records(), tokeniser, &Progress::silent()).unwrap_err();
