@@ -199,7 +199,10 @@ mod tests {
         assert_eq!(labels.class(&json!("class 7")).unwrap(), 7);
         assert_eq!(labels.len(), MAX_LABELS);
         for value in [json!(null), json!([1, 2]), json!([]), json!(""), json!([[1]])] {
-            assert!(matches!(collect(std::slice::from_ref(&value)), Err(Problem::Unusable(_))), "{value}");
+            assert!(
+                matches!(collect(std::slice::from_ref(&value)), Err(Problem::Unusable(_))),
+                "{value}"
+            );
         }
         assert!(matches!(collect(&[json!({"a": 1})]), Err(Problem::Wrong(_))));
     }
