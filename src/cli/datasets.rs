@@ -1,4 +1,4 @@
-//! `planish datasets`: text for calibration and evaluation.
+//! `planish datasets`: what models are calibrated, tuned and evaluated on.
 
 use std::path::PathBuf;
 
@@ -11,18 +11,20 @@ use super::output::{self, facts, size, table};
 use super::report;
 use super::transfer::{self, bytes_bar};
 use crate::proto::v1::{
-    Dataset, DatasetHeader, DatasetKind, DeleteDatasetRequest, GetDatasetRequest,
+    Dataset, DatasetHeader, DatasetKind, DatasetLayout, DeleteDatasetRequest, GetDatasetRequest,
     ListDatasetsRequest,
 };
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Import a text (.txt or .jsonl) or, with --kind choices, questions (.jsonl); .gz or not
+    /// Import a file: .jsonl, .json, .csv, .tsv, .txt, .conll, .conllu (packed as .gz or not), .parquet
     Import {
         file: PathBuf,
         /// What the file holds
         #[arg(long, value_enum, default_value_t = Kind::Text)]
         kind: Kind,
+        #[command(flatten)]
+        layout: Box<LayoutArgs>,
         /// Name of the data set; made from the file name when absent
         #[arg(long)]
         id: Option<String>,
@@ -53,13 +55,109 @@ pub enum Kind {
     Text,
     /// Questions with choices
     Choices,
+    /// Conversations, or prompts with answers
+    Chat,
+    /// Texts with a class each
+    Classification,
+    /// Texts with a number each
+    Regression,
+    /// Sentences with a tag for each word
+    Tagging,
+    /// Prompts with a better and a worse answer
+    Preferences,
+}
+
+impl From<Kind> for DatasetKind {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Text => Self::Text,
+            Kind::Choices => Self::Choices,
+            Kind::Chat => Self::Chat,
+            Kind::Classification => Self::Classification,
+            Kind::Regression => Self::Regression,
+            Kind::Tagging => Self::Tagging,
+            Kind::Preferences => Self::Preferences,
+        }
+    }
+}
+
+/// How the records of a file are read. Columns that are not named are found by usual names.
+#[derive(Debug, clap::Args)]
+pub struct LayoutArgs {
+    /// The text; of tagged sentences the words
+    #[arg(long, value_name = "COLUMN", help_heading = "Columns")]
+    text_column: Option<String>,
+    /// The class, the number, or the tags
+    #[arg(long, value_name = "COLUMN", help_heading = "Columns")]
+    label_column: Option<String>,
+    /// What is asked
+    #[arg(long, value_name = "COLUMN", help_heading = "Columns")]
+    prompt_column: Option<String>,
+    /// What the prompt is about
+    #[arg(long, value_name = "COLUMN", help_heading = "Columns")]
+    input_column: Option<String>,
+    /// What is to be answered
+    #[arg(long, value_name = "COLUMN", help_heading = "Columns")]
+    answer_column: Option<String>,
+    /// What the system says before the prompt
+    #[arg(long, value_name = "COLUMN", help_heading = "Columns")]
+    system_column: Option<String>,
+    /// The messages of a conversation
+    #[arg(long, value_name = "COLUMN", help_heading = "Columns")]
+    messages_column: Option<String>,
+    /// The better answer
+    #[arg(long, value_name = "COLUMN", help_heading = "Columns")]
+    chosen_column: Option<String>,
+    /// The worse answer
+    #[arg(long, value_name = "COLUMN", help_heading = "Columns")]
+    rejected_column: Option<String>,
+    /// Whether the first line of a .csv or .tsv names the columns; found out when absent
+    #[arg(long, value_name = "BOOL", help_heading = "Columns")]
+    header: Option<bool>,
+    /// Names of the classes or tags in their order, with commas between them
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    labels: Vec<String>,
+    /// A file with the name of a class or tag on each line
+    #[arg(long, value_name = "FILE", conflicts_with = "labels")]
+    labels_file: Option<PathBuf>,
+    /// Leave out records that are of no use, such as blank answers
+    #[arg(long)]
+    skip_unusable: bool,
+}
+
+impl LayoutArgs {
+    fn message(self) -> Result<DatasetLayout> {
+        let labels = match &self.labels_file {
+            None => self.labels,
+            Some(path) => std::fs::read_to_string(path)
+                .map_err(|e| CliError::file(&format!("reading {}", path.display()), &e))?
+                .lines()
+                .map(|line| line.trim().to_owned())
+                .filter(|line| !line.is_empty())
+                .collect(),
+        };
+        Ok(DatasetLayout {
+            text_column: self.text_column.unwrap_or_default(),
+            label_column: self.label_column.unwrap_or_default(),
+            prompt_column: self.prompt_column.unwrap_or_default(),
+            input_column: self.input_column.unwrap_or_default(),
+            answer_column: self.answer_column.unwrap_or_default(),
+            system_column: self.system_column.unwrap_or_default(),
+            messages_column: self.messages_column.unwrap_or_default(),
+            chosen_column: self.chosen_column.unwrap_or_default(),
+            rejected_column: self.rejected_column.unwrap_or_default(),
+            has_header: self.header,
+            labels,
+            skip_unusable: self.skip_unusable,
+        })
+    }
 }
 
 impl Command {
     pub(super) async fn run(self, context: &Context) -> Result<()> {
         let client = context.connect().await?;
         match self {
-            Self::Import { file, kind, id, display_name, request_id } => {
+            Self::Import { file, kind, layout, id, display_name, request_id } => {
                 let dataset_id = match id {
                     Some(id) => id,
                     None => id_from(&transfer::file_name(&file)?)?,
@@ -67,11 +165,8 @@ impl Command {
                 let header = DatasetHeader {
                     dataset_id,
                     display_name: display_name.unwrap_or_default(),
-                    kind: match kind {
-                        Kind::Text => DatasetKind::Text,
-                        Kind::Choices => DatasetKind::Choices,
-                    }
-                    .into(),
+                    kind: DatasetKind::from(kind).into(),
+                    layout: Some(layout.message()?),
                     request_id: request_id.unwrap_or_default(),
                     ..Default::default()
                 };
@@ -123,6 +218,7 @@ fn list(context: &Context, datasets: Vec<Dataset>) -> Result<()> {
         .map(|d| {
             vec![
                 short(&d.name).to_owned(),
+                kind(&d).to_owned(),
                 d.record_count.to_string(),
                 size(d.size_bytes),
                 output::time(d.create_time.as_ref()),
@@ -131,8 +227,8 @@ fn list(context: &Context, datasets: Vec<Dataset>) -> Result<()> {
         })
         .collect();
     output::line(table(
-        &["data set", "documents", "size", "created (UTC)", "description"],
-        &[1, 2],
+        &["data set", "kind", "records", "size", "created (UTC)", "description"],
+        &[2, 3],
         rows,
     ))
 }
@@ -141,14 +237,65 @@ fn show(context: &Context, dataset: &Dataset) -> Result<()> {
     if context.output.is_json() {
         return output::json(dataset);
     }
-    output::line(facts(&[
+    let layout = dataset.layout.clone().unwrap_or_default();
+    let mut rows = vec![
         ("data set", dataset.name.clone()),
         ("description", dataset.display_name.clone()),
-        ("documents", dataset.record_count.to_string()),
+        ("kind", kind(dataset).to_owned()),
+        ("records", dataset.record_count.to_string()),
+    ];
+    if dataset.skipped_count > 0 {
+        rows.push(("left out", dataset.skipped_count.to_string()));
+    }
+    let columns: Vec<String> = [
+        ("text", &layout.text_column),
+        ("label", &layout.label_column),
+        ("prompt", &layout.prompt_column),
+        ("input", &layout.input_column),
+        ("answer", &layout.answer_column),
+        ("system", &layout.system_column),
+        ("messages", &layout.messages_column),
+        ("chosen", &layout.chosen_column),
+        ("rejected", &layout.rejected_column),
+    ]
+    .into_iter()
+    .filter(|(_, name)| !name.is_empty())
+    .map(|(role, name)| format!("{role} = {name}"))
+    .collect();
+    if !columns.is_empty() {
+        rows.push(("columns", columns.join(", ")));
+    }
+    if let Some(header) = layout.has_header {
+        rows.push(("first line", if header { "names of columns" } else { "a record" }.to_owned()));
+    }
+    if dataset.label_count > 0 {
+        let mut names = layout.labels.iter().take(LABELS).cloned().collect::<Vec<_>>().join(", ");
+        if layout.labels.len() > LABELS {
+            names.push_str(", ...");
+        }
+        rows.push(("labels", format!("{}: {names}", dataset.label_count)));
+    }
+    rows.extend([
         ("size", size(dataset.size_bytes)),
         ("digest", dataset.digest.clone()),
         ("source", dataset.source.clone()),
         ("created", output::time(dataset.create_time.as_ref())),
         ("etag", dataset.etag.clone()),
-    ]))
+    ]);
+    output::line(facts(&rows))
+}
+
+/// Labels that are shown.
+const LABELS: usize = 20;
+
+fn kind(dataset: &Dataset) -> &'static str {
+    match dataset.kind() {
+        DatasetKind::Unspecified | DatasetKind::Text => "text",
+        DatasetKind::Choices => "choices",
+        DatasetKind::Chat => "chat",
+        DatasetKind::Classification => "classification",
+        DatasetKind::Regression => "regression",
+        DatasetKind::Tagging => "tagging",
+        DatasetKind::Preferences => "preferences",
+    }
 }

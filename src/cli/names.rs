@@ -62,7 +62,20 @@ pub fn short_model(name: &str) -> String {
 pub fn id_from(source: &str) -> Result<String> {
     let source = source.trim_end_matches(['/', '\\']);
     let name = source.rsplit(['/', '\\', ':']).next().unwrap_or(source);
-    let endings = [".gz", ".gguf", ".safetensors", ".txt", ".jsonl", ".json"];
+    let endings = [
+        ".gz",
+        ".gguf",
+        ".safetensors",
+        ".txt",
+        ".jsonl",
+        ".ndjson",
+        ".json",
+        ".csv",
+        ".tsv",
+        ".conll",
+        ".conllu",
+        ".parquet",
+    ];
     let mut name = name.split_whitespace().next().unwrap_or_default();
     while let Some(shorter) = endings.iter().find_map(|e| name.strip_suffix(e)) {
         name = shorter;
@@ -106,6 +119,7 @@ mod tests {
         assert_eq!(id_from("some/folder/").unwrap(), "folder");
         assert_eq!(id_from("a/SmolLM2-135M.Q4_1.gguf").unwrap(), "smollm2-135m-q4-1");
         assert_eq!(id_from("train.jsonl.gz").unwrap(), "train");
+        assert_eq!(id_from("a/Dev_set.conllu").unwrap(), "dev-set");
         assert!(id_from("...").is_err());
     }
 

@@ -1,7 +1,11 @@
-//! Data sets: kinds, readers, packing into windows, chat templates, tokenizers.
+//! Data sets: kinds, readers, splits, chat templates, tokenizers, tokenised records.
 
 pub mod chat;
 pub mod choices;
+pub mod records;
+mod rows;
 pub mod sequence;
+pub mod split;
 pub mod text;
+pub mod tokenise;
 pub mod tokenizer;

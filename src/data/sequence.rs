@@ -3,8 +3,9 @@
 /// What is wanted of a sequence.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Target {
-    /// The next token: `true` at `i` where predicting token `i` from the ones before it counts. As long
-    /// as the tokens; the first is never predicted.
+    /// The tokens themselves: `true` at `i` where predicting token `i` counts. As long as the tokens. For a
+    /// decoder, which predicts from the tokens before, the first is never true; for an encoder, which
+    /// sees a blank in its place, special tokens are never true.
     Next(Vec<bool>),
     /// The index of a class.
     Class(u32),

@@ -2,11 +2,11 @@
 
 use prost::{Message, Name};
 
-use super::status;
+use super::{datasets, status};
 use crate::error::Error;
 use crate::proto::google::longrunning::{Operation, operation};
 use crate::proto::v1;
-use crate::store::datasets::{DatasetKind, DatasetRow};
+use crate::store::datasets::DatasetRow;
 use crate::store::models::ModelRow;
 use crate::store::operations::{self, State};
 
@@ -38,17 +38,16 @@ pub fn dataset(row: DatasetRow) -> v1::Dataset {
     v1::Dataset {
         name: format!("datasets/{}", row.id),
         display_name: row.display_name,
-        kind: match row.kind {
-            DatasetKind::Text => v1::DatasetKind::Text,
-            DatasetKind::Choices => v1::DatasetKind::Choices,
-        }
-        .into(),
+        kind: datasets::kind(row.kind).into(),
         digest: row.object.digest,
         size_bytes: signed(row.object.size),
         record_count: row.records,
         create_time: Some(timestamp(row.created_ms)),
         etag: row.etag,
         source: row.source,
+        label_count: i32::try_from(row.layout.labels.len()).unwrap_or(i32::MAX),
+        layout: Some(datasets::layout(row.layout)),
+        skipped_count: row.skipped,
     }
 }
 

@@ -8,11 +8,12 @@ use super::State;
 use super::paging::Page;
 use super::upload::{self, Part};
 use super::{check, convert, download};
+use crate::data::records::{Columns, Layout};
 use crate::error::{Error, Result};
 use crate::proto::v1;
 use crate::proto::v1::dataset_service_server::DatasetService;
 use crate::proto::v1::import_dataset_request;
-use crate::store::datasets::DatasetKind;
+use crate::store::datasets::{DatasetFile, DatasetKind};
 use crate::store::names;
 
 pub struct Datasets(pub Arc<State>);
@@ -33,6 +34,7 @@ impl DatasetService for Datasets {
         let mut stream = request.into_inner();
         let header = upload::header(&mut stream, part).await?;
         let size = self.check_header(&header).map_err(|e| e.within("header"))?;
+        let file = file(&header).map_err(|e| e.within("header.layout"))?;
         let object = upload::body(&mut stream, part, &self.0.store.objects, size, None).await?;
         let row = self
             .0
@@ -40,11 +42,13 @@ impl DatasetService for Datasets {
             .create_dataset(
                 &header.dataset_id,
                 &header.display_name,
-                (kind(&header), &header.file_name),
+                file,
                 object,
                 &header.request_id,
             )
-            .await?;
+            .await
+            // What is wrong with a layout may show in the file only.
+            .map_err(|e| if e.violations().is_empty() { e } else { e.within("header.layout") })?;
         Ok(Response::new(convert::dataset(row)))
     }
 
@@ -66,7 +70,13 @@ impl DatasetService for Datasets {
         let page = Page::parse(request.page_size, &request.page_token, &scope)?;
         let mut rows = self.0.store.datasets(page.after.as_deref(), page.size + 1).await?;
         let next_page_token = page.cut(&mut rows, &scope, |row| row.id.clone());
-        let datasets = rows.into_iter().map(convert::dataset).collect();
+        let datasets = rows.into_iter().map(|row| {
+            let mut dataset = convert::dataset(row);
+            // Thousands of names for each data set would not fit into a message.
+            dataset.layout.get_or_insert_default().labels.clear();
+            dataset
+        });
+        let datasets = datasets.collect();
         Ok(Response::new(v1::ListDatasetsResponse { datasets, next_page_token }))
     }
 
@@ -112,9 +122,67 @@ impl Datasets {
     }
 }
 
-fn kind(header: &v1::DatasetHeader) -> DatasetKind {
-    match header.kind() {
-        v1::DatasetKind::Choices => DatasetKind::Choices,
+/// The file and its layout as a client describes them.
+fn file(header: &v1::DatasetHeader) -> Result<DatasetFile> {
+    let kind = match header.kind() {
         v1::DatasetKind::Text | v1::DatasetKind::Unspecified => DatasetKind::Text,
+        v1::DatasetKind::Choices => DatasetKind::Choices,
+        v1::DatasetKind::Chat => DatasetKind::Chat,
+        v1::DatasetKind::Classification => DatasetKind::Classification,
+        v1::DatasetKind::Regression => DatasetKind::Regression,
+        v1::DatasetKind::Tagging => DatasetKind::Tagging,
+        v1::DatasetKind::Preferences => DatasetKind::Preferences,
+    };
+    let layout = header.layout.clone().unwrap_or_default();
+    let given = |name: String| Some(name).filter(|name| !name.is_empty());
+    let layout = Layout {
+        columns: Columns {
+            text: given(layout.text_column),
+            label: given(layout.label_column),
+            prompt: given(layout.prompt_column),
+            input: given(layout.input_column),
+            answer: given(layout.answer_column),
+            system: given(layout.system_column),
+            messages: given(layout.messages_column),
+            chosen: given(layout.chosen_column),
+            rejected: given(layout.rejected_column),
+        },
+        header: layout.has_header,
+        labels: layout.labels,
+        skip_unusable: layout.skip_unusable,
+    };
+    layout.check(kind)?;
+    Ok(DatasetFile { kind, name: header.file_name.clone(), layout })
+}
+
+/// A kind as clients name it.
+pub fn kind(kind: DatasetKind) -> v1::DatasetKind {
+    match kind {
+        DatasetKind::Text => v1::DatasetKind::Text,
+        DatasetKind::Choices => v1::DatasetKind::Choices,
+        DatasetKind::Chat => v1::DatasetKind::Chat,
+        DatasetKind::Classification => v1::DatasetKind::Classification,
+        DatasetKind::Regression => v1::DatasetKind::Regression,
+        DatasetKind::Tagging => v1::DatasetKind::Tagging,
+        DatasetKind::Preferences => v1::DatasetKind::Preferences,
+    }
+}
+
+/// A layout as clients see it.
+pub fn layout(layout: Layout) -> v1::DatasetLayout {
+    let Layout { columns, header, labels, skip_unusable } = layout;
+    v1::DatasetLayout {
+        text_column: columns.text.unwrap_or_default(),
+        label_column: columns.label.unwrap_or_default(),
+        prompt_column: columns.prompt.unwrap_or_default(),
+        input_column: columns.input.unwrap_or_default(),
+        answer_column: columns.answer.unwrap_or_default(),
+        system_column: columns.system.unwrap_or_default(),
+        messages_column: columns.messages.unwrap_or_default(),
+        chosen_column: columns.chosen.unwrap_or_default(),
+        rejected_column: columns.rejected.unwrap_or_default(),
+        has_header: header,
+        labels,
+        skip_unusable,
     }
 }

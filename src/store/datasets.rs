@@ -10,6 +10,7 @@ use super::models::{in_use, page};
 use super::objects::{Object, consume_lease};
 use super::{Store, blocking, check_etag, names, new_etag, now_ms};
 use crate::data::choices::{self, Item};
+use crate::data::records::{self, Checked, Layout, Record, Records, Source};
 use crate::data::text;
 use crate::error::{Error, Reason, Result};
 
@@ -17,19 +18,19 @@ use crate::error::{Error, Reason, Result};
 const MAX_TEXT_BYTES: u64 = 1 << 30;
 
 /// What the records of a data set are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DatasetKind {
-    Text,
-    Choices,
+pub use crate::data::records::Kind as DatasetKind;
+
+/// An uploaded file and how its records are to be read.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DatasetFile {
+    pub kind: DatasetKind,
+    pub name: String,
+    pub layout: Layout,
 }
 
-impl DatasetKind {
-    /// Name in the database.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Text => "text",
-            Self::Choices => "choices",
-        }
+impl From<(DatasetKind, &str)> for DatasetFile {
+    fn from((kind, name): (DatasetKind, &str)) -> Self {
+        Self { kind, name: name.to_owned(), layout: Layout::default() }
     }
 }
 
@@ -41,6 +42,12 @@ pub struct DatasetRow {
     pub object: Object,
     pub file_name: String,
     pub records: i64,
+    /// Records of the file that were left out as unusable.
+    pub skipped: i64,
+    /// How the file is read, as it was asked for.
+    pub asked: Layout,
+    /// How the file is read, as it was found.
+    pub layout: Layout,
     pub created_ms: i64,
     pub etag: String,
     pub source: String,
@@ -51,16 +58,16 @@ impl DatasetRow {
         Ok(Self {
             id: row.try_get("id")?,
             display_name: row.try_get("display_name")?,
-            kind: match row.try_get::<&str, _>("kind")? {
-                "choices" => DatasetKind::Choices,
-                _ => DatasetKind::Text,
-            },
+            kind: kind(row.try_get("kind")?)?,
             object: Object {
                 digest: row.try_get("digest")?,
                 size: row.try_get::<i64, _>("size")?.unsigned_abs(),
             },
             file_name: row.try_get("file_name")?,
             records: row.try_get("records")?,
+            skipped: row.try_get("skipped")?,
+            asked: layout(row.try_get("asked")?)?,
+            layout: layout(row.try_get("layout")?)?,
             created_ms: row.try_get("created_ms")?,
             etag: row.try_get("etag")?,
             source: row.try_get("source")?,
@@ -75,20 +82,16 @@ impl Store {
         &self,
         id: &str,
         display_name: &str,
-        (kind, file_name): (DatasetKind, &str),
+        file: impl Into<DatasetFile>,
         object: Object,
         request_id: &str,
     ) -> Result<DatasetRow> {
+        let file = file.into();
         let created = async {
             names::check_id(id)?;
             let path = self.objects.local_path(&object.digest).await?;
-            let name = file_name.to_owned();
-            let records = match kind {
-                DatasetKind::Text => documents(path, name).await?.len(),
-                DatasetKind::Choices => items(path, name).await?.len(),
-            };
-            let file = (kind, file_name);
-            self.insert_dataset(id, display_name, file, &object, records, request_id).await
+            let checked = check(path, file.clone()).await?;
+            self.insert_dataset(id, display_name, &file, &object, &checked, request_id).await
         };
         let created = created.await;
         // The claim of the upload goes to the row that was made; without one, it is given up.
@@ -103,9 +106,9 @@ impl Store {
         &self,
         id: &str,
         display_name: &str,
-        (kind, file_name): (DatasetKind, &str),
+        file: &DatasetFile,
         object: &Object,
-        records: usize,
+        checked: &Checked,
         request_id: &str,
     ) -> Result<(DatasetRow, bool)> {
         let mut tx = self.sql.write().await?;
@@ -117,25 +120,30 @@ impl Store {
             if let Some(row) = row.as_ref().map(DatasetRow::read).transpose()? {
                 let same = row.id == id
                     && row.display_name == display_name
-                    && row.kind == kind
-                    && row.file_name == file_name
+                    && row.kind == file.kind
+                    && row.file_name == file.name
+                    && row.asked == file.layout
                     && row.object == *object;
                 return if same { Ok((row, false)) } else { Err(request_id_reused(request_id)) };
             }
         }
         let inserted = sqlx::query(
             "INSERT INTO datasets (id, display_name, digest, file_name, records, created_ms, etag, \
-             source, request_id, kind) VALUES (?, ?, ?, ?, ?, ?, ?, 'upload', ?, ?) ON CONFLICT (id) DO NOTHING",
+             source, request_id, kind, asked, layout, skipped) \
+             VALUES (?, ?, ?, ?, ?, ?, ?, 'upload', ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
         )
         .bind(id)
         .bind(display_name)
         .bind(&object.digest)
-        .bind(file_name)
-        .bind(page(records))
+        .bind(&file.name)
+        .bind(checked.records.cast_signed())
         .bind(now_ms())
         .bind(new_etag())
         .bind(request_id)
-        .bind(kind.name())
+        .bind(file.kind.name())
+        .bind(json(&file.layout)?)
+        .bind(json(&checked.layout)?)
+        .bind(checked.skipped.cast_signed())
         .execute(&mut *tx)
         .await?;
         if inserted.rows_affected() == 0 {
@@ -201,9 +209,10 @@ impl Store {
         let row = self.of_kind(id, DatasetKind::Text).await?;
         let path = self.objects.local_path(&row.object.digest).await?;
         // The ending of the file name decides how the bytes are read.
-        let key = format!("{}/{}", row.object.digest, row.file_name);
+        let columns = json(&row.layout.columns)?;
+        let key = format!("{}/{}/{columns}", row.object.digest, row.file_name);
         let load = async {
-            let documents = documents(path, row.file_name).await?;
+            let documents = documents(source(path, row)).await?;
             blocking(move || Ok(text::join(&documents))).await
         };
         self.shared_text(key, load).await
@@ -216,6 +225,13 @@ impl Store {
         let row = self.of_kind(id, DatasetKind::Choices).await?;
         let path = self.objects.local_path(&row.object.digest).await?;
         items(path, row.file_name).await
+    }
+
+    /// A data set and how to read its records.
+    pub async fn dataset_source(&self, id: &str) -> Result<(DatasetRow, Source)> {
+        let row = self.dataset(id).await?;
+        let path = self.objects.local_path(&row.object.digest).await?;
+        Ok((row.clone(), source(path, row)))
     }
 
     /// A data set, which must be of this kind.
@@ -239,8 +255,74 @@ async fn items(path: PathBuf, file_name: String) -> Result<Vec<Item>> {
     blocking(move || choices::read_items(&path, &file_name, MAX_TEXT_BYTES)).await
 }
 
-async fn documents(path: PathBuf, file_name: String) -> Result<Vec<String>> {
-    blocking(move || text::read_documents(&path, &file_name, MAX_TEXT_BYTES)).await
+/// The documents of a text.
+async fn documents(source: Source) -> Result<Vec<String>> {
+    blocking(move || {
+        if plain(&source) {
+            return text::read_documents(&source.path, &source.file_name, MAX_TEXT_BYTES);
+        }
+        let documents = Records::open(&source)?.map(|record| {
+            Ok(match record?.1 {
+                Record::Text(text) => Some(text),
+                _ => None,
+            })
+        });
+        documents.filter_map(Result::transpose).collect()
+    })
+    .await
+}
+
+/// Whether a text is read without columns: as a whole, or from the field that always holds it.
+fn plain(source: &Source) -> bool {
+    let name = source.file_name.to_ascii_lowercase();
+    let name = name.strip_suffix(".gz").unwrap_or(&name);
+    source.layout == Layout::default()
+        && ![".json", ".csv", ".tsv", ".ndjson", ".parquet"].iter().any(|end| name.ends_with(end))
+}
+
+/// Reads a whole file, to see that it can be read.
+async fn check(path: PathBuf, file: DatasetFile) -> Result<Checked> {
+    let DatasetFile { kind, name, layout } = file;
+    let source = Source { path, file_name: name, kind, layout, max_bytes: MAX_TEXT_BYTES };
+    source.layout.check(kind)?;
+    let records = match kind {
+        DatasetKind::Choices => items(source.path.clone(), source.file_name.clone()).await?.len(),
+        DatasetKind::Text if plain(&source) => documents(source.clone()).await?.len(),
+        _ => return blocking(move || records::check(&source)).await,
+    };
+    Ok(Checked { layout: source.layout, records: records as u64, skipped: 0 })
+}
+
+fn source(path: PathBuf, row: DatasetRow) -> Source {
+    let DatasetRow { kind, file_name, layout, .. } = row;
+    Source { path, file_name, kind, layout, max_bytes: MAX_TEXT_BYTES }
+}
+
+fn kind(name: &str) -> Result<DatasetKind> {
+    let known = DatasetKind::ALL.into_iter().find(|kind| kind.name() == name);
+    known.ok_or_else(|| {
+        Error::new(
+            Reason::StoreCorrupt,
+            format!(
+                "a data set is of a kind '{name:.40}' that this release does not know; upgrade"
+            ),
+        )
+    })
+}
+
+fn layout(json: &str) -> Result<Layout> {
+    serde_json::from_str(json).map_err(|error| {
+        Error::new(
+            Reason::StoreCorrupt,
+            "the layout of a data set cannot be read; import the data set again",
+        )
+        .with_source(error)
+    })
+}
+
+fn json(value: &impl serde::Serialize) -> Result<String> {
+    serde_json::to_string(value)
+        .map_err(|error| Error::internal(format!("a layout is json: {error}")))
 }
 
 /// A request id that stands for another request.

@@ -11,6 +11,7 @@ use super::objects::{Object, Objects};
 use super::operations::{End, Kind, NewOperation, Operation, State};
 use super::*;
 use crate::progress::Metrics;
+use crate::data::records::{Checked, Layout};
 use crate::proto::v1;
 
 async fn open() -> (tempfile::TempDir, Store) {
@@ -351,7 +352,9 @@ async fn a_data_set_is_made_once() {
     let insert = |id: &'static str, request: &'static str, object: &Object| {
         let (store, object) = (&store, object.clone());
         async move {
-            store.insert_dataset(id, "", (DatasetKind::Text, "a.txt"), &object, 1, request).await
+            let file = (DatasetKind::Text, "a.txt").into();
+            let checked = Checked { layout: Layout::default(), records: 1, skipped: 0 };
+            store.insert_dataset(id, "", &file, &object, &checked, request).await
         }
     };
     let (row, new) = insert("d", "r", &object).await.unwrap();

@@ -399,7 +399,7 @@ async fn the_command_imports_a_folder_embeds_and_exports() {
 }
 
 /// The folder of all-MiniLM-L6-v2, fetched once into the user's cache folder.
-fn minilm() -> PathBuf {
+pub fn minilm() -> PathBuf {
     let cache = std::env::var_os("XDG_CACHE_HOME")
         .map(PathBuf::from)
         .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")))

@@ -8,6 +8,7 @@ mod bench;
 mod cli;
 mod clients;
 mod contract;
+mod datasets;
 mod embedding;
 mod harness;
 mod inference;

@@ -3,6 +3,7 @@
 //! A template comes with a model, so it is a stranger's program: its size, steps, recursion and
 //! output are limited. What a message says is a stranger's text: see [`encode`].
 
+mod answers;
 mod clock;
 mod json;
 
@@ -14,6 +15,8 @@ use minijinja::{Environment, ErrorKind, context};
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Reason, Result};
 
+pub use answers::{Encoded, encode_answers};
+
 const MAX_SOURCE: usize = 1 << 20;
 const MAX_OUTPUT: usize = 32 << 20;
 /// Instructions; a message takes some hundreds.
@@ -23,53 +26,102 @@ const MAX_DEPTH: usize = 200;
 /// Who may speak. Templates put roles into the text, so nothing else may pass.
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
 
+/// Name of the only template in an environment.
+const NAME: &str = "chat";
+const PLAIN: &str = "{% for message in messages %}\
+    {{ '### ' + message['role'] | capitalize + ':\n' + message['content'] }}\
+    {{ eos_token if message['role'] == 'assistant' and eos_token }}{{ '\n\n' }}\
+    {% endfor %}\
+    {% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}";
+
 /// One message of a conversation.
-#[derive(Debug, Clone, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Message {
     pub role: String,
     pub content: String,
 }
 
+/// How conversations become text.
+pub struct Template {
+    env: Environment<'static>,
+    special: [(&'static str, Value); 4],
+}
+
+impl Template {
+    /// The template that the model came with.
+    ///
+    /// # Errors
+    /// `MODEL_UNSUITABLE` when there is none or it cannot be read.
+    pub fn of(tokenizer: &Tokenizer) -> Result<Self> {
+        let source = tokenizer.chat_template.as_deref().ok_or_else(|| {
+            Error::new(
+                Reason::ModelUnsuitable,
+                "the model has no chat template; send a plain prompt, or use an instruction-tuned model",
+            )
+        })?;
+        if source.len() > MAX_SOURCE {
+            return Err(unusable(format!("it is larger than {MAX_SOURCE} bytes")));
+        }
+        Self::new(tokenizer, without_generation_tags(source))
+    }
+
+    /// The template for models that came without one: a heading with the speaker's role, the words on
+    /// the next lines, the end token after an answer, a blank line.
+    pub fn plain(tokenizer: &Tokenizer) -> Result<Self> {
+        Self::new(tokenizer, PLAIN.to_owned())
+    }
+
+    fn new(tokenizer: &Tokenizer, source: String) -> Result<Self> {
+        let mut env = environment();
+        env.add_template_owned(NAME, source).map_err(failed)?;
+        let special = ["bos_token", "eos_token", "pad_token", "unk_token"]
+            .map(|role| (role, tokenizer.special_text(role).map_or(Value::UNDEFINED, Value::from)));
+        Ok(Self { env, special })
+    }
+
+    /// Lays out a conversation, where asked with the prompt for the assistant's turn.
+    ///
+    /// # Errors
+    /// `MODEL_UNSUITABLE` when the template fails; `INVALID_FIELD` for unknown roles, an empty
+    /// conversation, and one that the template refuses.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        check(messages)?;
+        let template = self.env.get_template(NAME).map_err(failed)?;
+        let [bos, eos, pad, unk] = &self.special;
+        let mut out = Bounded(Vec::new());
+        let done = template.render_captured_to(
+            context! {
+                messages,
+                add_generation_prompt,
+                tools => (),
+                documents => (),
+                bos_token => bos.1,
+                eos_token => eos.1,
+                pad_token => pad.1,
+                unk_token => unk.1,
+            },
+            &mut out,
+        );
+        done.map_err(failed)?;
+        String::from_utf8(out.0).map_err(|e| Error::internal(format!("templates write text: {e}")))
+    }
+
+    fn holds(&self, c: char) -> bool {
+        self.env.get_template(NAME).is_ok_and(|template| template.source().contains(c))
+    }
+}
+
 /// Lays out a conversation by the model's chat template, with the prompt for the assistant's turn.
 ///
 /// # Errors
-/// `MODEL_UNSUITABLE` when the model has no template or its template fails; `INVALID_FIELD` for
-/// unknown roles, an empty conversation, and one that the template refuses.
+/// As [`Template::of`] and [`Template::render`].
 pub fn render(
     tokenizer: &Tokenizer,
     messages: &[Message],
     add_generation_prompt: bool,
 ) -> Result<String> {
     check(messages)?;
-    let source = tokenizer.chat_template.as_deref().ok_or_else(|| {
-        Error::new(
-            Reason::ModelUnsuitable,
-            "the model has no chat template; send a plain prompt, or use an instruction-tuned model",
-        )
-    })?;
-    if source.len() > MAX_SOURCE {
-        return Err(unusable(format!("it is larger than {MAX_SOURCE} bytes")));
-    }
-    let source = without_generation_tags(source);
-    let env = environment();
-    let template = env.template_from_str(&source).map_err(failed)?;
-    let special = |role: &str| tokenizer.special_text(role).map_or(Value::UNDEFINED, Value::from);
-    let mut out = Bounded(Vec::new());
-    let done = template.render_captured_to(
-        context! {
-            messages,
-            add_generation_prompt,
-            tools => (),
-            documents => (),
-            bos_token => special("bos_token"),
-            eos_token => special("eos_token"),
-            pad_token => special("pad_token"),
-            unk_token => special("unk_token"),
-        },
-        &mut out,
-    );
-    done.map_err(failed)?;
-    String::from_utf8(out.0).map_err(|e| Error::internal(format!("templates write text: {e}")))
+    Template::of(tokenizer)?.render(messages, add_generation_prompt)
 }
 
 /// Ids of a conversation, laid out by [`render`]. Special tokens of the template are recognised;
@@ -80,6 +132,8 @@ pub fn encode(
     messages: &[Message],
     add_generation_prompt: bool,
 ) -> Result<Vec<u32>> {
+    check(messages)?;
+    let template = Template::of(tokenizer)?;
     let mut marked = Vec::with_capacity(messages.len());
     let mut mark = None;
     for message in messages {
@@ -90,12 +144,12 @@ pub fn encode(
         }
         let mark = match mark {
             Some(mark) => mark,
-            None => *mark.insert(free_mark(tokenizer, messages)?),
+            None => *mark.insert(free_mark(&template, messages, 0)?),
         };
         let content = cut_special(tokenizer, &message.content, mark);
         marked.push(Message { role: message.role.clone(), content });
     }
-    let text = render(tokenizer, &marked, add_generation_prompt)?;
+    let text = template.render(&marked, add_generation_prompt)?;
     let Some(mark) = mark else { return tokenizer.encode(&text, false, true) };
     let mut ids = Vec::new();
     for part in text.split(mark) {
@@ -104,11 +158,12 @@ pub fn encode(
     Ok(ids)
 }
 
-/// A character that stands in no message: one of those that Unicode reserves for such use.
-fn free_mark(tokenizer: &Tokenizer, messages: &[Message]) -> Result<char> {
-    let template = tokenizer.chat_template.as_deref().unwrap_or_default();
+/// A character that stands in no message: one of those that Unicode reserves for such use; the next
+/// free one after `skip`.
+fn free_mark(template: &Template, messages: &[Message], skip: usize) -> Result<char> {
     ('\u{FDD0}'..='\u{FDEF}')
-        .find(|&c| !template.contains(c) && !messages.iter().any(|m| m.content.contains(c)))
+        .filter(|&c| !template.holds(c) && !messages.iter().any(|m| m.content.contains(c)))
+        .nth(skip)
         .ok_or_else(|| Error::field("messages", "the text holds characters that are no characters"))
 }
 

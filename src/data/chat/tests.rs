@@ -1,9 +1,9 @@
 use super::*;
 use crate::data::tokenizer::Files;
 
-const CHATML: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+pub(super) const CHATML: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
-const HEADERS: &str = r#"
+pub(super) const HEADERS: &str = r#"
 {{- bos_token }}
 {%- if not date_string is defined %}
     {%- set date_string = "1 Jan 2000" %}
@@ -23,7 +23,7 @@ const HEADERS: &str = r#"
 {%- endif %}
 "#;
 
-const TURNS: &str = r"{{ bos_token }}
+pub(super) const TURNS: &str = r"{{ bos_token }}
 {%- if messages[0]['role'] == 'system' -%}
     {%- set first_user_prefix = messages[0]['content'] + '
 
@@ -53,7 +53,7 @@ const TURNS: &str = r"{{ bos_token }}
 ";
 
 /// One token a byte of lower-case ASCII, and the marks `<|im_start|>` (1) and `<|im_end|>` (2).
-fn tokenizer(template: Option<&str>) -> Tokenizer {
+pub(super) fn tokenizer(template: Option<&str>) -> Tokenizer {
     let mut vocab = serde_json::Map::new();
     for (id, name) in ["<s>", "<|im_start|>", "<|im_end|>"].into_iter().enumerate() {
         vocab.insert(name.into(), id.into());
@@ -83,7 +83,7 @@ fn tokenizer(template: Option<&str>) -> Tokenizer {
     .unwrap()
 }
 
-fn say(turns: &[(&str, &str)]) -> Vec<Message> {
+pub(super) fn say(turns: &[(&str, &str)]) -> Vec<Message> {
     turns.iter().map(|(r, c)| Message { role: (*r).into(), content: (*c).into() }).collect()
 }
 

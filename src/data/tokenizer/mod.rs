@@ -23,6 +23,8 @@ pub use stream::TextStream;
 
 /// Bytes of a text that the crate gets at once.
 const PIECE: usize = 256 << 10;
+/// Bytes of a text whose tokens are wanted with their places.
+const MAX_PLACED: usize = 2 << 20;
 /// Ends of lines that are tried for a cut, and the bytes round each that must agree.
 const CUTS: usize = 32;
 const NEAR: usize = 2048;
@@ -96,6 +98,29 @@ impl Tokenizer {
         Ok(ids)
     }
 
+    /// Ids of `text` with the bytes of it that each stands for; special tokens are recognised. Of a token of
+    /// a part of a character it is the whole character. This takes some hundred bytes for each byte of the text,
+    /// so texts are limited.
+    pub fn encode_with_places(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
+        if text.len() > MAX_PLACED {
+            return Err(Error::new(
+                Reason::TooLarge,
+                format!("the text has more than {MAX_PLACED} bytes; split it"),
+            ));
+        }
+        let encoding = contained(|| {
+            let added = self.inner.get_added_vocabulary();
+            let mut parts = added.extract_and_normalize(self.inner.get_normalizer(), text);
+            if let Some(pre) = self.inner.get_pre_tokenizer() {
+                pre.pre_tokenize(&mut parts)?;
+            }
+            parts.tokenize(|part| self.inner.get_model().tokenize(part.get()))?;
+            parts.into_encoding(None, 0, OffsetType::Byte)
+        })?;
+        let places = encoding.get_offsets().iter().map(|&(start, end)| start..end);
+        Ok((encoding.get_ids().to_vec(), places.collect()))
+    }
+
     /// Text of `ids`; `skip_special` leaves special tokens out. Ids without a token give nothing,
     /// bytes that are no character give U+FFFD.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
@@ -139,6 +164,11 @@ impl Tokenizer {
     /// Whether `id` stands for a special token (start, end, turn marks and the like).
     pub fn is_special(&self, id: u32) -> bool {
         self.pieces.is_special(id)
+    }
+
+    /// The token for what the vocabulary lacks.
+    pub fn unknown(&self) -> Option<u32> {
+        self.unknown
     }
 
     /// Texts of the special tokens.
