@@ -1,5 +1,6 @@
 //! The `planish` command line: one client verb for every RPC, `serve` and `quickstart`.
 
+mod adapt;
 mod adapters;
 mod bench;
 mod claims;
@@ -72,6 +73,8 @@ enum Command {
     Methods(methods::Command),
     /// Run a recipe on a model
     Run(run::RunArgs),
+    /// Train an adapter of a model
+    Adapt(adapt::Args),
     /// Run recipes side by side and compare what comes out
     Compare(compare::Args),
     /// Measure a model
@@ -188,6 +191,7 @@ async fn dispatch(command: Command, context: &Context) -> Result<()> {
         Command::Datasets(command) => command.run(context).await,
         Command::Methods(command) => command.run(context).await,
         Command::Run(args) => args.run(context).await,
+        Command::Adapt(args) => args.run(context).await,
         Command::Compare(args) => args.run(context).await,
         Command::Evaluate(args) => args.run(context).await,
         Command::Claims(command) => command.run(context).await,
@@ -221,6 +225,7 @@ mod tests {
             "planish models list --output json",
             "planish models export smol@2 --to out --format gguf --type q8-0",
             "planish run recipes/x.toml --model smol --validate-only --request-id 1",
+            "planish adapt lora.toml --model smol --adapter poems --seed 3 --curve curve.svg",
             "planish compare c.toml --model smol@1 --to out --format markdown",
             "planish claims run --all --short --data d --claims claims",
             "planish claims check baselines-pruning --rejudge",

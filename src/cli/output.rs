@@ -104,6 +104,8 @@ fn any_json(any: &Any) -> Result<Value> {
         "planish.v1.EvaluationReport" => message::<v1::EvaluationReport>(any),
         "planish.v1.ComparisonPlan" => message::<v1::ComparisonPlan>(any),
         "planish.v1.ComparisonReport" => message::<v1::ComparisonReport>(any),
+        "planish.v1.AdaptPlan" => message::<v1::AdaptPlan>(any),
+        "planish.v1.AdaptReport" => message::<v1::AdaptReport>(any),
         "planish.v1.ClaimResult" => message::<v1::ClaimResult>(any),
         "google.protobuf.Empty" => Ok(json!({ "value": {} })),
         "google.rpc.ErrorInfo" => decode::<tonic_types::pb::ErrorInfo>(any).map(|info| {

@@ -11,7 +11,7 @@ use super::output::{self, decode, size, table};
 use crate::eval::{format, metrics};
 use crate::proto::google::longrunning::{Operation, operation};
 use crate::proto::v1::{
-    ClaimResult, ComparisonPlan, ComparisonReport, EvaluationReport, Measurement, ModelVersion,
+    AdaptData, AdaptPlan, AdaptReport, ClaimResult, ComparisonPlan, ComparisonReport, EvaluationReport, Measurement, ModelVersion,
     RecipePlan, RecipeReport, StepReport, TrainingEnd, TrainingReport,
 };
 use crate::recipe::claim::judge;
@@ -27,6 +27,8 @@ pub fn operation(operation: &Operation) -> Result<()> {
         "planish.v1.RecipePlan" => plan(&decode::<RecipePlan>(any)?),
         "planish.v1.ComparisonPlan" => comparison_plan(&decode::<ComparisonPlan>(any)?),
         "planish.v1.ComparisonReport" => comparison(&decode::<ComparisonReport>(any)?),
+        "planish.v1.AdaptPlan" => adapt_plan(&decode::<AdaptPlan>(any)?),
+        "planish.v1.AdaptReport" => adapted(&decode::<AdaptReport>(any)?),
         "planish.v1.ClaimResult" => claim(&decode::<ClaimResult>(any)?),
         _ => output::line(format!("{} is done", operation.name)),
     }
@@ -97,6 +99,52 @@ fn steps(steps: &[StepReport]) -> String {
         }
     }
     text
+}
+
+/// What an adaptation made.
+fn adapted(report: &AdaptReport) -> Result<()> {
+    let data = |what: &str, data: &AdaptData| {
+        output::line(format!(
+            "{what} {}: {} sequences of {} records, {} tokens",
+            data.dataset, data.sequences, data.records, data.tokens
+        ))
+    };
+    if let Some(learnt) = &report.data {
+        data("learnt from", learnt)?;
+    }
+    if let Some(measured) = &report.validation {
+        data("measured on", measured)?;
+    }
+    if let Some(report) = &report.training {
+        output::line(training(report))?;
+    }
+    for warning in &report.warnings {
+        output::line(format!("warning: {warning}"))?;
+    }
+    let memory = match report.peak_memory_bytes {
+        1.. => format!(", peak memory {}", size(report.peak_memory_bytes)),
+        _ => String::new(),
+    };
+    output::line(format!(
+        "\n{} made for {} in {}: {} on disk{memory}",
+        report.adapter,
+        short_model(&report.base_version),
+        output::seconds(report.seconds),
+        size(report.total_bytes)
+    ))
+}
+
+/// What an adaptation would cost.
+fn adapt_plan(plan: &AdaptPlan) -> Result<()> {
+    output::line(output::facts(&[
+        ("trained", format!("{} numbers", plan.trained_parameters)),
+        ("frozen beside the base", format!("{} numbers", plan.frozen_parameters)),
+        ("memory", format!("at most about {}", size(plan.memory_bytes))),
+    ]))?;
+    for warning in &plan.warnings {
+        output::line(format!("warning: {warning}"))?;
+    }
+    Ok(())
 }
 
 /// How a training went, in a line.

@@ -4,6 +4,7 @@
 //! left running goes back into the queue at the next start and is taken up after its last finished
 //! step.
 
+mod adapt;
 mod claim;
 pub mod compare;
 mod import;

@@ -7,7 +7,7 @@ use std::time::Instant;
 use prost::Message;
 use tokio::runtime::Handle;
 
-use super::{claim, compare, damaged, import, recipe};
+use super::{adapt, claim, compare, damaged, import, recipe};
 use crate::data::choices::Item;
 use crate::error::{Error, Result};
 use crate::eval;
@@ -149,6 +149,7 @@ impl Work for Models {
             Kind::Evaluate => evaluate(job),
             Kind::Compare => compare::run(job),
             Kind::Claim => claim::run(job),
+            Kind::Adapt => adapt::run(job),
         }
     }
 }
@@ -199,6 +200,11 @@ pub fn uses(new: &NewOperation) -> Result<Vec<String>> {
             let request = v1::RunClaimRequest::decode(request).map_err(bad)?;
             uses.push(request.model);
             uses.extend(crate::recipe::claim::uses(&request.claim.unwrap_or_default()));
+        }
+        Kind::Adapt => {
+            let request = v1::AdaptRequest::decode(request).map_err(bad)?;
+            uses.push(request.model);
+            uses.extend(crate::recipe::adapt::datasets(&request)?);
         }
     }
     uses.retain(|resource| !resource.is_empty());

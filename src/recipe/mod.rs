@@ -1,5 +1,6 @@
 //! Recipes: ordered steps, their checking, their files, their running.
 
+pub mod adapt;
 pub mod claim;
 pub mod compare;
 pub mod curve;

@@ -66,7 +66,9 @@ impl AdapterService for Adapters {
                 base_model: model.to_owned(),
                 base_version: base.name(),
                 digest: String::new(),
+                method: v1::AdapterMethod::Lora,
                 facts,
+                lineage: None,
                 files: Vec::new(),
                 source: source.to_owned(),
                 created_ms: 0,
@@ -79,9 +81,11 @@ impl AdapterService for Adapters {
             display_name: &request.display_name,
             base_model: model,
             base_version: &base.name(),
+            method: v1::AdapterMethod::Lora,
             facts,
             source,
             request_id: &request.request_id,
+            lineage: None,
         };
         let kept = [peft::CONFIG, peft::WEIGHTS];
         let row = self.0.store.create_adapter(&new, folder.path(), &kept).await?;
@@ -296,6 +300,16 @@ pub async fn resolve(state: &State, version: &VersionRow, uses: &[v1::AdapterUse
 
 /// An adapter in memory, fitted to a version of its model.
 async fn load(state: &State, row: &AdapterRow, version: &VersionRow) -> Result<Arc<Fitted>> {
+    if row.method != v1::AdapterMethod::Lora {
+        return Err(Error::new(
+            Reason::Unsupported,
+            format!(
+                "{} is more than low-rank products, which is not served beside its base; export it and \
+                 merge it into the model",
+                row.name()
+            ),
+        ));
+    }
     let open = || async {
         let paths = state.store.adapter_paths(row).await?;
         let (digest, config) = (row.digest.clone(), version.config.clone());
@@ -317,13 +331,13 @@ fn read(paths: &std::collections::BTreeMap<String, std::path::PathBuf>) -> Resul
 
 /// A row as a message of the API.
 fn message(row: AdapterRow) -> v1::Adapter {
-    let total = row.files.iter().fold(0u64, |sum, (_, object)| sum.saturating_add(object.size));
+    let total = row.total_bytes();
     v1::Adapter {
         name: row.name(),
         display_name: row.display_name,
         base_model: format!("models/{}", row.base_model),
         base_version: row.base_version,
-        method: v1::AdapterMethod::Lora.into(),
+        method: row.method.into(),
         max_rank: row.facts.ranks.1,
         min_rank: row.facts.ranks.0,
         max_scale: row.facts.scales.1,
@@ -346,5 +360,6 @@ fn message(row: AdapterRow) -> v1::Adapter {
         create_time: Some(convert::timestamp(row.created_ms)),
         etag: row.etag,
         source: row.source,
+        lineage: row.lineage,
     }
 }

@@ -9,7 +9,7 @@ use tonic::{Request, Response, Status};
 
 use super::State;
 use super::download::Messages;
-use super::{check, comparisons, convert, operations, trainings};
+use super::{adaptations, check, comparisons, convert, operations, trainings};
 use crate::error::{Error, Result};
 use crate::methods;
 use crate::proto::google::longrunning::Operation;
@@ -64,6 +64,28 @@ impl JobService for Jobs {
         request.model = row.name();
         request.recipe = Some(given);
         self.submit(Kind::Recipe, row.name(), &request, &request.request_id, fingerprint).await
+    }
+
+    async fn adapt(
+        &self,
+        request: Request<v1::AdaptRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let mut request = request.into_inner();
+        let fingerprint = request.encode_to_vec();
+        check::request_id(&request.request_id)?;
+        let known = self.0.repeated(Kind::Adapt, &request.request_id, &fingerprint).await?;
+        if let Some(known) = known {
+            return Ok(known);
+        }
+        let (base, plan) = adaptations::check(&self.0, &request).await?;
+        if request.validate_only {
+            return Ok(Response::new(convert::validated("adapt", base, &plan)));
+        }
+        // The newest version may be another one by the time the job runs.
+        request.model.clone_from(&base);
+        request.adaptation = plan.adaptation;
+        request.training = plan.training;
+        self.submit(Kind::Adapt, base, &request, &request.request_id, fingerprint).await
     }
 
     async fn evaluate(

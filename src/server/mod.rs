@@ -3,6 +3,7 @@
 //! A request passes the `gate` (credentials, limits, deadline, account), reaches its service, and
 //! leaves as a message or as a status made by `status`.
 
+mod adaptations;
 mod adapters;
 mod auth;
 mod caller;

@@ -60,6 +60,15 @@ async fn report(state: &State, name: &str) -> Result<v1::TrainingReport> {
             return Ok(training);
         }
     }
+    if operation.kind == Kind::Adapt
+        && let Some(response) = &operation.response
+    {
+        let report = v1::AdaptReport::decode(response.as_slice())
+            .map_err(|e| Error::internal("a stored report is damaged").with_source(e))?;
+        if let Some(training) = report.training {
+            return Ok(training);
+        }
+    }
     let report = from_events(&state.store.events(&operation.id, 0).await?);
     if report.points.is_empty() && report.validations.is_empty() {
         let problem = format!("{name} has told of no training, or not yet");

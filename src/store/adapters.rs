@@ -14,6 +14,7 @@ use super::sql::json;
 use super::{Store, check_etag, names, new_etag, now_ms};
 use crate::error::{Error, Reason, Result};
 use crate::nn::adapter::Adapter;
+use crate::proto::v1;
 
 /// What a row says of an adapter's content.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -60,7 +61,10 @@ pub struct AdapterRow {
     /// Resource name of the version it was checked against.
     pub base_version: String,
     pub digest: String,
+    pub method: v1::AdapterMethod,
     pub facts: Facts,
+    /// How it was trained; none of an imported one.
+    pub lineage: Option<v1::AdapterLineage>,
     pub files: Vec<(String, Object)>,
     pub source: String,
     pub created_ms: i64,
@@ -73,9 +77,17 @@ impl AdapterRow {
         format!("adapters/{}", self.id)
     }
 
+    /// Bytes of all files.
+    pub fn total_bytes(&self) -> u64 {
+        self.files.iter().fold(0, |sum, (_, object)| sum.saturating_add(object.size))
+    }
+
     fn read(row: &SqliteRow) -> Result<Self> {
         let files: Vec<(String, String, u64)> = json(row.try_get("files")?)?;
+        let lineage: Option<&str> = row.try_get("lineage")?;
         Ok(Self {
+            method: method(row.try_get("method")?)?,
+            lineage: lineage.map(json).transpose()?,
             id: row.try_get("id")?,
             display_name: row.try_get("display_name")?,
             base_model: row.try_get("base_model")?,
@@ -99,9 +111,12 @@ pub struct NewAdapter<'a> {
     pub display_name: &'a str,
     pub base_model: &'a str,
     pub base_version: &'a str,
+    pub method: v1::AdapterMethod,
     pub facts: Facts,
     pub source: &'a str,
     pub request_id: &'a str,
+    /// How it was trained.
+    pub lineage: Option<v1::AdapterLineage>,
 }
 
 impl Store {
@@ -157,6 +172,9 @@ impl Store {
         }
         let facts = serde_json::to_string(&new.facts)
             .map_err(|e| Error::internal("an adapter's facts have no JSON form").with_source(e))?;
+        let lineage = new.lineage.as_ref().map(serde_json::to_string).transpose().map_err(|e| {
+            Error::internal("an adapter's lineage has no JSON form").with_source(e)
+        })?;
         let base: Option<i64> = sqlx::query_scalar("SELECT 1 FROM models WHERE id = ?")
             .bind(new.base_model)
             .fetch_optional(&mut *tx)
@@ -167,19 +185,21 @@ impl Store {
         }
         let inserted = sqlx::query(
             "INSERT INTO adapters (id, display_name, base_model, base_version, method, digest, facts, \
-             source, created_ms, etag, request_id) VALUES (?, ?, ?, ?, 'lora', ?, ?, ?, ?, ?, ?) \
+             source, created_ms, etag, request_id, lineage) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) \
              ON CONFLICT (id) DO NOTHING",
         )
         .bind(new.id)
         .bind(new.display_name)
         .bind(new.base_model)
         .bind(new.base_version)
+        .bind(method_name(new.method))
         .bind(digest)
         .bind(facts)
         .bind(new.source)
         .bind(now_ms())
         .bind(new_etag())
         .bind(new.request_id)
+        .bind(lineage)
         .execute(&mut *tx)
         .await?;
         if inserted.rows_affected() == 0 {
@@ -257,6 +277,27 @@ impl Store {
         }
         Ok(paths)
     }
+}
+
+/// Names of methods in the database.
+const METHODS: [(v1::AdapterMethod, &str); 4] = [
+    (v1::AdapterMethod::Lora, "lora"),
+    (v1::AdapterMethod::Dora, "dora"),
+    (v1::AdapterMethod::Tensors, "tensors"),
+    (v1::AdapterMethod::Head, "head"),
+];
+
+fn method_name(method: v1::AdapterMethod) -> &'static str {
+    METHODS.iter().find(|(known, _)| *known == method).map_or("lora", |(_, name)| name)
+}
+
+fn method(name: &str) -> Result<v1::AdapterMethod> {
+    METHODS.iter().find(|(_, known)| *known == name).map(|(method, _)| *method).ok_or_else(|| {
+        Error::new(
+            Reason::StoreCorrupt,
+            format!("an adapter's row has the method '{name}'; restore a backup"),
+        )
+    })
 }
 
 fn no_adapter(id: &str) -> Error {

@@ -29,10 +29,12 @@ pub enum Kind {
     Evaluate,
     Compare,
     Claim,
+    Adapt,
 }
 
 impl Kind {
-    const ALL: [Self; 5] = [Self::Import, Self::Recipe, Self::Evaluate, Self::Compare, Self::Claim];
+    const ALL: [Self; 6] =
+        [Self::Import, Self::Recipe, Self::Evaluate, Self::Compare, Self::Claim, Self::Adapt];
 
     /// Name in the database and in `OperationMetadata`.
     pub fn name(self) -> &'static str {
@@ -42,6 +44,7 @@ impl Kind {
             Self::Evaluate => "evaluate",
             Self::Compare => "compare",
             Self::Claim => "claim",
+            Self::Adapt => "adapt",
         }
     }
 
@@ -53,6 +56,7 @@ impl Kind {
             Self::Evaluate => "type.googleapis.com/planish.v1.EvaluationReport",
             Self::Compare => "type.googleapis.com/planish.v1.ComparisonReport",
             Self::Claim => "type.googleapis.com/planish.v1.ClaimResult",
+            Self::Adapt => "type.googleapis.com/planish.v1.AdaptReport",
         }
     }
 

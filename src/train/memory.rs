@@ -7,7 +7,6 @@
 use super::optimizer::Optimizer;
 use super::parameters::Parameters;
 use super::settings::Settings;
-use super::tensors;
 use crate::error::{Error, Reason, Result};
 
 /// Measures of a transformer that decide what its forward pass leaves behind.
@@ -67,16 +66,22 @@ impl Estimate {
         weights: u64,
         activations: u64,
     ) -> Self {
+        let sizes: Vec<usize> = parameters.values().map(|p| p.var.elem_count()).collect();
+        Self::of(settings, &sizes, weights, activations)
+    }
+
+    /// The same for trained tensors of so many elements.
+    pub fn of(settings: &Settings, sizes: &[usize], weights: u64, activations: u64) -> Self {
         let optimizer = Optimizer::new(settings.rule, 0.0, settings.eight_bit);
-        let sizes = || parameters.values().map(|parameter| &parameter.var);
-        let bytes: u64 = sizes().map(|var| tensors::bytes(var)).sum();
+        let elements = sizes.iter().fold(0, |sum: u64, size| sum.saturating_add(*size as u64));
+        let bytes = elements.saturating_mul(size_of::<f32>() as u64);
         // Gradients are summed up, or scaled into memory of their own.
         let copies = if settings.accumulation > 1 { 2 } else { 1 };
         Self {
             weights,
             parameters: bytes,
             gradients: bytes.saturating_mul(copies),
-            optimizer: sizes().map(|var| optimizer.bytes(var.elem_count())).sum(),
+            optimizer: sizes.iter().map(|size| optimizer.bytes(*size)).sum(),
             average: if settings.ema_decay.is_some() { bytes } else { 0 },
             activations,
         }

@@ -13,11 +13,11 @@ use super::parameters::{Parameter, Parameters};
 use crate::error::{Error, Reason, Result};
 use crate::seed::Stream;
 
-/// Name of a head's weight, `[outputs, hidden]`.
-pub const HEAD_WEIGHT: &str = "head.weight";
+/// Name of a head's weight, `[outputs, hidden]`, as models for tasks call it.
+pub const HEAD_WEIGHT: &str = "classifier.weight";
 
 /// Name of a head's bias, `[outputs]`.
-pub const HEAD_BIAS: &str = "head.bias";
+pub const HEAD_BIAS: &str = "classifier.bias";
 
 /// Standard deviation of a new head's weight.
 const DEVIATION: f64 = 0.02;

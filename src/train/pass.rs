@@ -1,9 +1,12 @@
 //! A pass through a network: the loss of some sequences, and its gradient for what is trained.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use candle_core::{Tensor, TensorId, Var};
 
+use super::loss::LossSums;
+use super::objective::{HEAD_BIAS, HEAD_WEIGHT};
 use super::parameters::{Gradients, Parameters};
 use crate::data::sequence::{Sequence, Target};
 use crate::error::{Error, Reason, Result};
@@ -13,7 +16,7 @@ use crate::nn::ops::{Loss, Network, Pool, Run, Sequences, Shared, Tape, Value};
 use crate::nn::tuning::Tuning;
 
 /// The weight of an encoder's head, `[outputs, hidden]`, and its bias.
-pub const CLASSIFIER: [&str; 2] = ["classifier.weight", "classifier.bias"];
+pub const CLASSIFIER: [&str; 2] = [HEAD_WEIGHT, HEAD_BIAS];
 
 /// How a pass runs.
 #[derive(Debug, Clone, Copy)]
@@ -31,25 +34,6 @@ impl Default for Options {
     }
 }
 
-/// What the targets of some sequences add up to. Sums, so that a batch may come in pieces: divide by the
-/// count of all of them, the gradients too.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct LossSums {
-    pub loss: f64,
-    /// Targets that counted: tokens, tags or texts.
-    pub count: u64,
-    /// Targets that had the largest logit; 0 where targets are numbers.
-    pub right: u64,
-}
-
-impl std::ops::AddAssign for LossSums {
-    fn add_assign(&mut self, other: Self) {
-        self.loss += other.loss;
-        self.count += other.count;
-        self.right += other.right;
-    }
-}
-
 /// A model whose loss can be taken and differentiated.
 pub struct Pass<'a> {
     family: Family<'a>,
@@ -61,8 +45,8 @@ pub struct Pass<'a> {
 
 /// The differentiable forwards.
 enum Family<'a> {
-    Decoder(decoder::graph::Graph<'a>),
-    Encoder(encoder::graph::Graph<'a>),
+    Decoder(Arc<decoder::graph::Graph<'a>>),
+    Encoder(Arc<encoder::graph::Graph<'a>>),
 }
 
 /// Sequences side by side, and what is wanted of them.
@@ -90,19 +74,19 @@ enum Rows {
 
 impl<'a> Pass<'a> {
     pub fn decoder(
-        graph: decoder::graph::Graph<'a>,
+        graph: impl Into<Arc<decoder::graph::Graph<'a>>>,
         tuning: &'a dyn Tuning,
         options: Options,
     ) -> Self {
-        Self { family: Family::Decoder(graph), tuning, options, pool: Pool::default() }
+        Self { family: Family::Decoder(graph.into()), tuning, options, pool: Pool::default() }
     }
 
     pub fn encoder(
-        graph: encoder::graph::Graph<'a>,
+        graph: impl Into<Arc<encoder::graph::Graph<'a>>>,
         tuning: &'a dyn Tuning,
         options: Options,
     ) -> Self {
-        Self { family: Family::Encoder(graph), tuning, options, pool: Pool::default() }
+        Self { family: Family::Encoder(graph.into()), tuning, options, pool: Pool::default() }
     }
 
     /// Where activations and gradients are.
@@ -282,8 +266,8 @@ impl<'a> Pass<'a> {
 
     fn network(&self) -> &dyn Network {
         match &self.family {
-            Family::Decoder(graph) => graph,
-            Family::Encoder(graph) => graph,
+            Family::Decoder(graph) => graph.as_ref(),
+            Family::Encoder(graph) => graph.as_ref(),
         }
     }
 
@@ -363,7 +347,7 @@ impl Batch {
 
     fn sums(&self, loss: &Loss) -> LossSums {
         let count = self.wanted.count();
-        LossSums { loss: loss.sums.loss, count, right: loss.sums.right }
+        LossSums { loss: loss.sums.loss, count, correct: loss.sums.right }
     }
 }
 
@@ -386,7 +370,7 @@ impl Tuning for InPlace<'_> {
         &self,
         _: &str,
         _: &Tensor,
-        _: &std::sync::Arc<crate::nn::weight::Weight>,
+        _: &Arc<crate::nn::weight::Weight>,
     ) -> Result<Option<Tensor>> {
         Ok(None)
     }

@@ -143,6 +143,13 @@ impl Run<'_> {
         Ok(found.map(|(standing, _)| standing.step))
     }
 
+    /// Updates that the run makes unless it ends early.
+    pub fn updates(&self) -> Result<u64> {
+        let options = self.options();
+        let random = self.random.child("training/data");
+        self.settings.steps(Order::shuffled(self.training, &options, random)?.updates())
+    }
+
     /// What training `parameters` comes to hold in memory.
     pub fn estimate(&self, parameters: &Parameters) -> Result<Estimate> {
         let options = self.options();

@@ -67,11 +67,6 @@ pub fn finite(tensor: &Tensor) -> Result<bool> {
     read(tensor, |values| values.par_chunks(RUN).all(|run| run.iter().all(|v| v.is_finite())))
 }
 
-/// Bytes of the elements in f32.
-pub fn bytes(tensor: &Tensor) -> u64 {
-    tensor.elem_count() as u64 * 4
-}
-
 #[cfg(test)]
 mod tests {
     use candle_core::{Device, Var};

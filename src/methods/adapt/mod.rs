@@ -15,6 +15,7 @@ pub mod export;
 pub mod full;
 pub mod gradients;
 pub mod head_only;
+pub mod learner;
 pub mod loldu;
 pub mod lora;
 pub mod lora_sb;

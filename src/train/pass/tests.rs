@@ -92,7 +92,7 @@ fn compare(pass: &Pass<'_>, sequences: &[&Sequence], parameters: &Parameters, wh
     let (sums, gradients) = pass.loss_and_gradients(sequences, parameters).unwrap();
     let again = pass.loss(sequences, parameters).unwrap();
     assert!((sums.loss - again.loss).abs() < 1e-4 * sums.loss, "{what}: {sums:?} {again:?}");
-    assert_eq!((sums.count, sums.right), (again.count, again.right));
+    assert_eq!((sums.count, sums.correct), (again.count, again.correct));
     assert_eq!(gradients.keys().collect::<Vec<_>>(), parameters.keys().collect::<Vec<_>>());
     for (name, parameter) in parameters {
         let start = values(parameter.var.as_tensor());
@@ -296,10 +296,10 @@ fn batches_add_up_and_rows_that_do_not_count_do_not() {
     let (both, all) = pass.loss_and_gradients(&[&a, &b], &parameters).unwrap();
     let (mut sums, mut gradients) = pass.loss_and_gradients(&[&a], &parameters).unwrap();
     let (second, more) = pass.loss_and_gradients(&[&b], &parameters).unwrap();
-    sums += second;
+    sums.add(second);
     // Of 12 tokens those at 2, 3, 5, 6, 8, 9, 11 count, of 7 those at 2, 3, 5, 6.
     assert_eq!((both.count, sums.count), (11, 11));
-    assert!((both.loss - sums.loss).abs() < 1e-4 && both.right == sums.right);
+    assert!((both.loss - sums.loss).abs() < 1e-4 && both.correct == sums.correct);
     for (name, gradient) in &mut gradients {
         let sum = (&*gradient + &more[name]).unwrap();
         let (a, b) = (values(&sum), values(&all[name]));
