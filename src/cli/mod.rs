@@ -225,7 +225,7 @@ mod tests {
             "planish models list --output json",
             "planish models export smol@2 --to out --format gguf --type q8-0",
             "planish run recipes/x.toml --model smol --validate-only --request-id 1",
-            "planish adapt lora.toml --model smol --adapter poems --seed 3 --curve curve.svg",
+            "planish adapt lora.toml --model smol --adapter poems --seed 3 --dataset d",
             "planish compare c.toml --model smol@1 --to out --format markdown",
             "planish claims run --all --short --data d --claims claims",
             "planish claims check baselines-pruning --rejudge",

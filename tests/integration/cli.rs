@@ -98,7 +98,7 @@ impl Service {
     }
 
     /// Ends the process as a crash would (SIGKILL).
-    fn kill(mut self) {
+    pub fn kill(mut self) {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
     }

@@ -57,7 +57,7 @@ fn tokenizer() -> Tokenizer {
 
 /// Writes a small encoder as a Hugging Face folder with the files of sentence-transformers, laid flat as
 /// uploads are: largest values, length 1, 32 tokens.
-fn write_encoder(folder: &Path) -> encoder::Model {
+pub fn write_encoder(folder: &Path) -> encoder::Model {
     let mut model = random::model(random::tiny(), 3).unwrap();
     model.tokenizer = Some(Arc::new(tokenizer()));
     export::hugging_face(&model, folder, Dtype::F32).unwrap();

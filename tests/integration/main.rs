@@ -2,6 +2,7 @@
 //! generated client and by the command line. One binary, so that it is linked once; a module for each
 //! journey.
 
+mod adaptation;
 mod adapters;
 mod api;
 mod bench;

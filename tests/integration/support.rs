@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use planish::config::Config;
 use planish::data::tokenizer::Tokenizer;
-use planish::models::{decoder::random, export};
+use planish::models::{Model, decoder::random, export};
 use planish::nn::dtype::Dtype;
 use planish::server::{Running, Server};
 use serde_json::json;
@@ -46,8 +46,8 @@ pub fn byte_tokenizer() -> Tokenizer {
     tokenizer
 }
 
-/// Writes a small random Llama with the byte tokenizer as a Hugging Face folder.
-pub fn tiny_model(folder: &Path, layers: usize, hidden: usize) -> PathBuf {
+/// A small random Llama with the byte tokenizer.
+pub fn tiny(layers: usize, hidden: usize) -> Model {
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
         "vocab_size": 257, "hidden_size": hidden, "intermediate_size": 2 * hidden,
@@ -57,6 +57,12 @@ pub fn tiny_model(folder: &Path, layers: usize, hidden: usize) -> PathBuf {
     });
     let mut model = random::model(config, 11).unwrap();
     model.tokenizer = Some(Arc::new(byte_tokenizer()));
+    model
+}
+
+/// Writes a small random Llama with the byte tokenizer as a Hugging Face folder.
+pub fn tiny_model(folder: &Path, layers: usize, hidden: usize) -> PathBuf {
+    let model = tiny(layers, hidden);
     let folder = folder.join("tiny");
     std::fs::create_dir_all(&folder).unwrap();
     export::hugging_face(&model, &folder, Dtype::F32).unwrap();
