@@ -11,8 +11,9 @@ use super::output::{self, decode, size, table};
 use crate::eval::{format, metrics};
 use crate::proto::google::longrunning::{Operation, operation};
 use crate::proto::v1::{
-    AdaptData, AdaptPlan, AdaptReport, ClaimResult, ComparisonPlan, ComparisonReport, EvaluationReport, Measurement, ModelVersion,
-    RecipePlan, RecipeReport, StepReport, TrainingEnd, TrainingReport,
+    AdaptData, AdaptPlan, AdaptReport, ClaimResult, ComparisonPlan, ComparisonReport,
+    EvaluationReport, Measurement, ModelVersion, RecipePlan, RecipeReport, StepReport, TrainingEnd,
+    TrainingReport,
 };
 use crate::recipe::claim::judge;
 use crate::recipe::compare::table;

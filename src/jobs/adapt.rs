@@ -49,7 +49,7 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
     let plan = Plan::new(
         request.adaptation.as_ref(),
         request.training.as_ref(),
-        (&base.family, &base.config),
+        (base.family.as_str(), &base.config),
     )?;
     job.progress.report(0.0, "reading the data")?;
     let model = job.wait(job.store.open_any_version(&base))?;
@@ -231,7 +231,8 @@ impl Work<'_> {
             Needs::Gradients { samples, batch } => {
                 let sample = self.sample(samples);
                 let mut take = |i: usize, tuned: &Tuned| -> Result<Gradients> {
-                    let records: Vec<&Sequence> = sample.iter().skip(i * batch).take(batch).collect();
+                    let records: Vec<&Sequence> =
+                        sample.iter().skip(i * batch).take(batch).collect();
                     let mut parameters = tuned.parameters();
                     parameters.extend(head.iter().map(|(name, p)| (name.clone(), p.clone())));
                     let pass = network.pass(tuned);

@@ -56,7 +56,11 @@ impl Plan {
             return Err(Error::at(
                 Reason::ModelUnsuitable,
                 "adaptation",
-                format!("{} adapts {}, and this is another kind", card.name, card.families.join(", ")),
+                format!(
+                    "{} adapts {}, and this is another kind",
+                    card.name,
+                    card.families.join(", ")
+                ),
             ));
         }
         let config = match family {
@@ -64,9 +68,8 @@ impl Plan {
             _ => Config::Decoder(decoder::Config::from_hugging_face(config)?),
         };
         let shapes = config.shapes();
-        let mut cost = method.check(&shapes).map_err(|e| {
-            e.within(&format!("adaptation.{}", card.name))
-        })?;
+        let mut cost =
+            method.check(&shapes).map_err(|e| e.within(&format!("adaptation.{}", card.name)))?;
         if family != encoder::FAMILY && cost.parameters == 0 {
             return Err(Error::at(
                 Reason::ModelUnsuitable,
@@ -86,11 +89,15 @@ impl Plan {
         let settings = Settings::read(&training, rate).map_err(|e| e.within("training"))?;
         settings::resolve(&mut training, rate);
         if settings.max_length > seen {
-            let problem = format!("{} is more than the {seen} that the model sees", settings.max_length);
+            let problem =
+                format!("{} is more than the {seen} that the model sees", settings.max_length);
             return Err(Error::option("training.max_length", problem));
         }
         if settings.objective == Some(settings::Objective::MaskedLm) {
-            return Err(Error::option("training.objective", "the model has no head that tells hidden tokens"));
+            return Err(Error::option(
+                "training.objective",
+                "the model has no head that tells hidden tokens",
+            ));
         }
         let matrices = shapes.tensors.values().filter(|shape| shape.len() == 2);
         let matrices = matrices.map(|shape| shape.iter().product::<usize>() as u64).sum();
@@ -232,7 +239,9 @@ impl Config {
 fn usual_rate(method: &str) -> f64 {
     match method {
         "full" => 2e-5,
-        "lora_xs" | "lora_sb" | "loldu" | "nola" | "sora" | "bitfit" | "head_only" | "adalora" => 1e-3,
+        "lora_xs" | "lora_sb" | "loldu" | "nola" | "sora" | "bitfit" | "head_only" | "adalora" => {
+            1e-3
+        }
         _ => 2e-4,
     }
 }
@@ -257,9 +266,11 @@ mod tests {
     #[test]
     fn counts_defaults_and_memory_are_said_before_anything_is_read() {
         let found = plan(json!({"lora": {}}), json!({"dataset": "datasets/d"}), "decoder").unwrap();
-        let sites = found.shapes.linears.iter().filter(|(name, _)| {
-            name.contains("q_proj") || name.contains("v_proj")
-        });
+        let sites = found
+            .shapes
+            .linears
+            .iter()
+            .filter(|(name, _)| name.contains("q_proj") || name.contains("v_proj"));
         let wanted: usize = sites.map(|(_, [rows, cols])| 8 * (rows + cols)).sum();
         assert_eq!(found.cost.parameters, wanted as u64);
         assert_eq!(found.training.learning_rate, Some(2e-4));
@@ -296,7 +307,8 @@ mod tests {
         let decoder = plan(json!({"lora": {}}), json!({}), "decoder").unwrap();
         let encoder = plan(json!({"lora": {}}), json!({}), encoder::FAMILY).unwrap();
         for kind in Kind::ALL {
-            let both = [&decoder, &encoder].map(|plan| plan.suits("training.dataset", kind).is_ok());
+            let both =
+                [&decoder, &encoder].map(|plan| plan.suits("training.dataset", kind).is_ok());
             let wanted = match kind {
                 Kind::Text | Kind::Chat => [true, false],
                 Kind::Choices | Kind::Preferences => [false, false],

@@ -29,7 +29,7 @@ pub async fn check(state: &State, request: &v1::AdaptRequest) -> Result<(String,
     }
     let (adaptation, training) = (request.adaptation.clone(), request.training.clone());
     let plan = blocking(move || {
-        Plan::new(adaptation.as_ref(), training.as_ref(), (&row.family, &row.config))
+        Plan::new(adaptation.as_ref(), training.as_ref(), (row.family.as_str(), &row.config))
             .map(|plan| (plan, row.weight_bytes.unsigned_abs()))
     });
     let (plan, weights) = plan.await?;
@@ -39,7 +39,8 @@ pub async fn check(state: &State, request: &v1::AdaptRequest) -> Result<(String,
         return Err(Error::field("training.dataset", "missing; name the data to learn from"));
     }
     let validation = training.validation.as_ref().map_or("", |v| v.dataset.as_str());
-    let learnt = [("training.dataset", &*training.dataset), ("training.validation.dataset", validation)];
+    let learnt =
+        [("training.dataset", &*training.dataset), ("training.validation.dataset", validation)];
     for (field, name) in learnt.into_iter().filter(|(_, name)| !name.is_empty()) {
         let at = |e: Error| Error::at(e.reason(), field, e.message());
         let row = state.store.dataset(names::dataset(name).map_err(at)?).await.map_err(at)?;

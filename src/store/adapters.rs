@@ -172,9 +172,10 @@ impl Store {
         }
         let facts = serde_json::to_string(&new.facts)
             .map_err(|e| Error::internal("an adapter's facts have no JSON form").with_source(e))?;
-        let lineage = new.lineage.as_ref().map(serde_json::to_string).transpose().map_err(|e| {
-            Error::internal("an adapter's lineage has no JSON form").with_source(e)
-        })?;
+        let lineage =
+            new.lineage.as_ref().map(serde_json::to_string).transpose().map_err(|e| {
+                Error::internal("an adapter's lineage has no JSON form").with_source(e)
+            })?;
         let base: Option<i64> = sqlx::query_scalar("SELECT 1 FROM models WHERE id = ?")
             .bind(new.base_model)
             .fetch_optional(&mut *tx)

@@ -10,8 +10,8 @@ use super::models::{Facts, NewVersion, version_digest};
 use super::objects::{Object, Objects};
 use super::operations::{End, Kind, NewOperation, Operation, State};
 use super::*;
-use crate::progress::Metrics;
 use crate::data::records::{Checked, Layout};
+use crate::progress::Metrics;
 use crate::proto::v1;
 
 async fn open() -> (tempfile::TempDir, Store) {

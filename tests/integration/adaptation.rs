@@ -170,7 +170,8 @@ async fn an_adapter_is_trained_serves_and_travels() {
     let report: v1::AdaptReport = response(last.unwrap());
     let trained = report.training.clone().unwrap();
     assert_eq!((trained.steps, trained.points.len()), (60, 60));
-    let (first, best) = (&trained.validations[0], &trained.validations[trained.validations.len() - 1]);
+    let (first, best) =
+        (&trained.validations[0], &trained.validations[trained.validations.len() - 1]);
     assert!(best.loss < 0.6 * first.loss, "{:?}", trained.validations);
     assert_eq!(report.trained_parameters, plan.trained_parameters);
     let (data, held) = (report.data.unwrap(), report.validation.unwrap());
@@ -239,7 +240,12 @@ async fn what_cannot_be_trained_is_refused_with_a_reason() {
     let invalid = Code::InvalidArgument;
     for (method, more, reason, field) in [
         (json!({}), json!({}), "INVALID_RECIPE", ""),
-        (json!({ "lora": { "adapter": { "r": 0 } } }), json!({}), "INVALID_OPTION", "adaptation.lora.adapter.r"),
+        (
+            json!({ "lora": { "adapter": { "r": 0 } } }),
+            json!({}),
+            "INVALID_OPTION",
+            "adaptation.lora.adapter.r",
+        ),
         (lora(), json!({ "batch_size": 0 }), "INVALID_OPTION", "training.batch_size"),
         (lora(), json!({ "dataset": "" }), "INVALID_FIELD", "training.dataset"),
     ] {
@@ -247,12 +253,16 @@ async fn what_cannot_be_trained_is_refused_with_a_reason() {
     }
     let missing = ask(lora(), json!({ "dataset": "datasets/none" })).await;
     assert_error(missing, Code::NotFound, "RESOURCE_NOT_FOUND", "training.dataset");
-    world.data("classes", "c.csv", v1::DatasetKind::Classification, "text,label\na,b\nc,d\n").await.unwrap();
+    world
+        .data("classes", "c.csv", v1::DatasetKind::Classification, "text,label\na,b\nc,d\n")
+        .await
+        .unwrap();
     let other = ask(lora(), json!({ "dataset": "datasets/classes" })).await.unwrap_err();
     assert!(other.message().contains("texts or conversations"), "{other:?}");
     // A line that is no conversation never becomes a data set.
     let broken = chats().replacen("\"assistant\"", "\"assistant", 1);
-    let broken = world.data("broken", "chat.jsonl", v1::DatasetKind::Chat, &broken).await.unwrap_err();
+    let broken =
+        world.data("broken", "chat.jsonl", v1::DatasetKind::Chat, &broken).await.unwrap_err();
     assert!(broken.message().contains("line 1"), "{broken:?}");
 
     let failed = |operation: lro::Operation| match operation.result {
@@ -429,7 +439,14 @@ async fn an_encoder_learns_classes_tags_and_numbers() {
         let adapter = world.adapters().get_adapter(get).await.unwrap().into_inner();
         assert_eq!(adapter.method(), v1::AdapterMethod::Head);
         let labels = adapter.lineage.unwrap().labels.len();
-        assert_eq!(labels, match data { "classes" => 2, "tags" => 3, _ => 0 });
+        assert_eq!(
+            labels,
+            match data {
+                "classes" => 2,
+                "tags" => 3,
+                _ => 0,
+            }
+        );
         assert!(report.warnings.iter().any(|w| w.contains("not served")), "{:?}", report.warnings);
     }
     let text = json!({ "dataset": "datasets/prose" });

@@ -154,7 +154,8 @@ fn read(
     let records = Records::open(&source)?;
     let (sequences, report) =
         tokenise(records, tokeniser, &job.progress).map_err(|e| e.within(name))?;
-    let line = |line: Option<u64>| line.map_or(String::new(), |l| format!(", the first in line {l}"));
+    let line =
+        |line: Option<u64>| line.map_or(String::new(), |l| format!(", the first in line {l}"));
     if report.cut > 0 {
         warnings.push(format!(
             "{} of {} records of {name} are longer than max_length, {length}, and lose their end{}",

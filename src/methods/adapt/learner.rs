@@ -32,7 +32,7 @@ impl LossAndGradients for Learner<'_> {
         // What is dropped follows from the batch, not from how many came before: a run that goes on from a
         // checkpoint drops the same.
         let [low, high] = basis::key(batch.random.path());
-        self.tuned.set_pass(Some(u64::from(low) | u64::from(high >> 1) << 32));
+        self.tuned.set_pass(Some(u64::from(low) | (u64::from(high >> 1) << 32)));
         let found = self.pass.loss_and_gradients(&sequences.iter().collect::<Vec<_>>(), parameters);
         self.tuned.set_pass(None);
         found
