@@ -203,8 +203,8 @@ pub fn uses(new: &NewOperation) -> Result<Vec<String>> {
         }
         Kind::Adapt => {
             let request = v1::AdaptRequest::decode(request).map_err(bad)?;
-            uses.push(request.model);
             uses.extend(crate::recipe::adapt::datasets(&request)?);
+            uses.push(request.model);
         }
     }
     uses.retain(|resource| !resource.is_empty());

@@ -200,7 +200,7 @@ pub fn orthonormal(a: MatRef<'_, f64>) -> Option<Mat<f64>> {
             }
         }
         let norm = column_norm(q.as_ref(), j);
-        if !(norm > 1e-10 * before) {
+        if norm.is_nan() || norm <= 1e-10 * before {
             return None;
         }
         (0..m).for_each(|r| q[(r, j)] /= norm);

@@ -32,7 +32,7 @@ fn logits(model: &Model, tuning: &dyn Tuning) -> Vec<f32> {
     let ids = tokens();
     let tape = Tape::forgetful(&Pool::default());
     let sequences = Sequences::of([ids.len()]);
-    let run = Run { tape: &tape, tuning, sequences: &sequences, training: false };
+    let run = Run { tape: &tape, tuning, sequences: &sequences, training: false, read: true };
     let graph = Graph::new(model, Precision::F32).unwrap();
     let hidden = graph.through(&run, graph.start(&run, &ids).unwrap()).unwrap();
     let normed = graph.normed(&run, &hidden).unwrap();

@@ -1,11 +1,12 @@
 //! Products with matrices: stored ones, which are frozen, and trained ones.
 
+use std::cell::RefCell;
 use std::sync::{Arc, OnceLock};
 
 use super::buffer::Buffer;
 use super::tape::{Tape, Value};
 use crate::error::{Error, Result};
-use crate::kernels::bf16::Bf16Panels;
+use crate::kernels::bf16::{Bf16Panels, Rounded};
 use crate::kernels::gemm::{self, View};
 use crate::kernels::training::elementwise;
 use crate::nn::tuning::{Dropout, LowRank};
@@ -62,7 +63,9 @@ impl Linear {
     pub fn multiply(&self, x: &[f32], y: &mut [f32]) {
         match self.precision {
             Precision::F32 => self.weight.multiply(x, y),
-            Precision::Bf16 => self.forward.get_or_init(|| pack(&self.weight)).multiply(x, y),
+            Precision::Bf16 => {
+                product(self.forward.get_or_init(|| pack(&self.weight)), x, self.cols(), y);
+            }
         }
     }
 
@@ -71,10 +74,24 @@ impl Linear {
         match self.precision {
             Precision::F32 => self.weight.multiply_transposed(g, dx),
             Precision::Bf16 => {
-                self.backward.get_or_init(|| pack_transposed(&self.weight)).multiply(g, dx);
+                let panels = self.backward.get_or_init(|| pack_transposed(&self.weight));
+                product(panels, g, self.rows(), dx);
             }
         }
     }
+}
+
+thread_local! {
+    /// Room for rounded inputs, kept from one product to the next.
+    static ROUNDED: RefCell<Rounded> = RefCell::default();
+}
+
+/// The product of rows `x` of width `cols` with packed panels.
+fn product(panels: &Bf16Panels, x: &[f32], cols: usize, y: &mut [f32]) {
+    let mut rounded = ROUNDED.take();
+    rounded.set(x, cols);
+    panels.multiply(&rounded, y);
+    ROUNDED.set(rounded);
 }
 
 fn pack(weight: &Weight) -> Bf16Panels {

@@ -358,7 +358,7 @@ fn a_checkpoint_is_taken_up_by_its_own_run_only() {
     };
     let other = |change: &dyn Fn(&mut Case)| {
         let mut other = stateful();
-        std::mem::swap(&mut other.folder, &mut tempfile::tempdir().unwrap());
+        other.folder = tempfile::tempdir().unwrap();
         for entry in std::fs::read_dir(case.folder.path()).unwrap() {
             let path = entry.unwrap().path();
             std::fs::copy(&path, other.folder.path().join(path.file_name().unwrap())).unwrap();
