@@ -145,8 +145,8 @@ fn lora() -> Value {
 async fn an_adapter_is_trained_serves_and_travels() {
     let world = World::start().await;
     let training = json!({
-        "dataset": "datasets/chat", "steps": 60, "batch_size": 6, "learning_rate": 0.01,
-        "validation": { "share": 0.25, "every_steps": 20 },
+        "dataset": "datasets/chat", "steps": 600, "batch_size": 6, "learning_rate": 0.01,
+        "validation": { "share": 0.25, "every_steps": 100 },
     });
     let plan = v1::AdaptRequest { validate_only: true, ..request("a", lora(), training.clone()) };
     let plan: v1::AdaptPlan = {
@@ -169,9 +169,9 @@ async fn an_adapter_is_trained_serves_and_travels() {
     assert!(seen.contains_key("step") && seen.contains_key("steps"), "{seen:?}");
     let report: v1::AdaptReport = response(last.unwrap());
     let trained = report.training.clone().unwrap();
-    assert_eq!((trained.steps, trained.points.len()), (60, 60));
-    let (first, best) =
-        (&trained.validations[0], &trained.validations[trained.validations.len() - 1]);
+    assert_eq!((trained.steps, trained.points.len()), (600, 600));
+    let first = &trained.validations[0];
+    let best = trained.validations.iter().find(|v| v.step == trained.kept_step).unwrap();
     assert!(best.loss < 0.6 * first.loss, "{:?}", trained.validations);
     assert_eq!(report.trained_parameters, plan.trained_parameters);
     let (data, held) = (report.data.unwrap(), report.validation.unwrap());
@@ -181,7 +181,7 @@ async fn an_adapter_is_trained_serves_and_travels() {
         view: v1::TrainingView::Csv.into(),
     };
     let curve = world.service.jobs().render_training(curve).await.unwrap().into_inner();
-    assert!(curve.content.iter().filter(|b| **b == b'\n').count() > 60);
+    assert!(curve.content.iter().filter(|b| **b == b'\n').count() > 600);
 
     // It answers otherwise, and as the merged model does.
     let adapter = v1::GetAdapterRequest { name: report.adapter.clone() };
@@ -272,7 +272,7 @@ async fn what_cannot_be_trained_is_refused_with_a_reason() {
     let small = ask(lora(), json!({ "memory_bytes": 1000 })).await.unwrap();
     let message = failed(small);
     assert!(message.contains("of memory") && message.contains("may be used"), "{message}");
-    let wild = json!({ "learning_rate": 1e30, "warmup_share": 0.0, "clip_norm": 0.0, "steps": 9 });
+    let wild = json!({ "learning_rate": 1e6, "warmup_share": 0.0, "clip_norm": 0.0, "steps": 9 });
     let message = failed(ask(lora(), wild).await.unwrap());
     for part in ["update ", "not finite", "lower learning_rate"] {
         assert!(message.contains(part), "{message}");
@@ -323,6 +323,7 @@ fn small(method: &str) -> Value {
         "full" | "head_only" | "bitfit" => json!({}),
         "adalora" => json!({ "adapter": adapter, "target_r": 2 }),
         "lora_sb" => json!({ "adapter": adapter, "init_samples": 6, "init_batch": 3 }),
+        "sora" => json!({ "adapter": adapter, "xi": 1e-4 }),
         "nola" => json!({ "adapter": adapter, "basis_a": 8, "basis_b": 8 }),
         "corda" => json!({
             "adapter": adapter, "mode": "CORDA_MODE_INSTRUCTION_PREVIEWED",
@@ -481,7 +482,7 @@ fn a_killed_service_finishes_its_adapter_with_the_same_bytes() {
         assert!(shown.contains(part), "{part}: {shown}");
     }
     let expected = calm.json("adapters show poems")["digest"].clone();
-    let again = calm.fail(65, &adapt);
+    let again = calm.fail(1, &adapt);
     assert!(again.contains("exists"), "{again}");
     let checked = calm.json(&format!("{} --validate-only", adapt.replace("poems", "more")));
     assert_eq!(checked["response"]["training"]["steps"], 400);
