@@ -34,6 +34,8 @@ pub fn stored(weight: &Weight) -> u64 {
     match weight {
         Weight::Sparse(_) => elements - weight.zeros(),
         Weight::RowGroups(weight) => weight.stored(),
+        Weight::Factored(weight) => weight.stored(),
+        Weight::Sum(sum) => stored(sum.base()) + sum.correction().stored(),
         _ => elements,
     }
 }

@@ -114,7 +114,7 @@ impl Task for Piece<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         // With 32 registers 8 tokens by 3 strips, with 16 of half the width 6 tokens by one.
-        if S::TILE >= 16 {
+        if S::TILE >= 8 {
             match self.strips.len() {
                 3 => self.columns::<S, 8, 3>(self.strips.start),
                 2 => self.columns::<S, 8, 2>(self.strips.start),

@@ -8,6 +8,9 @@ pub const BLOCK: usize = 32;
 /// Columns whose sum is kept: the finest group of weights with a zero point of its own.
 pub const SUM: usize = 16;
 
+/// Tokens whose scales also stand side by side, for products that take so many at once.
+pub(super) const TILE: usize = 16;
+
 /// Blocks that are worth a thread of their own: a few microseconds.
 const GRAIN: usize = 1 << 10;
 
@@ -35,6 +38,8 @@ pub struct Activations {
     weighted: Vec<f32>,
     /// Sums of `q` over a token, where it shares a scale.
     totals: Vec<i32>,
+    /// For each [`TILE`] tokens and block, where blocks have scales: their scales, then their weighted sums.
+    tiles: Vec<[f32; 2 * TILE]>,
 }
 
 impl Activations {
@@ -72,11 +77,34 @@ impl Activations {
             let x = &x[columns];
             simd::run(Level::best(), Round { x, width, codes, scales, sums, weighted });
         });
+        if grain == Grain::Block {
+            self.set_tiles();
+        }
         self.totals.clear();
         if grain == Grain::Token {
             let sums = self.sums.chunks_exact(cols / SUM).take(self.tokens);
             self.totals.extend(sums.map(|sums| sums.iter().sum::<i32>()));
         }
+    }
+
+    fn set_tiles(&mut self) {
+        let (tiles, blocks) = (self.tokens / TILE, self.cols / BLOCK);
+        self.tiles.resize((tiles * blocks).max(self.tiles.len()), [0.0; 2 * TILE]);
+        let (scales, weighted) = (&self.scales, &self.weighted);
+        let out = Shared::new(&mut self.tiles[..tiles * blocks]);
+        threads::for_ranges(tiles, GRAIN / (TILE * blocks) + 1, |range| {
+            // SAFETY: ranges are disjoint.
+            let out = unsafe { out.slice(range.start * blocks..range.end * blocks) };
+            for (tile, out) in range.zip(out.chunks_exact_mut(blocks)) {
+                for t in 0..TILE {
+                    let row = (tile * TILE + t) * blocks..(tile * TILE + t + 1) * blocks;
+                    let both = scales[row.clone()].iter().zip(&weighted[row]);
+                    for (line, (scale, weighted)) in out.iter_mut().zip(both) {
+                        (line[t], line[TILE + t]) = (*scale, *weighted);
+                    }
+                }
+            }
+        });
     }
 
     pub fn tokens(&self) -> usize {
@@ -109,6 +137,11 @@ impl Activations {
     /// `[tokens, cols / BLOCK]`
     pub(super) fn weighted(&self) -> &[f32] {
         &self.weighted
+    }
+
+    /// `[tokens / TILE, cols / BLOCK]`: scales and weighted sums of whole tiles of tokens.
+    pub(super) fn tiles(&self) -> &[[f32; 2 * TILE]] {
+        &self.tiles
     }
 
     /// `[tokens]`; empty where tokens do not share a scale.

@@ -112,14 +112,7 @@ pub fn read_info(files: &BTreeMap<String, PathBuf>) -> Result<ModelInfo> {
     let mut tensors = BTreeMap::new();
     for (name, (record, parts)) in stored(files, manifest.tensors)? {
         let bytes = parts.values().map(|part| part.data.len() as u64).sum();
-        let shape = match &record {
-            Record::Dense { shape } => shape.clone(),
-            Record::Grouped { shape, .. }
-            | Record::DualGrained { shape, .. }
-            | Record::Ggml { shape, .. }
-            | Record::Sparse { shape, .. }
-            | Record::RowGroups { shape, .. } => shape.to_vec(),
-        };
+        let shape = record.shape().to_vec();
         tensors.insert(name, TensorInfo { record, shape, bytes });
     }
     for (name, shape) in family.tensors() {
@@ -205,8 +198,8 @@ mod tests {
     use crate::models::decoder::random;
     use crate::nn::dtype::Dtype;
     use crate::nn::weight::{
-        Dense, DualGrained, Ggml, GgmlType, Grouped, GroupedSpec, RowGroupValues, RowGroups,
-        Sparse, ValueFormat,
+        Dense, DualGrained, Factored, Ggml, GgmlType, Grouped, GroupedSpec, RowGroupValues,
+        RowGroups, Sparse, Sum, ValueFormat,
     };
     use crate::seed::Stream;
 
@@ -229,7 +222,11 @@ mod tests {
                 }
                 Grouped::pack(shape, spec, &codes, &scales, &zeros).unwrap()
             };
-            let weight = match i % 10 {
+            let factored = |[rows, cols]: [usize; 2], values: &[f32]| {
+                let (left, right) = (&values[..2 * rows], &values[..2 * cols]);
+                Factored::from_f32(shape, 2, left, right, Dtype::BF16).unwrap()
+            };
+            let weight = match i % 12 {
                 0 if shape[1].is_multiple_of(32) => {
                     Weight::Ggml(Ggml::quantize(shape, GgmlType::Q4_1, &values).unwrap())
                 }
@@ -258,6 +255,11 @@ mod tests {
                 }
                 8 if shape[1].is_multiple_of(32) => {
                     Weight::DualGrained(DualGrained::round(shape, 32, &values).unwrap())
+                }
+                9 => Weight::Factored(factored(shape, &values)),
+                10 => {
+                    let base = Weight::Grouped(grouped(spec(4, true)));
+                    Weight::Sum(Sum::new(base, factored(shape, &values)).unwrap())
                 }
                 _ => continue,
             };

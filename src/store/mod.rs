@@ -9,6 +9,7 @@ pub mod models;
 pub mod names;
 pub mod objects;
 pub mod operations;
+mod recent;
 mod sql;
 
 use std::collections::HashMap;
@@ -28,6 +29,7 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 pub struct Store {
     pub objects: objects::Objects,
     sql: sql::Sql,
+    recent: recent::Recent,
     /// Texts in use, so that the steps of a recipe share one copy.
     texts: Mutex<HashMap<String, Weak<String>>>,
     /// Held while the store is open: at its start a process takes over what a dead one left
@@ -47,7 +49,8 @@ impl Store {
         let local = LocalFileSystem::new_with_prefix(&root)?.with_fsync(true);
         let objects = objects::Objects::local(local, sql.clone())?;
         objects.collect().await?;
-        Ok(Self { objects, sql, texts: Mutex::default(), _lock: lock })
+        let recent = recent::Recent::default();
+        Ok(Self { objects, sql, recent, texts: Mutex::default(), _lock: lock })
     }
 
     /// Whether the database answers and the object folder is writable.

@@ -346,6 +346,7 @@ impl Store {
             .await?;
         let row = VersionRow::read(&row)?;
         tx.commit().await?;
+        self.recent.forget();
         Ok((row, true))
     }
 
@@ -357,6 +358,10 @@ impl Store {
     /// A version by resource name; `models/{model}` gives the newest.
     pub async fn version(&self, name: &str) -> Result<VersionRow> {
         let (model, number) = names::version(name)?;
+        let changes = match self.recent.find(name) {
+            Ok(row) => return Ok(row),
+            Err(changes) => changes,
+        };
         let row = sqlx::query(
             "SELECT * FROM version_rows WHERE model = ?1 AND version = \
              coalesce(?2, (SELECT max(version) FROM versions WHERE model = ?1))",
@@ -366,7 +371,11 @@ impl Store {
         .fetch_optional(&self.sql.reader)
         .await?;
         match row {
-            Some(row) => VersionRow::read(&row),
+            Some(row) => {
+                let row = VersionRow::read(&row)?;
+                self.recent.keep(name, changes, &row);
+                Ok(row)
+            }
             None if number.is_some() => Err(Error::not_found(name, "list the model's versions")),
             None => {
                 self.model(model).await?;
@@ -523,6 +532,7 @@ impl Store {
         }
         sqlx::query("DELETE FROM models WHERE id = ?").bind(id).execute(&mut *tx).await?;
         tx.commit().await?;
+        self.recent.forget();
         self.sweep().await;
         Ok(())
     }
@@ -576,6 +586,7 @@ impl Store {
             .execute(&mut *tx)
             .await?;
         tx.commit().await?;
+        self.recent.forget();
         self.sweep().await;
         Ok(())
     }

@@ -259,6 +259,8 @@ pub fn for_pieces(
     let shared = Shared::new(out);
     threads::for_ranges(ends.len(), grain, |range: Range<usize>| {
         for i in range {
+            // The last pieces see most positions: started first, they do not keep others waiting at the end.
+            let i = ends.len() - 1 - i;
             let start = if i == 0 { 0 } else { ends[i - 1] };
             // SAFETY: pieces are disjoint because `ends` ascend, and each index comes once.
             work(i, unsafe { shared.slice(start..ends[i]) });

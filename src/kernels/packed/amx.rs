@@ -10,7 +10,7 @@ use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::sync::OnceLock;
 
-use super::super::quantize::{Activations, BLOCK};
+use super::super::quantize::{self, Activations, BLOCK};
 use super::super::simd::Simd;
 use super::panels::{LANES, VECTOR, block_bytes};
 use super::scales::Scales;
@@ -18,7 +18,7 @@ use super::tile::{Codes, Panel, ask_ahead, each_token};
 use super::whole::{self, Groups};
 
 /// Tokens of a tile.
-pub(super) const TOKENS: usize = 16;
+pub(super) const TOKENS: usize = quantize::TILE;
 /// Blocks whose sums have room: the one that is scaled and the next.
 const RING: usize = 2;
 /// Bytes of the unpacked codes of a block.
@@ -246,8 +246,7 @@ pub(super) unsafe fn tile<S: Simd, G: Scales>(
     let cols = x.cols();
     let blocks = cols / BLOCK;
     let codes = x.codes().as_ptr().add(first * cols);
-    let scales = x.scales().as_ptr().add(first * blocks);
-    let weighted = x.weighted().as_ptr().add(first * blocks);
+    let lines = x.tiles().as_ptr().add(first / TOKENS * blocks).cast::<f32>();
 
     let mut room = [const { Sums([[0; LANES]; TOKENS]) }; 2 * RING];
     let room = room.as_mut_ptr();
@@ -278,9 +277,9 @@ pub(super) unsafe fn tile<S: Simd, G: Scales>(
             let low = room.add(2 * (block % RING)).cast::<i32>();
             let high = room.add(2 * (block % RING) + 1).cast::<i32>();
             let (scale, min) = reader.block::<S>(unit, unit_at, inside);
+            let line = lines.add(2 * TOKENS * block);
             each_token!(T => {
-                let at = T * blocks + block;
-                let d = S::splat(*scales.add(at));
+                let d = S::splat(*line.add(T));
                 let low = S::from_i32(S::load_i32(low.add(LANES * T)));
                 sums[T] = S::fused(low, S::mul(scale[0], d), sums[T]);
                 if G::HALVES {
@@ -288,7 +287,7 @@ pub(super) unsafe fn tile<S: Simd, G: Scales>(
                     sums[T] = S::fused(high, S::mul(scale[1], d), sums[T]);
                 }
                 if G::MIN {
-                    sums[T] = S::fused(min, S::splat(*weighted.add(at)), sums[T]);
+                    sums[T] = S::fused(min, S::splat(*line.add(TOKENS + T)), sums[T]);
                 }
             });
             block += 1;

@@ -393,7 +393,7 @@ impl Task for Many<'_> {
                 let mut lane = 0;
                 while lane < lanes {
                     let tile = Tile { values, columns, xt, lanes, lane, row: g * p.group + lane };
-                    let many = S::TILE >= 16;
+                    let many = S::TILE >= 8;
                     let wide = many && place.count > 16;
                     lane += match lanes - lane {
                         8.. if wide => tile.multiply::<S, 8, 2>(self.y, place),

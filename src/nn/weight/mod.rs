@@ -7,11 +7,13 @@
 mod bits;
 mod dense;
 mod dual_grained;
+mod factored;
 mod ggml;
 mod graph;
 mod grouped;
 mod row_groups;
 mod sparse;
+mod sum;
 #[cfg(test)]
 mod tests;
 
@@ -26,11 +28,13 @@ use crate::nn::dtype::Dtype;
 
 pub use dense::Dense;
 pub use dual_grained::DualGrained;
+pub use factored::Factored;
 pub use ggml::{Ggml, GgmlType};
 pub use graph::product;
 pub use grouped::{Grouped, GroupedSpec};
 pub use row_groups::{RowGroupValues, RowGroups};
 pub use sparse::{Sparse, SparsePattern, ValueFormat};
+pub use sum::Sum;
 
 /// A named tensor of a model in one of the layouts. Matrices are `[out, in]`: `y = W x`.
 #[derive(Debug, Clone)]
@@ -47,6 +51,10 @@ pub enum Weight {
     Sparse(Sparse),
     /// Groups of consecutive rows that share the list of their kept columns.
     RowGroups(RowGroups),
+    /// A product of two narrow matrices.
+    Factored(Factored),
+    /// A weight in another layout and a low-rank correction.
+    Sum(Sum),
 }
 
 /// One plain tensor of a stored weight. The tensor's name in the file is the weight's name, followed
@@ -90,6 +98,30 @@ pub enum Record {
         group: u32,
         values: RowGroupValues,
     },
+    Factored {
+        shape: [usize; 2],
+        rank: usize,
+    },
+    Sum {
+        base: Box<Record>,
+        rank: usize,
+    },
+}
+
+impl Record {
+    /// Logical shape; `[out, in]` for matrices.
+    pub fn shape(&self) -> &[usize] {
+        match self {
+            Self::Dense { shape } => shape,
+            Self::Grouped { shape, .. }
+            | Self::DualGrained { shape, .. }
+            | Self::Ggml { shape, .. }
+            | Self::Sparse { shape, .. }
+            | Self::RowGroups { shape, .. }
+            | Self::Factored { shape, .. } => shape,
+            Self::Sum { base, .. } => base.shape(),
+        }
+    }
 }
 
 macro_rules! each {
@@ -101,6 +133,8 @@ macro_rules! each {
             Weight::Ggml($w) => $e,
             Weight::Sparse($w) => $e,
             Weight::RowGroups($w) => $e,
+            Weight::Factored($w) => $e,
+            Weight::Sum($w) => $e,
         }
     };
 }
@@ -170,7 +204,11 @@ impl Weight {
             Self::Ggml(weight) => weight.packed(),
             Self::Grouped(weight) => weight.packed(),
             Self::DualGrained(weight) => weight.packed(),
-            Self::Dense(_) | Self::Sparse(_) | Self::RowGroups(_) => None,
+            Self::Dense(_)
+            | Self::Sparse(_)
+            | Self::RowGroups(_)
+            | Self::Factored(_)
+            | Self::Sum(_) => None,
         }
     }
 
@@ -203,6 +241,10 @@ impl Weight {
             Record::RowGroups { shape, group, values } => {
                 Self::RowGroups(RowGroups::from_parts(*shape, *group, *values, &mut parts)?)
             }
+            Record::Factored { shape, rank } => {
+                Self::Factored(Factored::from_parts(*shape, *rank, &mut parts)?)
+            }
+            Record::Sum { base, rank } => Self::Sum(Sum::from_parts(base, *rank, &mut parts)?),
         };
         match parts.keys().next() {
             None => Ok(weight),

@@ -63,6 +63,17 @@ fn all(shape: [usize; 2]) -> Vec<Weight> {
             weights.push(Weight::RowGroups(w));
         }
     }
+    for rank in [1, rows.min(cols).min(5)] {
+        for dtype in [Dtype::F32, Dtype::BF16] {
+            let (left, right) = (noise(rows * rank), noise(rank * cols));
+            let low = Factored::from_f32(shape, rank, &left, &right, dtype).unwrap();
+            for base in [0, 2, weights.len() - 1] {
+                let sum = Sum::new(weights[base].clone(), low.clone());
+                weights.extend(sum.map(Weight::Sum).ok());
+            }
+            weights.push(Weight::Factored(low));
+        }
+    }
     for bits in [2, 3, 4, 8] {
         for symmetric in [false, true] {
             for group in [cols, 16, 32].into_iter().filter(|g| cols % g == 0) {
@@ -204,7 +215,9 @@ fn parts_that_lie_are_refused() {
                 | Record::DualGrained { shape: s, .. }
                 | Record::Ggml { shape: s, .. }
                 | Record::Sparse { shape: s, .. }
-                | Record::RowGroups { shape: s, .. } => *s = shape,
+                | Record::RowGroups { shape: s, .. }
+                | Record::Factored { shape: s, .. } => *s = shape,
+                Record::Sum { base, .. } => **base = Record::Dense { shape: shape.to_vec() },
             }
             malformed_parts(&absurd, parts.clone(), "an absurd shape");
         }
@@ -422,4 +435,39 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn factors_that_lie_are_refused() {
+    let low =
+        |rank| Factored::from_f32([3, 4], rank, &noise(3 * rank), &noise(4 * rank), Dtype::F32);
+    assert!(low(3).is_ok());
+    assert!(low(4).is_err(), "more ranks than rows");
+    let wide = Dense::from_f32(vec![2, 4], &noise(8), Dtype::F32).unwrap();
+    let tall = Dense::from_f32(vec![3, 1], &noise(3), Dtype::F32).unwrap();
+    assert!(Factored::new(tall, wide.clone()).is_err(), "ranks that differ");
+    assert!(Sum::new(Weight::Dense(wide), low(1).unwrap()).is_err(), "shapes that differ");
+    let base = Weight::Dense(Dense::from_f32(vec![3, 4], &noise(12), Dtype::F32).unwrap());
+    let sum = Weight::Sum(Sum::new(base, low(1).unwrap()).unwrap());
+    assert!(Sum::new(sum.clone(), low(2).unwrap()).is_err(), "a sum of sums");
+    let nested = Record::Sum { base: Box::new(sum.record()), rank: 1 };
+    malformed_parts(&nested, by_suffix(&sum), "a sum of sums");
+    let vector = Record::Sum { base: Box::new(Record::Dense { shape: vec![12] }), rank: 1 };
+    malformed_parts(&vector, by_suffix(&sum), "a sum with a vector");
+}
+
+#[test]
+fn a_product_of_factors_by_hand() {
+    // (1, 2)' (3, 4) = [[3, 4], [6, 8]]
+    let low = Factored::from_f32([2, 2], 1, &[1.0, 2.0], &[3.0, 4.0], Dtype::F32).unwrap();
+    assert_eq!((low.rank(), low.stored(), low.bytes()), (1, 4, 16));
+    let base = Dense::from_f32(vec![2, 2], &[1.0, 0.0, 0.0, 1.0], Dtype::F32).unwrap();
+    let sum = Weight::Sum(Sum::new(Weight::Dense(base), low.clone()).unwrap());
+    assert_eq!(Weight::Factored(low).to_f32(), [3.0, 4.0, 6.0, 8.0]);
+    assert_eq!(sum.to_f32(), [4.0, 4.0, 6.0, 9.0]);
+    let mut y = [0.0; 2];
+    sum.multiply(&[1.0, -1.0], &mut y);
+    assert_eq!(y, [0.0, -3.0]);
+    sum.multiply_transposed(&[1.0, -1.0], &mut y);
+    assert_eq!(y, [-2.0, -5.0]);
 }

@@ -1,5 +1,6 @@
 //! The products of a plan: as the layout has them, or packed and with 8-bit activations.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -8,7 +9,7 @@ use crate::error::Result;
 use crate::kernels::norm;
 use crate::kernels::packed::{self, Job, Packed};
 use crate::kernels::quantize::{Activations, Grain};
-use crate::nn::weight::Weight;
+use crate::nn::weight::{Factored, Weight};
 
 /// The numbers in which products run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -26,15 +27,21 @@ pub enum Arithmetic {
 pub(super) enum Matrix {
     Plain(Arc<Weight>),
     Packed(Arc<Packed>),
+    /// The packed base of a sum, and the sum, whose correction is added in f32.
+    Corrected(Arc<Packed>, Arc<Factored>),
 }
 
 impl Matrix {
     pub fn new(weight: &Arc<Weight>, arithmetic: Arithmetic) -> Self {
-        let packed = match arithmetic {
-            Arithmetic::Exact => None,
-            Arithmetic::Integer => weight.packed(),
-        };
-        match packed {
+        if arithmetic == Arithmetic::Exact {
+            return Self::Plain(Arc::clone(weight));
+        }
+        if let Weight::Sum(sum) = &**weight
+            && let Some(base) = sum.base().packed()
+        {
+            return Self::Corrected(Arc::new(base), Arc::new(sum.correction().clone()));
+        }
+        match weight.packed() {
             Some(packed) => Self::Packed(Arc::new(packed)),
             None => Self::Plain(Arc::clone(weight)),
         }
@@ -45,6 +52,7 @@ impl Matrix {
         match self {
             Self::Plain(weight) => weight.bytes(),
             Self::Packed(packed) => packed.bytes() as u64,
+            Self::Corrected(packed, correction) => packed.bytes() as u64 + correction.bytes(),
         }
     }
 
@@ -53,6 +61,10 @@ impl Matrix {
         match self {
             Self::Plain(weight) => weight.read_rows(row, out),
             Self::Packed(packed) => packed.read_row(row, out),
+            Self::Corrected(packed, correction) => {
+                packed.read_row(row, out);
+                correction.add_rows(row, out);
+            }
         }
     }
 }
@@ -113,12 +125,13 @@ pub(super) fn multiply<const N: usize>(
     rounded: &mut Activations,
     products: [(&Matrix, &mut [f32]); N],
 ) {
-    let mut jobs = products.map(|(matrix, y)| match matrix {
+    let mut products = products;
+    let mut jobs = products.each_mut().map(|(matrix, y)| match matrix {
         Matrix::Plain(weight) => {
             weight.multiply(x, y);
             None
         }
-        Matrix::Packed(packed) => Some(Job { weight: packed, y }),
+        Matrix::Packed(packed) | Matrix::Corrected(packed, _) => Some(Job { weight: packed, y }),
     });
     // Layouts differ in what shares a scale among the activations.
     for grain in [Grain::Block, Grain::Token] {
@@ -131,4 +144,14 @@ pub(super) fn multiply<const N: usize>(
             packed::multiply(rounded, &mut some);
         }
     }
+    for (matrix, y) in products {
+        if let Matrix::Corrected(_, correction) = matrix {
+            ROOM.with_borrow_mut(|room| correction.add_product(x, y, room));
+        }
+    }
+}
+
+thread_local! {
+    /// What corrections take, kept between steps.
+    static ROOM: RefCell<Vec<f32>> = RefCell::default();
 }
