@@ -35,7 +35,7 @@ pub struct Merged {
 ///
 /// # Errors
 /// NON_FINITE naming a weight that is not finite after; MODEL_UNSUITABLE for quantised weights without
-/// leave, and for sparse ones, whose gaps would be filled.
+/// leave, for sparse ones, whose gaps would be filled, and for those of low rank.
 pub fn merge(
     tuned: &Tuned,
     weights: &BTreeMap<String, Arc<Weight>>,
@@ -82,6 +82,12 @@ fn laid_out(name: &str, like: &Weight, values: &[f32], requantise: bool) -> Resu
              both",
         );
     }
+    if let Weight::Factored(_) | Weight::Sum(_) = like {
+        return refused(
+            "is of low rank or has a correction of low rank, which have no room for the adapter; keep it \
+             beside the model, which serves both",
+        );
+    }
     if !requantise && !matches!(like, Weight::Dense(_)) {
         return refused(
             "is quantised: merging rounds it again and loses a part of the adapter; allow requantising, \
@@ -107,7 +113,9 @@ fn laid_out(name: &str, like: &Weight, values: &[f32], requantise: bool) -> Resu
             Weight::DualGrained(DualGrained::round(matrix(), dual.group(), values)?)
         }
         Weight::Ggml(ggml) => Weight::Ggml(Ggml::quantize(matrix(), ggml.kind(), values)?),
-        Weight::Sparse(_) | Weight::RowGroups(_) => like.clone(),
+        Weight::Sparse(_) | Weight::RowGroups(_) | Weight::Factored(_) | Weight::Sum(_) => {
+            like.clone()
+        }
     })
 }
 
