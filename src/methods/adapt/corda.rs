@@ -317,7 +317,8 @@ mod tests {
         let (keep, preview) = (method(KEEP, 4), method(PREVIEW, 4));
         for method in [&keep, &preview] {
             let tuned = case.start(method);
-            case.equals_base(&tuned, 0.0);
+            // The start is subtracted inside one product, so it cancels up to rounding.
+            case.equals_base(&tuned, 1e-6);
             case.contract(method, &["lora_A", "lora_B"]);
         }
         assert_eq!(chosen(KEEP, 4, 32), 28..32);

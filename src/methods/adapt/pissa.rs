@@ -98,7 +98,8 @@ mod tests {
         let method = v1::Pissa { adapter: Some(all_linear(4)) };
         for case in [Case::decoder(), Case::encoder(), Case::quantised()] {
             let tuned = case.start(&method);
-            case.equals_base(&tuned, 0.0);
+            // The start is subtracted inside one product, so it cancels up to rounding.
+            case.equals_base(&tuned, 1e-6);
             case.contract(&method, &["lora_A", "lora_B"]);
         }
     }
