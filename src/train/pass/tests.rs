@@ -107,10 +107,11 @@ fn compare(pass: &Pass<'_>, sequences: &[&Sequence], parameters: &Parameters, wh
                 parameter.var.set(&moved).unwrap();
                 pass.loss(sequences, parameters).unwrap().loss
             };
-            let want = (moved(1e-3) - moved(-1e-3)) / 2e-3;
+            // Of a small step the rounding of the f32 loss is seen, of a large one its curvature.
+            let wants = [1e-3, 1e-2].map(|by| (moved(by) - moved(-by)) / f64::from(2.0 * by));
             moved(0.0);
-            let error = (f64::from(got[at]) - want).abs();
-            assert!(error < 1e-2 + 0.03 * want.abs(), "{what} {name}: {} not {want}", got[at]);
+            let close = |want: &f64| (f64::from(got[at]) - want).abs() < 1e-2 + 0.03 * want.abs();
+            assert!(wants.iter().any(close), "{what} {name}: {} not {wants:?}", got[at]);
         }
     }
 }
