@@ -327,6 +327,42 @@ fn walking_the_blocks_equals_the_decoder() {
 }
 
 #[test]
+fn weights_of_low_rank_and_with_corrections() {
+    use crate::nn::dtype::Dtype;
+    use crate::nn::weight::{Factored, Ggml, GgmlType, Sum};
+
+    let mut config = random::tiny("llama");
+    config["intermediate_size"] = json!(96);
+    let mut model = random::model(config, 6).unwrap();
+    let projections = model.weights.iter_mut().filter(|(name, _)| name.contains("_proj."));
+    for (i, (_, weight)) in projections.enumerate() {
+        let &[rows, cols] = weight.shape() else { panic!("not a matrix") };
+        let values = weight.to_f32();
+        let low = |by: f32| {
+            let left: Vec<f32> = values[..3 * rows].iter().map(|v| v * by).collect();
+            Factored::from_f32([rows, cols], 3, &left, &values[..3 * cols], Dtype::F32).unwrap()
+        };
+        let blocks = Ggml::quantize([rows, cols], GgmlType::Q8_0, &values).unwrap();
+        *weight = Arc::new(match i % 3 {
+            0 => Weight::Factored(low(3.0)),
+            1 => Weight::Sum(Sum::new(Weight::Ggml(blocks), low(0.5)).unwrap()),
+            _ => Weight::Sum(Sum::new((**weight).clone(), low(0.5)).unwrap()),
+        });
+    }
+    let tokens = tokens(21, 3);
+    let want = reference::logits(&model, &tokens).concat();
+    let exact = whole(&mut Decoder::new(&model).unwrap(), &tokens);
+    assert_close(&exact, want, "low rank");
+    let mut packed = Decoder::with(&model, Arithmetic::Integer).unwrap();
+    let rounded = whole(&mut packed, &tokens);
+    let off = largest(&exact, &rounded);
+    let size = exact.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+    // Activations of a third of the products are rounded to 8 bits: something moves, and little.
+    assert!(off > 0.0 && off < 0.05 * size, "{off} of {size}");
+    assert!(packed.weight_bytes() > 0);
+}
+
+#[test]
 fn a_step_of_decoding_allocates_nothing() {
     use crate::kernels::{allocations, threads};
     use crate::nn::weight::{Ggml, GgmlType};
