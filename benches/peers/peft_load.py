@@ -1,8 +1,8 @@
 """Loads adapters that planish wrote in the PEFT library, compares the logits, and sees that what PEFT saves is
 read and written again byte for byte.
 
-    PLANISH_PEFT_OUT=/tmp/peft cargo test --release --lib adapt::tests::files_for_the_peer
-    python peft_load.py /tmp/peft
+    PLANISH_PEFT_OUT=FOLDER cargo test --release --lib adapt::tests::files_for_the_peer
+    python peft_load.py FOLDER
 
 Needs torch, transformers and peft."""
 
