@@ -1,5 +1,4 @@
-"""Loads adapters that planish wrote in the PEFT library, compares the logits, and sees that what PEFT saves is
-read and written again byte for byte.
+"""Loads adapters that planish wrote in the PEFT library and compares the logits.
 
     PLANISH_PEFT_OUT=FOLDER cargo test --release --lib adapt::tests::files_for_the_peer
     python peft_load.py FOLDER
