@@ -28,8 +28,8 @@ use crate::recipe::adapt::{NOT_SERVED, Plan};
 use crate::seed::Stream;
 use crate::store::adapters::NewAdapter;
 use crate::store::models::VersionRow;
+use crate::train::head;
 use crate::train::hooks::{Hooks, Plain as NoHooks};
-use crate::train::objective;
 use crate::train::parameters::{Gradients, Parameters};
 use crate::train::pass::{self, Pass};
 use crate::train::run::{Needs as Memory, Run};
@@ -177,9 +177,7 @@ impl Work<'_> {
         let updates = run.updates()?;
         let head = match data.outputs {
             None => Parameters::new(),
-            Some(outputs) => {
-                objective::head(outputs, plan.hidden, 1.0, &self.random.child("head"))?
-            }
+            Some(outputs) => head::head(outputs, plan.hidden, 1.0, &self.random.child("head"))?,
         };
         let method = plan.method()?;
         let tuned = self.start(&network, &head, updates, &self.job.progress.part(0.02, 0.1))?;

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use candle_core::{Tensor, TensorId, Var};
 
+use super::head::{HEAD_BIAS, HEAD_WEIGHT};
 use super::loss::LossSums;
-use super::objective::{HEAD_BIAS, HEAD_WEIGHT};
 use super::parameters::{Gradients, Parameters};
 use crate::data::sequence::{Sequence, Target};
 use crate::error::{Error, Reason, Result};

@@ -311,14 +311,12 @@ pub(super) unsafe fn expand<S: Simd, G: Groups, const BITS: u8>(
         return panel.codes;
     }
     unpack::<S, BITS>(panel.codes, 0, cols, scratch);
-    {
-        let each = panel.groups.blocks();
-        for block in 0..cols / BLOCK {
-            let factors = panel.factors().add(2 * LANES * (block / each));
-            for v in 0..8 {
-                let at = scratch.add(block * UNPACKED + v * VECTOR).cast::<[u8; VECTOR]>();
-                panel.groups.expand(factors, &mut *at);
-            }
+    let each = panel.groups.blocks();
+    for block in 0..cols / BLOCK {
+        let factors = panel.factors().add(2 * LANES * (block / each));
+        for v in 0..8 {
+            let at = scratch.add(block * UNPACKED + v * VECTOR).cast::<[u8; VECTOR]>();
+            panel.groups.expand(factors, &mut *at);
         }
     }
     scratch.cast_const()
