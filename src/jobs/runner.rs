@@ -86,15 +86,16 @@ fn perform(shared: &Arc<Shared>, handle: &Handle, operation: &Operation) {
         message: operation.message.clone(),
         metrics: Metrics::new(),
     });
+    let fresh = Arc::new(AtomicBool::new(false));
     let writer = handle.spawn(write_progress(
         shared.clone(),
         operation.id.clone(),
         operation.attempt,
-        latest,
+        (latest, fresh.clone()),
         interrupt.clone(),
     ));
     let sink = Arc::new(sink);
-    let numbers = sink.clone();
+    let (numbers, measured, said) = (sink.clone(), fresh.clone(), sink.clone());
     let sink = Arc::new(move |done: f64, message: &str| {
         sink.send_modify(|latest| {
             latest.done = done;
@@ -109,6 +110,7 @@ fn perform(shared: &Arc<Shared>, handle: &Handle, operation: &Operation) {
             latest.metrics.clone_from(metrics);
             false
         });
+        measured.store(true, Ordering::Relaxed);
     });
     let progress = Progress::new(sink, interrupt.clone()).with_metrics(numbers);
     let result = catch_unwind(AssertUnwindSafe(|| {
@@ -124,6 +126,15 @@ fn perform(shared: &Arc<Shared>, handle: &Handle, operation: &Operation) {
         })
     }));
     writer.abort();
+    // What was measured since the last event would be lost, and of short work all of it.
+    if fresh.load(Ordering::Relaxed) {
+        let Latest { done, message, metrics } = said.borrow().clone();
+        let (id, attempt) = (&operation.id, operation.attempt);
+        let written = shared.store.report_progress(id, attempt, done, &message, &metrics);
+        if let Err(error) = handle.block_on(written) {
+            tracing::warn!(%error, "progress was not written");
+        }
+    }
     let result = result.unwrap_or_else(|panic| Err(panicked(panic.as_ref())));
     let end = match result {
         Ok(response) => End::Succeeded(response),
@@ -162,10 +173,11 @@ async fn write_progress(
     shared: Arc<Shared>,
     id: String,
     attempt: i32,
-    mut latest: watch::Receiver<Latest>,
+    (mut latest, fresh): (watch::Receiver<Latest>, Arc<AtomicBool>),
     interrupt: Arc<AtomicBool>,
 ) {
     while latest.changed().await.is_ok() {
+        fresh.store(false, Ordering::Relaxed);
         let Latest { done, message, metrics } = latest.borrow_and_update().clone();
         match shared.store.report_progress(&id, attempt, done, &message, &metrics).await {
             Ok(stop) => {
