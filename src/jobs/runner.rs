@@ -3,8 +3,8 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
@@ -86,16 +86,17 @@ fn perform(shared: &Arc<Shared>, handle: &Handle, operation: &Operation) {
         message: operation.message.clone(),
         metrics: Metrics::new(),
     });
-    let fresh = Arc::new(AtomicBool::new(false));
+    // Numbers that no event has shown yet.
+    let unseen = Arc::new(Mutex::new(Metrics::new()));
     let writer = handle.spawn(write_progress(
         shared.clone(),
         operation.id.clone(),
         operation.attempt,
-        (latest, fresh.clone()),
+        (latest, unseen.clone()),
         interrupt.clone(),
     ));
     let sink = Arc::new(sink);
-    let (numbers, measured, said) = (sink.clone(), fresh.clone(), sink.clone());
+    let (numbers, measured, said) = (sink.clone(), unseen.clone(), sink.clone());
     let sink = Arc::new(move |done: f64, message: &str| {
         sink.send_modify(|latest| {
             latest.done = done;
@@ -110,7 +111,9 @@ fn perform(shared: &Arc<Shared>, handle: &Handle, operation: &Operation) {
             latest.metrics.clone_from(metrics);
             false
         });
-        measured.store(true, Ordering::Relaxed);
+        if !metrics.is_empty() {
+            lock(&measured).clone_from(metrics);
+        }
     });
     let progress = Progress::new(sink, interrupt.clone()).with_metrics(numbers);
     let result = catch_unwind(AssertUnwindSafe(|| {
@@ -127,10 +130,11 @@ fn perform(shared: &Arc<Shared>, handle: &Handle, operation: &Operation) {
     }));
     writer.abort();
     // What was measured since the last event would be lost, and of short work all of it.
-    if fresh.load(Ordering::Relaxed) {
-        let Latest { done, message, metrics } = said.borrow().clone();
+    let unseen = std::mem::take(&mut *lock(&unseen));
+    if !unseen.is_empty() {
+        let Latest { done, message, .. } = said.borrow().clone();
         let (id, attempt) = (&operation.id, operation.attempt);
-        let written = shared.store.report_progress(id, attempt, done, &message, &metrics);
+        let written = shared.store.report_progress(id, attempt, done, &message, &unseen);
         if let Err(error) = handle.block_on(written) {
             tracing::warn!(%error, "progress was not written");
         }
@@ -161,6 +165,11 @@ fn perform(shared: &Arc<Shared>, handle: &Handle, operation: &Operation) {
     shared.changed(&operation.id);
 }
 
+/// Numbers are whole at any time, so a thread that panicked left nothing half done.
+fn lock(metrics: &Mutex<Metrics>) -> MutexGuard<'_, Metrics> {
+    metrics.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// What a job last said.
 #[derive(Clone)]
 struct Latest {
@@ -173,12 +182,15 @@ async fn write_progress(
     shared: Arc<Shared>,
     id: String,
     attempt: i32,
-    (mut latest, fresh): (watch::Receiver<Latest>, Arc<AtomicBool>),
+    (mut latest, unseen): (watch::Receiver<Latest>, Arc<Mutex<Metrics>>),
     interrupt: Arc<AtomicBool>,
 ) {
     while latest.changed().await.is_ok() {
-        fresh.store(false, Ordering::Relaxed);
-        let Latest { done, message, metrics } = latest.borrow_and_update().clone();
+        let Latest { done, message, mut metrics } = latest.borrow_and_update().clone();
+        let unseen = std::mem::take(&mut *lock(&unseen));
+        if metrics.is_empty() {
+            metrics = unseen;
+        }
         match shared.store.report_progress(&id, attempt, done, &message, &metrics).await {
             Ok(stop) => {
                 interrupt.fetch_or(stop, Ordering::Relaxed);
