@@ -142,8 +142,8 @@ impl Plan {
     pub fn activations(&self, tokens: usize) -> u64 {
         let packed = match self.settings.precision {
             Precision::F32 => 0,
-            // Two bytes for each direction.
-            Precision::Bf16 => self.matrices.saturating_mul(4),
+            // What is packed for the backward pass is packed one matrix at a time.
+            Precision::Bf16 => self.matrices.saturating_mul(2),
         };
         let kept = self.network.activation_bytes(tokens, self.settings.checkpoint_activations);
         kept.saturating_add(packed)

@@ -169,6 +169,19 @@ pub trait Simd: Integer {
     /// Halves are added first: lane i to i + 8, then to i + 4, i + 2, i + 1.
     unsafe fn sum(v: Self::F) -> f32;
 
+    /// Lane `i` of vector `j` becomes lane `j` of vector `i`.
+    #[inline(always)]
+    unsafe fn transpose(rows: [Self::F; 16]) -> [Self::F; 16] {
+        let mut block = [[0.0; 16]; 16];
+        for (out, row) in block.iter_mut().zip(rows) {
+            Self::store(out.as_mut_ptr(), row);
+        }
+        std::array::from_fn(|i| {
+            let column: [f32; 16] = std::array::from_fn(|j| block[j][i]);
+            Self::load(column.as_ptr())
+        })
+    }
+
     /// Lane 0.
     unsafe fn first(v: Self::F) -> f32;
 
