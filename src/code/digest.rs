@@ -9,11 +9,13 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 
 /// Digest by method (`verb/slug`) below the folder `src`: over the code of the method's file and of
-/// every file of its group, of `methods` and of `calibrate` that it mentions, directly or not. Comments,
-/// blank lines and tests do not count: they change no number.
+/// every file of its group, of `methods` and of `calibrate` that it mentions, directly or not, and for methods
+/// that tune of all of `train`. Comments, blank lines and tests do not count: they change no number.
 pub fn of_methods(src: &Path) -> io::Result<BTreeMap<String, String>> {
     let methods = read(&src.join("methods"))?;
     let calibrate = read(&src.join("calibrate"))?;
+    let mut train = BTreeMap::new();
+    read_below(&src.join("train"), "", &mut train)?;
     let mut digests = BTreeMap::new();
     for entry in fs::read_dir(src.join("methods"))? {
         let folder = entry?.path();
@@ -23,11 +25,18 @@ pub fn of_methods(src: &Path) -> io::Result<BTreeMap<String, String>> {
         let verb = name(&folder);
         let group = read(&folder)?;
         // The other files of a group are parts of methods.
-        let methods_of = |code: &String| code.contains("impl Method for ");
-        for slug in group.iter().filter(|(_, code)| methods_of(code)).map(|(slug, _)| slug) {
+        let tunes = |code: &str| code.contains("impl Adapt for ");
+        let methods_of = |code: &String| code.contains("impl Method for ") || tunes(code);
+        for (slug, code) in group.iter().filter(|(_, code)| methods_of(code)) {
+            let tunes = tunes(code);
+            // The list of the methods names them all and uses none.
+            let group: &BTreeMap<String, String> = match tunes {
+                true => &group.iter().filter(|(f, _)| *f != "registry").map(copy).collect(),
+                false => &group,
+            };
             let mut used = BTreeSet::new();
-            follow(slug, &group, &mut used);
-            follow("mod", &group, &mut used);
+            follow(slug, group, &mut used);
+            follow("mod", group, &mut used);
             let mut hash = Sha256::new();
             let mut words = BTreeSet::new();
             for file in &used {
@@ -46,11 +55,36 @@ pub fn of_methods(src: &Path) -> io::Result<BTreeMap<String, String>> {
                     hash.update(format!("calibrate/{file}\n{code}\n"));
                 }
             }
+            if tunes {
+                for (file, code) in &train {
+                    hash.update(format!("train/{file}\n{code}\n"));
+                }
+            }
             let hex: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
             digests.insert(format!("{verb}/{slug}"), format!("sha256:{hex}"));
         }
     }
     Ok(digests)
+}
+
+fn copy((file, code): (&String, &String)) -> (String, String) {
+    (file.clone(), code.clone())
+}
+
+/// Code of a folder and of those in it, by path without its ending.
+fn read_below(folder: &Path, path: &str, all: &mut BTreeMap<String, String>) -> io::Result<()> {
+    if !folder.is_dir() {
+        return Ok(());
+    }
+    let files = read(folder)?.into_iter().filter(|(file, _)| file != "tests");
+    all.extend(files.map(|(file, code)| (format!("{path}{file}"), code)));
+    for entry in fs::read_dir(folder)? {
+        let inner = entry?.path();
+        if inner.is_dir() {
+            read_below(&inner, &format!("{path}{}/", name(&inner)), all)?;
+        }
+    }
+    Ok(())
 }
 
 /// Code by file stem.
