@@ -29,9 +29,8 @@ pub fn of_methods(src: &Path) -> io::Result<BTreeMap<String, String>> {
         let methods_of = |code: &String| code.contains("impl Method for ") || tunes(code);
         for (slug, code) in group.iter().filter(|(_, code)| methods_of(code)) {
             let tunes = tunes(code);
-            // The list of the methods names them all and uses none.
             let group: &BTreeMap<String, String> = match tunes {
-                true => &group.iter().filter(|(f, _)| *f != "registry").map(copy).collect(),
+                true => &group.iter().filter(|(f, _)| !apart(f)).map(copy).collect(),
                 false => &group,
             };
             let mut used = BTreeSet::new();
@@ -65,6 +64,11 @@ pub fn of_methods(src: &Path) -> io::Result<BTreeMap<String, String>> {
         }
     }
     Ok(digests)
+}
+
+/// What names all methods and is used by none: their list, and their tests.
+fn apart(file: &str) -> bool {
+    matches!(file, "registry" | "contract" | "testing" | "tests")
 }
 
 fn copy((file, code): (&String, &String)) -> (String, String) {
@@ -105,11 +109,16 @@ fn name(path: &Path) -> String {
 
 /// Lines of code without indentation: no comments, no tests, no declarations of modules.
 fn code(text: &str) -> String {
-    let end = text.find("#[cfg(test)]\nmod test").unwrap_or(text.len());
+    // Tests stand at the end; test modules with files of their own may be declared anywhere.
+    const TESTS: &str = "#[cfg(test)]\nmod test";
+    let inline = |at: &usize| {
+        text[at + TESTS.len()..].lines().next().is_none_or(|rest| !rest.ends_with(';'))
+    };
+    let end = text.match_indices(TESTS).map(|(at, _)| at).find(inline).unwrap_or(text.len());
     let lines = text[..end].lines().map(str::trim);
     let kept = lines.filter(|line| {
         let module = line.trim_start_matches("pub ").starts_with("mod ") && line.ends_with(';');
-        !(line.is_empty() || line.starts_with("//") || module)
+        !(line.is_empty() || line.starts_with("//") || *line == "#[cfg(test)]" || module)
     });
     kept.collect::<Vec<_>>().join("\n")
 }

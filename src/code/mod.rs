@@ -44,7 +44,7 @@ mod tests {
         fs::create_dir_all(src.join("calibrate")).expect("made");
         write("train/run.rs", "fn run() {}\n");
         write("train/optimizer/adamw.rs", "fn step() { one() }\n");
-        write("methods/adapt/mod.rs", "use module;\n");
+        write("methods/adapt/mod.rs", "#[cfg(test)]\nmod tests;\nuse module;\n");
         write("methods/adapt/module.rs", "fn module() { registry() }\n");
         write("methods/adapt/registry.rs", "use a;\nuse b;\n");
         write("methods/adapt/a.rs", "impl Adapt for A {}\n");
