@@ -112,6 +112,8 @@ macro_rules! metrics {
 metrics! {
     PERPLEXITY "perplexity" "" lower ExpMean "nats of a window" paired noisy quality
         "exponential of the mean over windows of the mean negative log-likelihood";
+    FORGETTING "forgetting" "nats" lower Mean "nats of a window" paired noisy quality
+        "rise of a text's mean negative log-likelihood over the base's, by tuning";
     KL_DIVERGENCE "kl_divergence" "nats" lower Mean "nats of a window" paired noisy quality
         "mean divergence of the next-token distribution from the base's";
     TOP1_AGREEMENT "top1_agreement" "" higher Mean "share of a window" paired noisy quality

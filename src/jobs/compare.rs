@@ -17,7 +17,7 @@ use super::tuning::{self, Keep};
 use super::work::Job;
 use crate::calibrate;
 use crate::error::{Error, Reason, Result};
-use crate::eval::metrics::{MAKE_SECONDS, PEAK_MEMORY_BYTES};
+use crate::eval::metrics::{FORGETTING, MAKE_SECONDS, PEAK_MEMORY_BYTES, PERPLEXITY};
 use crate::eval::{self, States};
 use crate::methods::adapt::tuned::Tuned;
 use crate::models::{AnyModel, Model};
@@ -541,9 +541,11 @@ impl Work<'_> {
             seconds: trained.start_seconds + trained.report.seconds,
             peak_bytes,
         });
+        // What was kept in our own form may be rounded there: it is measured as it is read back.
+        let stored = tuning::read_own(&written, folder.path(), (model, &made.digest))?;
         let adapted = Adapted {
             model,
-            tuned: &trained.tuned,
+            tuned: stored.as_ref().unwrap_or(&trained.tuned),
             head: &trained.head,
             labels: &data.labels,
             max_length: Some(plan.settings.max_length),
@@ -553,6 +555,9 @@ impl Work<'_> {
         let progress = progress.part(0.8, 1.0);
         let options = options.unwrap_or(&empty);
         run.measurements.extend(job.measure_adapted(&adapted, base, options, &progress)?);
+        if let Some(base) = job.saved::<v1::ArmRun>(SAVED_BASE)? {
+            run.measurements.extend(forgetting(&base.measurements, &run.measurements));
+        }
         if let (KeepVersions::All, Place::Stored(base)) = (self.comparison.keep(), &made.place) {
             let operation = &job.operation.id;
             // Ids have no more than 63 characters; those of operations differ in their last ones.
@@ -629,6 +634,15 @@ fn saved_run(index: usize) -> String {
 
 fn step_name(step: &v1::Step) -> &'static str {
     crate::methods::registry::method(step).map_or("no method", |method| method.card().name)
+}
+
+/// How much less likely a text became than it was to the base, where both were measured on it alike.
+fn forgetting(base: &[v1::Measurement], tuned: &[v1::Measurement]) -> Option<v1::Measurement> {
+    let perplexity = |m: &&v1::Measurement| m.metric == PERPLEXITY.name;
+    let (before, after) = (base.iter().find(perplexity)?, tuned.iter().find(perplexity)?);
+    let same = before.protocol == after.protocol && before.samples.len() == after.samples.len();
+    let rises = after.samples.iter().zip(&before.samples).map(|(after, before)| after - before);
+    same.then(|| FORGETTING.sampled(rises.collect(), &after.protocol))
 }
 
 /// What making a model took, all its steps together.

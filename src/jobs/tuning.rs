@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Instant;
 
 pub use self::data::{Data, task};
-pub use self::files::{Written, read};
+pub use self::files::{Written, read, read_own};
 use super::work::Job;
 use crate::calibrate;
 use crate::data::sequence::{Sequence, Target};

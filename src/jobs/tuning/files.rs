@@ -75,6 +75,19 @@ pub fn read(job: &Job<'_>, row: &AdapterRow, (model, digest): (&AnyModel, &str))
     Ok(Stored { tuned, head })
 }
 
+/// An adapter that was written into `folder` in a form of our own, as it is read back; none for others.
+pub fn read_own(
+    written: &Written,
+    folder: &Path,
+    (model, digest): (&AnyModel, &str),
+) -> Result<Option<Tuned>> {
+    if !written.names.contains(&native::HEADER) {
+        return Ok(None);
+    }
+    let read = native::read(folder, digest, &Shapes::of(model)?, model.weights())?;
+    Ok(Some(read.tuned))
+}
+
 /// What a task's encoder puts before the names of its base.
 const INSIDE: &str = "bert.";
 
