@@ -7,6 +7,7 @@
 mod adapt;
 mod claim;
 pub mod compare;
+pub mod evaluate;
 mod import;
 mod memory;
 mod recipe;
@@ -15,6 +16,7 @@ mod runner;
 mod testing;
 #[cfg(test)]
 mod tests;
+mod tuning;
 mod work;
 
 use std::collections::HashMap;

@@ -33,6 +33,7 @@ pub mod history;
 pub mod hooks;
 pub mod loss;
 pub mod memory;
+pub mod network;
 pub mod optimizer;
 pub mod order;
 pub mod parameters;

@@ -135,6 +135,41 @@ impl<'a> Pass<'a> {
         Ok((sums, gradients))
     }
 
+    /// What the head of an encoder says, as evaluation sees it: `[rows, outputs]`, a row for each sequence, or
+    /// for each tag.
+    ///
+    /// # Errors
+    /// As of [`Pass::loss`].
+    pub fn scores(&self, sequences: &[&Sequence], parameters: &Parameters) -> Result<Vec<f32>> {
+        let batch = Batch::new(sequences)?;
+        if batch.wanted.count() == 0 {
+            return Ok(Vec::new());
+        }
+        let Family::Encoder(graph) = &self.family else {
+            return Err(Error::new(
+                Reason::ModelUnsuitable,
+                "a decoder has no head for classes, numbers or tags; name an encoder",
+            ));
+        };
+        let tape = Tape::forgetful(&self.pool);
+        let run = self.run(&tape, &batch, false);
+        let hidden = self.network().start(&run, &batch.tokens)?;
+        let hidden = self.network().through(&run, hidden)?;
+        let states = match &batch.wanted {
+            Wanted::Rows(rows, _, Rows::Tags) => tape.rows(&hidden, &rows[..].into())?,
+            Wanted::Classes(_) | Wanted::Values(_) => {
+                graph.pool(&run, &hidden, self.options.pooling)?
+            }
+            Wanted::Rows(_, _, Rows::Next) => {
+                return Err(Error::new(
+                    Reason::ModelUnsuitable,
+                    "an encoder does not predict the next token; name a decoder",
+                ));
+            }
+        };
+        Ok(head(&tape, &states, parameters)?.read().to_vec())
+    }
+
     fn whole(
         &self,
         batch: &Batch,
@@ -224,17 +259,7 @@ impl<'a> Pass<'a> {
         parameters: &Parameters,
     ) -> Result<Loss> {
         let tape = run.tape;
-        let head = |x: &Value| -> Result<Value> {
-            let [weight, bias] = CLASSIFIER.map(|name| parameters.get(name));
-            let (Some(weight), Some(bias)) = (weight, bias) else {
-                return Err(Error::internal(format!(
-                    "the parameters have no '{}' and '{}'",
-                    CLASSIFIER[0], CLASSIFIER[1]
-                )));
-            };
-            let y = tape.dense(x, &tape.leaf(weight.var.as_tensor())?)?;
-            tape.add_bias(y, &tape.leaf(bias.var.as_tensor())?)
-        };
+        let head = |x: &Value| head(tape, x, parameters);
         match (&self.family, &batch.wanted) {
             (Family::Decoder(graph), Wanted::Rows(rows, targets, Rows::Next)) => {
                 let rows = tape.rows(hidden, &rows[..].into())?;
@@ -282,6 +307,19 @@ impl<'a> Pass<'a> {
         one[0] = 1.0;
         one.into()
     }
+}
+
+/// The head over some states.
+fn head(tape: &Tape, x: &Value, parameters: &Parameters) -> Result<Value> {
+    let [weight, bias] = CLASSIFIER.map(|name| parameters.get(name));
+    let (Some(weight), Some(bias)) = (weight, bias) else {
+        return Err(Error::internal(format!(
+            "the parameters have no '{}' and '{}'",
+            CLASSIFIER[0], CLASSIFIER[1]
+        )));
+    };
+    let y = tape.dense(x, &tape.leaf(weight.var.as_tensor())?)?;
+    tape.add_bias(y, &tape.leaf(bias.var.as_tensor())?)
 }
 
 /// Names and variables of parameters by the id of their tensor.

@@ -8,6 +8,8 @@
 pub mod adalora;
 pub mod basis;
 pub mod bitfit;
+#[cfg(test)]
+mod contract;
 pub mod corda;
 mod cut;
 pub mod dora;

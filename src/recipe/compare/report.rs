@@ -133,17 +133,31 @@ pub fn cell(arm: &v1::ArmReport, column: usize) -> Option<&v1::Cell> {
 }
 
 /// The column that says how good the arms are: of the metrics asked for, else of the registry, the first
-/// quality that the base has too.
+/// quality that the base has too; where the base has none, as it has no head for a task, the first that an arm
+/// has.
 pub fn quality(report: &v1::ComparisonReport) -> Option<usize> {
     let asked = report.comparison.iter().flat_map(|c| &c.metrics).map(String::as_str);
     let all = metrics::ALL.iter().map(|m| m.name);
     let qualities = asked.chain(all).filter(|name| metrics::metric(name).is_ok_and(|m| m.quality));
-    qualities.into_iter().find_map(|name| base_column(report, name))
+    let qualities: Vec<&str> = qualities.collect();
+    let of_base = qualities.iter().find_map(|name| base_column(report, name));
+    of_base.or_else(|| qualities.iter().find_map(|name| arm_column(report, name)))
 }
 
-/// The column of stored bytes.
+/// The column of stored bytes: of the weights, or, where no arm has weights of its own, of the adapters.
 pub fn bytes(report: &v1::ComparisonReport) -> Option<usize> {
+    let arms = report.comparison.iter().flat_map(|c| &c.arms);
+    let tuned = |arm: &v1::Arm| arm.tuning.is_some() || arm.steps.is_empty();
+    let some = arms.clone().any(|arm| arm.tuning.is_some());
+    if some && arms.clone().all(tuned) {
+        return arm_column(report, metrics::ADAPTER_BYTES.name);
+    }
     base_column(report, metrics::WEIGHT_BYTES.name)
+}
+
+/// The first column of `metric`.
+fn arm_column(report: &v1::ComparisonReport, metric: &str) -> Option<usize> {
+    report.columns.iter().position(|column| column.metric == metric)
 }
 
 /// The column of `metric` in which the base has a value.

@@ -296,7 +296,13 @@ fn stateful() -> Case {
 
 /// What must not depend on interruptions.
 fn numbers(report: v1::TrainingReport) -> v1::TrainingReport {
-    v1::TrainingReport { seconds: 0.0, tokens_per_second: 0.0, resident_memory_bytes: 0, ..report }
+    v1::TrainingReport {
+        seconds: 0.0,
+        step_seconds: 0.0,
+        tokens_per_second: 0.0,
+        resident_memory_bytes: 0,
+        ..report
+    }
 }
 
 #[test]
