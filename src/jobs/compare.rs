@@ -451,7 +451,8 @@ impl Work<'_> {
     fn measure_run(&mut self, index: usize, run: &Run, made: &Made) -> Result<()> {
         let arm = &self.comparison.arms[run.arm];
         let seed = run.seed.map(|seed| format!(", seed {seed}")).unwrap_or_default();
-        let progress = self.part().about(&format!("measuring arm {}{seed}", arm.name));
+        let doing = if arm.tuning.is_some() { "tuning" } else { "measuring" };
+        let progress = self.part().about(&format!("{doing} arm {}{seed}", arm.name));
         progress.report(0.0, "")?;
         let start = Instant::now();
         let empty = v1::Evaluation::default();

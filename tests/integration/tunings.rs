@@ -50,13 +50,14 @@ async fn readers() -> World {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn decoders_are_tuned_side_by_side_and_forget() {
     let world = World::start().await;
-    let adaptation = |r: u32| json!({ "lora": { "adapter": { "r": r, "targets": ["q_proj"] } } });
+    let adaptation =
+        |r: u32| json!({ "lora": { "adapter": { "r": r, "targets": ["down_proj"] } } });
     let comparison = json!({
         "model": "models/tiny",
         "seeds": [3, 4],
         "keep": "KEEP_VERSIONS_ALL",
         "training": {
-            "dataset": "datasets/chat", "steps": 40, "batch_size": 4, "learning_rate": 0.01,
+            "dataset": "datasets/chat", "steps": 120, "batch_size": 4, "learning_rate": 0.01,
         },
         "evaluation": {
             "dataset": "datasets/prose", "context": 64, "compare_with_base": true,
@@ -83,19 +84,19 @@ async fn decoders_are_tuned_side_by_side_and_forget() {
     let before = value(&report.arms[0].runs[0], "task_loss").unwrap();
     for (arm, r) in report.arms[1..3].iter().zip([2.0, 8.0]) {
         for run in &arm.runs {
-            // q_proj of two layers is 32 x 32.
-            assert_eq!(value(run, "trainable_parameters"), Some(2.0 * r * 64.0));
-            assert_eq!(value(run, "kept_parameters"), Some(2.0 * r * 64.0));
+            // down_proj of two layers is 32 x 64.
+            assert_eq!(value(run, "trainable_parameters"), Some(2.0 * r * 96.0));
+            assert_eq!(value(run, "kept_parameters"), Some(2.0 * r * 96.0));
             assert_eq!(
                 (value(run, "kept_ranks"), value(run, "kept_ranks_deviation")),
                 (Some(r), Some(0.0))
             );
-            assert!(value(run, "task_loss").unwrap() < before - 0.1, "{}", arm.name);
+            assert!(value(run, "task_loss").unwrap() < before - 0.05, "{}", arm.name);
             assert!(value(run, "kl_divergence").unwrap() > 1e-4, "the text sees what was tuned");
             assert!(value(run, "step_milliseconds").unwrap() > 0.0);
-            assert!(value(run, "adapter_bytes").unwrap() > 2.0 * r * 64.0 * 4.0);
+            assert!(value(run, "adapter_bytes").unwrap() > 2.0 * r * 96.0 * 4.0);
             assert_eq!(value(run, "task_accuracy"), None, "texts have no classes");
-            assert_eq!(run.training.as_ref().unwrap().steps, 40);
+            assert_eq!(run.training.as_ref().unwrap().steps, 120);
         }
         assert_ne!(arm.runs[0].measurements, arm.runs[1].measurements, "seeds differ");
     }
@@ -130,7 +131,7 @@ async fn decoders_are_tuned_side_by_side_and_forget() {
             (found.value, found.protocol.clone())
         };
         let (alone, arm) = (of(&found.measurements), of(&run.measurements));
-        assert!((alone.0 / arm.0 - 1.0).abs() < 1e-4 && alone.1 == arm.1, "{alone:?} {arm:?}");
+        assert!((alone.0 / arm.0 - 1.0).abs() < 1e-3 && alone.1 == arm.1, "{alone:?} {arm:?}");
     }
     // An adapter is measured with the version it was made for only.
     let rounded = report.arms[3].runs[0].version.clone();
@@ -230,6 +231,9 @@ async fn adapters_with_heads_are_measured_on_tasks() {
     ] {
         let mut asked = request(id, method, training.clone());
         asked.model = "models/reader".into();
+        if id == "full" {
+            asked.training.as_mut().unwrap().learning_rate = Some(1e-3);
+        }
         let made = world.made(asked).await;
         let trained = made.training.unwrap();
         let evaluate = v1::EvaluateRequest {

@@ -20,10 +20,12 @@ use crate::data::sequence::{Sequence, Target};
 use crate::error::{Reason, Result};
 use crate::formats::peft;
 use crate::formats::peft::contents::Contents;
+use crate::methods::compress::round_to_nearest;
 use crate::methods::docs;
 use crate::models::{AnyModel, decoder, encoder};
 use crate::nn::ops::{Network as _, Pool, Precision, Run as Pass, Sequences, Tape};
 use crate::nn::tuning::{Frozen, Tuning};
+use crate::nn::weight::{Grouped, GroupedSpec, Weight};
 use crate::progress::Progress;
 use crate::proto::v1;
 use crate::seed::Stream;
@@ -88,12 +90,27 @@ struct World {
 }
 
 impl World {
-    fn new(family: &str) -> Self {
+    /// With linears in groups of 4 bits, where they are to be quantised.
+    fn new(family: &str, quantised: bool) -> Self {
         let decodes = family != encoder::FAMILY;
-        let model: AnyModel = match decodes {
+        let mut model: AnyModel = match decodes {
             true => decoder::random::model(decoder::random::tiny("llama"), 11).unwrap().into(),
             false => encoder::random::model(encoder::random::tiny(), 12).unwrap().into(),
         };
+        let shapes = Shapes::of(&model).unwrap();
+        let linears = shapes.linears.iter().filter(|_| quantised);
+        for (name, shape) in linears {
+            let weights = match &mut model {
+                AnyModel::Decoder(model) => &mut model.weights,
+                AnyModel::Encoder(model) => &mut model.weights,
+            };
+            let weight = weights.get_mut(name).unwrap();
+            let spec = GroupedSpec { bits: 4, group: 16, symmetric: false };
+            let codes = round_to_nearest::quantise(&weight.to_f32(), shape[1], spec);
+            let packed =
+                Grouped::pack(*shape, spec, &codes.codes, &codes.scales, &codes.zeros).unwrap();
+            *weight = Arc::new(Weight::Grouped(packed));
+        }
         let record = |i: u32| {
             let tokens: Vec<u32> = (0..12).map(|j| (i * 17 + j * j + 3) % 96).collect();
             let target = match decodes {
@@ -103,7 +120,6 @@ impl World {
             Sequence { tokens, target, line: u64::from(i) + 1 }
         };
         let records = (0..8).map(record).collect();
-        let shapes = Shapes::of(&model).unwrap();
         Self { model, shapes, records }
     }
 
@@ -238,12 +254,15 @@ fn outputs(
 
 /// Runs a check for every method and each family that it tunes here.
 fn each(check: impl Fn(&str, &dyn Adapt, &v1::Adaptation, &World)) {
-    let worlds = ["decoder", encoder::FAMILY].map(|family| (family, World::new(family)));
+    let families = ["decoder", encoder::FAMILY];
+    let worlds = [false, true]
+        .map(|quantised| families.map(|family| (family, World::new(family, quantised))));
     for name in docs::adaptations() {
         let adaptation = adaptation(&name);
         let method = registry::method(&adaptation).unwrap();
         let mut checked = 0;
-        for (family, world) in &worlds {
+        // QLoRA is for quantised bases only.
+        for (family, world) in &worlds[usize::from(name == "qlora")] {
             // The tiny Llama has no biases, and no head but its own.
             let nothing = *family == "decoder" && matches!(&*name, "bitfit" | "head_only");
             if method.card().families.contains(family) && !nothing {
@@ -392,10 +411,17 @@ fn merged_is_unmerged() {
         let (tuned, head) = trained(world, method, 1);
         let tuned = method.finish(tuned).unwrap();
         let weights = world.model.weights();
-        let merged = merge::merge(&tuned, weights, false, &Progress::silent()).unwrap();
-        let dense = tuned.dense(weights, &Progress::silent()).unwrap();
+        let mut all = vec![tuned.dense(weights, &Progress::silent()).unwrap()];
+        match merge::merge(&tuned, weights, false, &Progress::silent()) {
+            Ok(merged) => all.push(merged.weights),
+            // Codes would be rounded again.
+            Err(error) => {
+                assert_eq!(method.card().name, "qlora", "{error}");
+                assert_eq!(error.reason(), Reason::ModelUnsuitable);
+            }
+        }
         let got = world.outputs(&tuned, &head);
-        for changed in [merged.weights, dense] {
+        for changed in all {
             let mut whole = world.model.clone();
             match &mut whole {
                 AnyModel::Decoder(model) => model.weights.extend(changed),
@@ -468,7 +494,7 @@ fn bad_options_are_refused_by_name() {
         ("adapter.targets", json!(["no_such_linear"])),
         ("adapter.rank_pattern", json!({ "(": 2 })),
     ];
-    let world = World::new("decoder");
+    let world = World::new("decoder", false);
     for name in docs::adaptations() {
         let options = docs::options(&name);
         for (path, value) in bad.iter().filter(|(p, _)| options.iter().any(|o| o.name == *p)) {

@@ -404,6 +404,38 @@ mod tests {
     }
 
     #[test]
+    fn arms_that_only_tune_are_held_against_the_bytes_of_their_adapters() {
+        let tuned =
+            |name: &str| v1::Arm { tuning: Some(v1::Tuning::default()), ..arm(name, Vec::new()) };
+        let comparison = comparison(vec![tuned("small"), tuned("large"), tuned("worse")]);
+        let made = |name: &str, right: &[f64], bytes: f64| {
+            let bytes = [bytes];
+            run(
+                name,
+                Some(0),
+                &[
+                    (&metrics::TASK_ACCURACY, right),
+                    (&metrics::ADAPTER_BYTES, &bytes),
+                    (&metrics::WEIGHT_BYTES, &[1e6]),
+                ],
+            )
+        };
+        let runs = vec![
+            made("small", &[1.0, 0.0, 1.0, 0.0], 10.0),
+            made("large", &[1.0, 1.0, 1.0, 0.0], 100.0),
+            made("worse", &[1.0, 1.0, 0.0, 0.0], 200.0),
+        ];
+        // The base has no head for the task, so no value in its column.
+        let base = run(BASE, None, &[(&metrics::WEIGHT_BYTES, &[1e6])]);
+        let report = report(&comparison, &Facts::default(), Some(base), runs);
+        let metric = |column: Option<usize>| &report.columns[column.expect("a column")].metric;
+        assert_eq!(metric(quality(&report)), "task_accuracy");
+        assert_eq!(metric(bytes(&report)), "adapter_bytes");
+        let front: Vec<bool> = report.arms.iter().map(|arm| arm.on_front).collect();
+        assert_eq!(front, [false, true, true, false]);
+    }
+
+    #[test]
     fn edited_numbers_do_not_follow_from_the_runs() {
         let report = example();
         assert!(consistent(&report).expect("compares"));
