@@ -6,7 +6,7 @@ use half::f16;
 
 use super::super::quantize::BLOCK;
 use super::super::simd::Simd;
-use super::panels::{self, LANES};
+use super::panels::LANES;
 use super::{Kind, Packed};
 
 /// Reads the scales of a panel, unit by unit, block by block.
