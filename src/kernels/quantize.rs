@@ -14,6 +14,9 @@ pub(super) const TILE: usize = 16;
 /// Blocks that are worth a thread of their own: a few microseconds.
 const GRAIN: usize = 1 << 10;
 
+/// Elements of rows that are made and rounded that are worth a thread of their own.
+const ROWS: usize = 1 << 14;
+
 /// What shares a scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Grain {
@@ -47,42 +50,64 @@ impl Activations {
     /// the rest goes to the nearest code, ties to even. Where a value is not finite the scale is not
     /// finite either, so that products show it. Panics if `cols` is not a multiple of [`BLOCK`].
     pub fn set(&mut self, x: &[f32], cols: usize, grain: Grain) {
-        assert!(cols > 0 && cols.is_multiple_of(BLOCK) && x.len().is_multiple_of(cols));
-        (self.cols, self.tokens, self.grain) = (cols, x.len() / cols, grain);
+        let (width, parts) = self.start(x.len(), cols, grain);
+        threads::for_ranges(x.len() / width, GRAIN * BLOCK / width + 1, |units| {
+            let columns = units.start * width..units.end * width;
+            // SAFETY: ranges are disjoint.
+            unsafe { parts.round(&x[columns.clone()], columns.start, width) };
+        });
+        self.finish();
+    }
+
+    /// Makes the rows `x` (`[tokens, cols]`) and rounds each while it is near: `make` gets the index of a row, its
+    /// row of `a` (`[tokens, width]`) and the row of `x` that it is to write. The same as making all and then
+    /// [`Activations::set`].
+    pub fn set_made(
+        &mut self,
+        [a, x]: [&mut [f32]; 2],
+        [a_width, cols]: [usize; 2],
+        grain: Grain,
+        make: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
+    ) {
+        let (width, parts) = self.start(x.len(), cols, grain);
+        threads::for_row_pairs(a, a_width, x, cols, ROWS / (a_width + cols) + 1, |row, a, x| {
+            make(row, a, x);
+            // SAFETY: rows are disjoint.
+            unsafe { parts.round(x, row * cols, width) };
+        });
+        self.finish();
+    }
+
+    /// Room for so many elements; how many share a scale, and where the results go.
+    fn start(&mut self, len: usize, cols: usize, grain: Grain) -> (usize, Parts<'_>) {
+        assert!(cols > 0 && cols.is_multiple_of(BLOCK) && len.is_multiple_of(cols));
+        (self.cols, self.tokens, self.grain) = (cols, len / cols, grain);
         let width = match grain {
             Grain::Block => BLOCK,
             Grain::Token => cols,
         };
         // Room for whole vectors to be read from any place.
-        self.codes.resize((x.len() + 64).max(self.codes.len()), 0);
-        self.scales.resize((x.len() / BLOCK).max(self.scales.len()), 0.0);
-        self.weighted.resize((x.len() / BLOCK).max(self.weighted.len()), 0.0);
-        self.sums.resize((x.len() / SUM).max(self.sums.len()), 0);
-        let codes = Shared::new(&mut self.codes[..x.len()]);
-        let scales = Shared::new(&mut self.scales);
-        let sums = Shared::new(&mut self.sums);
-        let weighted = Shared::new(&mut self.weighted);
-        threads::for_ranges(x.len() / width, GRAIN * BLOCK / width + 1, |units| {
-            let columns = units.start * width..units.end * width;
-            let blocks = columns.start / BLOCK..columns.end / BLOCK;
-            // SAFETY: ranges are disjoint.
-            let (codes, scales, sums, weighted) = unsafe {
-                (
-                    codes.slice(columns.clone()),
-                    scales.slice(blocks.clone()),
-                    sums.slice(2 * blocks.start..2 * blocks.end),
-                    weighted.slice(blocks),
-                )
-            };
-            let x = &x[columns];
-            simd::run(Level::best(), Round { x, width, codes, scales, sums, weighted });
-        });
-        if grain == Grain::Block {
+        self.codes.resize((len + 64).max(self.codes.len()), 0);
+        self.scales.resize((len / BLOCK).max(self.scales.len()), 0.0);
+        self.weighted.resize((len / BLOCK).max(self.weighted.len()), 0.0);
+        self.sums.resize((len / SUM).max(self.sums.len()), 0);
+        let parts = Parts {
+            codes: Shared::new(&mut self.codes[..len]),
+            scales: Shared::new(&mut self.scales),
+            sums: Shared::new(&mut self.sums),
+            weighted: Shared::new(&mut self.weighted),
+        };
+        (width, parts)
+    }
+
+    /// What is made of the scales and sums of all rows.
+    fn finish(&mut self) {
+        if self.grain == Grain::Block {
             self.set_tiles();
         }
         self.totals.clear();
-        if grain == Grain::Token {
-            let sums = self.sums.chunks_exact(cols / SUM).take(self.tokens);
+        if self.grain == Grain::Token {
+            let sums = self.sums.chunks_exact(self.cols / SUM).take(self.tokens);
             self.totals.extend(sums.map(|sums| sums.iter().sum::<i32>()));
         }
     }
@@ -160,6 +185,35 @@ impl Activations {
     }
 }
 
+/// Where the results of rounding go.
+struct Parts<'a> {
+    codes: Shared<'a, i8>,
+    scales: Shared<'a>,
+    sums: Shared<'a, i32>,
+    weighted: Shared<'a>,
+}
+
+impl Parts<'_> {
+    /// Rounds `x`, whose first element is element `first` of all.
+    ///
+    /// # Safety
+    /// No other thread rounds these elements, which are whole units of `width`.
+    unsafe fn round(&self, x: &[f32], first: usize, width: usize) {
+        let columns = first..first + x.len();
+        let blocks = columns.start / BLOCK..columns.end / BLOCK;
+        // SAFETY: the caller's promise.
+        let (codes, scales, sums, weighted) = unsafe {
+            (
+                self.codes.slice(columns),
+                self.scales.slice(blocks.clone()),
+                self.sums.slice(2 * blocks.start..2 * blocks.end),
+                self.weighted.slice(blocks),
+            )
+        };
+        simd::run(Level::best(), Round { x, width, codes, scales, sums, weighted });
+    }
+}
+
 /// Rounds what shares `width` columns, unit by unit.
 struct Round<'a> {
     x: &'a [f32],
@@ -229,6 +283,42 @@ mod tests {
         assert_eq!(a.weighted()[..2], [12.0, 0.0]);
         assert_eq!(a.to_f32()[..3], [254.0, 4.0, 8.0]);
         assert_eq!((a.tokens(), a.cols()), (1, 64));
+    }
+
+    #[test]
+    fn rows_rounded_as_they_are_made_are_those_rounded_after() {
+        for (tokens, cols) in [(1, 32), (3, 96), (17, 576), (64, 160)] {
+            for grain in [Grain::Block, Grain::Token] {
+                let from: Vec<f32> =
+                    (0..tokens * 7).map(|i| ((i * 7919) % 1009) as f32 / 17.0 - 30.0).collect();
+                let make = |row: usize, a: &mut [f32], x: &mut [f32]| {
+                    a[0] += 1.0;
+                    let made = x.iter_mut().enumerate();
+                    made.for_each(|(i, x)| *x = a[i % 7] * (1.0 + (row + i) as f32 / 50.0));
+                };
+                let (mut a, mut x) = (from.clone(), vec![f32::NAN; tokens * cols]);
+                let mut fused = Activations::default();
+                // What an earlier use left does not matter.
+                fused.set(&vec![3.0; 2 * tokens * cols], cols, Grain::Block);
+                fused.set_made([&mut a, &mut x], [7, cols], grain, make);
+                let (mut b, mut y) = (from.clone(), vec![f32::NAN; tokens * cols]);
+                threads::for_row_pairs(&mut b, 7, &mut y, cols, 1, make);
+                let mut after = Activations::default();
+                after.set(&y, cols, grain);
+                assert_eq!((&a, &x), (&b, &y));
+                assert_eq!(fused.codes()[..x.len()], after.codes()[..x.len()]);
+                let blocks = x.len() / BLOCK;
+                let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&fused.scales()[..blocks]), bits(&after.scales()[..blocks]));
+                assert_eq!(bits(&fused.weighted()[..blocks]), bits(&after.weighted()[..blocks]));
+                assert_eq!(fused.sums()[..2 * blocks], after.sums()[..2 * blocks]);
+                assert_eq!(fused.totals(), after.totals());
+                if grain == Grain::Block {
+                    let tiles = tokens / TILE * (cols / BLOCK);
+                    assert_eq!(fused.tiles()[..tiles], after.tiles()[..tiles]);
+                }
+            }
+        }
     }
 
     #[test]

@@ -149,6 +149,18 @@ pub fn run<T: Task>(level: Level, task: T) -> T::Out {
     }
 }
 
+/// The same, where the processor has it with an instruction that moves bytes to the places of a mask beside those
+/// of the highest level: what few kernels use is no level of its own, for which all others were compiled too.
+#[inline]
+pub fn run_expanding<T: Task>(level: Level, task: T) -> T::Out {
+    #[cfg(target_arch = "x86_64")]
+    if level == Level::Vnni && level <= Level::best() && is_x86_feature_detected!("avx512vbmi2") {
+        // SAFETY: the level and the extension were detected on this processor.
+        return unsafe { x86::with_expanding(task) };
+    }
+    run(level, task)
+}
+
 /// 16 f32 (`F`) and 16 bytes (`B`).
 ///
 /// # Safety

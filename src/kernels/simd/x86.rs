@@ -11,6 +11,13 @@ pub(super) unsafe fn with_vnni<T: Task>(task: T) -> T::Out {
     task.run::<Avx512<true>>()
 }
 
+#[target_feature(
+    enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi2,avx2,fma,f16c,popcnt,bmi1"
+)]
+pub(super) unsafe fn with_expanding<T: Task>(task: T) -> T::Out {
+    task.run::<Avx512<true, true>>()
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt,bmi1")]
 pub(super) unsafe fn with_avx512<T: Task>(task: T) -> T::Out {
     task.run::<Avx512<false>>()
@@ -68,9 +75,9 @@ unsafe fn sum8(v: __m256) -> f32 {
 
 /// With or without products of bytes.
 #[derive(Clone, Copy)]
-pub struct Avx512<const VNNI: bool>;
+pub struct Avx512<const VNNI: bool, const EXPANDS: bool = false>;
 
-impl<const VNNI: bool> Simd for Avx512<VNNI> {
+impl<const VNNI: bool, const EXPANDS: bool> Simd for Avx512<VNNI, EXPANDS> {
     type F = __m512;
     common!();
 

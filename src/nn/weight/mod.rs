@@ -204,11 +204,17 @@ impl Weight {
             Self::Ggml(weight) => weight.packed(),
             Self::Grouped(weight) => weight.packed(),
             Self::DualGrained(weight) => weight.packed(),
-            Self::Dense(_)
-            | Self::Sparse(_)
-            | Self::RowGroups(_)
-            | Self::Factored(_)
-            | Self::Sum(_) => None,
+            Self::Sparse(weight) => weight.packed(),
+            Self::Dense(_) | Self::RowGroups(_) | Self::Factored(_) | Self::Sum(_) => None,
+        }
+    }
+
+    /// The same numbers in another layout whose products are faster, not equal to the bit: a bitmap for lists of
+    /// places. `None` where there is none.
+    pub fn faster(&self) -> Option<Self> {
+        match self {
+            Self::Sparse(weight) => weight.with_bitmap().map(Self::Sparse),
+            _ => None,
         }
     }
 

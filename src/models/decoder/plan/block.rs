@@ -73,7 +73,7 @@ pub(super) fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
 
 /// Calls `f` with the index and the rows of two matrices of equally many rows, in parallel when there
 /// is enough of them.
-fn each_row(
+pub(super) fn each_row(
     a: &mut [f32],
     a_width: usize,
     b: &mut [f32],
@@ -192,13 +192,12 @@ impl Layer {
             }
         };
 
-        each_row(hidden, width, x, width, |_, h, x| {
+        let rounded = &mut buffers.rounded;
+        let outputs = [(&self.q, &mut *q), (&self.k, &mut *k), (&self.v, &mut *v)];
+        linear::run_made([hidden, x], [width; 2], rounded, outputs, |_, h, x| {
             norm::rms_norm(h, &self.before_attention, eps, x);
         });
         tap(0, x);
-        let rounded = &mut buffers.rounded;
-        let outputs = [(&self.q, &mut *q), (&self.k, &mut *k), (&self.v, &mut *v)];
-        linear::run(x, width, rounded, outputs);
         adapters.add(self.index, Site::Q, x, q);
         adapters.add(self.index, Site::K, x, k);
         adapters.add(self.index, Site::V, x, v);
@@ -220,22 +219,22 @@ impl Layer {
         tap(1, attended);
         linear::run(attended, q_width, rounded, [(&self.o, &mut *delta)]);
         adapters.add(self.index, Site::O, attended, delta);
-        each_row(hidden, width, x, width, |i, h, x| {
+        let outputs = [(&self.gate, &mut *gate), (&self.up, &mut *up)];
+        linear::run_made([hidden, x], [width; 2], rounded, outputs, |i, h, x| {
             let delta = &delta[i * width..][..width];
             add_normed(h, delta, self.after_attention.as_deref(), eps, x);
             norm::rms_norm(h, &self.before_mlp, eps, x);
         });
         tap(2, x);
-        linear::run(x, width, rounded, [(&self.gate, &mut *gate), (&self.up, &mut *up)]);
         adapters.add(self.index, Site::Gate, x, gate);
         adapters.add(self.index, Site::Up, x, up);
         let gated = match config.activation {
             Activation::Silu => activation::silu_gated,
             Activation::GeluTanh => activation::gelu_gated,
         };
-        each_row(gate, wide, up, wide, |_, gate, up| gated(gate, up));
+        let outputs = [(&self.down, &mut *delta)];
+        linear::run_made([up, gate], [wide; 2], rounded, outputs, |_, up, gate| gated(gate, up));
         tap(3, gate);
-        linear::run(gate, wide, rounded, [(&self.down, &mut *delta)]);
         adapters.add(self.index, Site::Down, gate, delta);
         each_row(hidden, width, x, width, |i, h, x| {
             add_normed(h, &delta[i * width..][..width], self.after_mlp.as_deref(), eps, x);
