@@ -62,7 +62,7 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
     let written = files::write(&made, &work, job.scratch)?;
     let mut warnings = plan.cost.warnings.clone();
     warnings.extend(data.warnings.iter().cloned());
-    if written.method != v1::AdapterMethod::Lora && !warnings.iter().any(|w| w == NOT_SERVED) {
+    if !written.served && !warnings.iter().any(|w| w == NOT_SERVED) {
         warnings.push(NOT_SERVED.to_owned());
     }
     let mut report = v1::AdaptReport {

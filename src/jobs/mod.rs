@@ -9,6 +9,7 @@ mod claim;
 pub mod compare;
 mod import;
 mod memory;
+mod merge;
 mod recipe;
 mod runner;
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::time::Instant;
 use prost::Message;
 use tokio::runtime::Handle;
 
-use super::{adapt, claim, compare, damaged, import, recipe};
+use super::{adapt, claim, compare, damaged, import, merge, recipe};
 use crate::data::choices::Item;
 use crate::error::{Error, Result};
 use crate::eval;
@@ -150,6 +150,7 @@ impl Work for Models {
             Kind::Compare => compare::run(job),
             Kind::Claim => claim::run(job),
             Kind::Adapt => adapt::run(job),
+            Kind::Merge => merge::run(job),
         }
     }
 }
@@ -205,6 +206,10 @@ pub fn uses(new: &NewOperation) -> Result<Vec<String>> {
             let request = v1::AdaptRequest::decode(request).map_err(bad)?;
             uses.extend(crate::recipe::adapt::datasets(&request)?);
             uses.push(request.model);
+        }
+        Kind::Merge => {
+            let request = v1::MergeAdapterRequest::decode(request).map_err(bad)?;
+            uses.extend([request.name, request.model]);
         }
     }
     uses.retain(|resource| !resource.is_empty());
