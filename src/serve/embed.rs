@@ -277,7 +277,7 @@ fn serve(shared: &Shared, mut encoder: Encoder) {
             picked.iter().map(|&(job, _)| active[job].request.adapters.clone()).collect();
         let mut vectors: Vec<Vec<f32>> = vec![Vec::new(); inputs.len()];
         let outcome = encoder.run(&inputs, &adapters, &mut |i, states| {
-            let mut vector = || {
+            let vector = || {
                 let mut vector = vec![0.0; config.hidden];
                 pool(inputs[i].pooling, states, &mut vector);
                 vector
