@@ -16,7 +16,7 @@ use super::watch;
 use crate::methods::adapt::stored::FILES;
 use crate::proto::v1::import_adapter_request::Source;
 use crate::proto::v1::{
-    Adapter, AdapterForm, AdapterUse, DeleteAdapterRequest, ExportAdapterRequest,
+    Adapter, AdapterForm, AdapterMethod, AdapterUse, DeleteAdapterRequest, ExportAdapterRequest,
     GetAdapterRequest, ImportAdapterRequest, ListAdaptersRequest, LoadAdapterRequest,
     MergeAdapterRequest, UnloadAdapterRequest, UploadedFiles,
 };
@@ -296,6 +296,7 @@ fn show(context: &Context, adapter: &Adapter) -> Result<()> {
         ("description", adapter.display_name.clone()),
         ("model", adapter.base_model.clone()),
         ("checked with", short_model(&adapter.base_version)),
+        ("kind", kind(adapter.method()).to_owned()),
         ("rank", ranks(adapter)),
         ("scale", scales),
         (
@@ -313,6 +314,16 @@ fn show(context: &Context, adapter: &Adapter) -> Result<()> {
         ("created", output::time(adapter.create_time.as_ref())),
         ("etag", adapter.etag.clone()),
     ]))
+}
+
+fn kind(method: AdapterMethod) -> &'static str {
+    match method {
+        AdapterMethod::Unspecified => "",
+        AdapterMethod::Lora => "low-rank products",
+        AdapterMethod::Dora => "low-rank products and magnitudes of rows (DoRA)",
+        AdapterMethod::Tensors => "whole tensors, or products on embeddings",
+        AdapterMethod::Head => "a head",
+    }
 }
 
 fn ranks(adapter: &Adapter) -> String {

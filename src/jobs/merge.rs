@@ -98,7 +98,7 @@ fn read(job: &Job<'_>, row: &AdapterRow, base: &VersionRow, model: &AnyModel) ->
     }
     let paths = job.wait(job.store.adapter_paths(row))?;
     let stored = Stored::read(&paths, Base::Any, model, &Shapes::of(model)?)?;
-    stored::check_mergeable(&stored.tuned, model.weights())?;
+    stored::check_mergeable(&stored.tuned, model)?;
     Ok(stored)
 }
 

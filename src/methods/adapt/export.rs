@@ -37,8 +37,9 @@ pub struct About<'a> {
 /// The files of `tuned` in the form of PEFT.
 ///
 /// # Errors
-/// UNSUPPORTED for what PEFT has no files for: no adapter at all.
+/// UNSUPPORTED for what PEFT has no files for (no adapter at all), and for factors of embeddings.
 pub fn peft(tuned: &Tuned, about: &About<'_>) -> Result<Folder> {
+    check_linears(tuned, about)?;
     if tuned.modules.is_empty() {
         return Err(Error::new(
             Reason::Unsupported,
@@ -75,6 +76,7 @@ pub fn peft(tuned: &Tuned, about: &About<'_>) -> Result<Folder> {
 /// # Errors
 /// UNSUPPORTED for DoRA and for what PEFT has no files for.
 pub fn adalora(tuned: &Tuned, about: &About<'_>) -> Result<Folder> {
+    check_linears(tuned, about)?;
     let parts: Vec<(String, LowRank)> = tuned
         .modules
         .values()
@@ -141,6 +143,17 @@ pub fn adalora(tuned: &Tuned, about: &About<'_>) -> Result<Folder> {
     match map {
         Value::Object(map) => Folder::new(map, tensors),
         _ => Err(Error::internal("the settings of an adapter are no object")),
+    }
+}
+
+fn check_linears(tuned: &Tuned, about: &About<'_>) -> Result<()> {
+    let linear = |name: &&String| !about.shapes.linears.iter().any(|(known, _)| known == *name);
+    match tuned.modules.keys().find(linear) {
+        None => Ok(()),
+        Some(name) => Err(Error::new(
+            Reason::Unsupported,
+            format!("'{name}' is an embedding, whose factors are exported as they came"),
+        )),
     }
 }
 
@@ -330,6 +343,13 @@ pub fn load(
         }
         let adapter = from_entry(linear, entry, weights)?;
         tuned.modules.insert(adapter.linear.clone(), adapter);
+    }
+    for (path, entry) in &contents.tables {
+        let name = format!("{}.weight", path.strip_prefix(inside).unwrap_or(path));
+        if shapes.tensors.get(&name).map(Vec::as_slice) != Some(&entry.shape) {
+            return Err(misfit(format!("it has no table '{name}' of shape {:?}", entry.shape)));
+        }
+        tuned.modules.insert(name.clone(), from_entry(name, entry, weights)?);
     }
     let mut heads = BTreeMap::new();
     for (name, plain) in &contents.whole {

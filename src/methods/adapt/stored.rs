@@ -40,6 +40,9 @@ const MAX_HEAD: u64 = 4 << 20;
 /// What the task's model puts before the names of its encoder.
 pub const INSIDE: &str = "bert.";
 
+/// A decoder's table of embeddings.
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
 /// `head_config.json`.
 #[derive(Debug, Serialize, Deserialize)]
 struct HeadFile {
@@ -184,7 +187,7 @@ impl Stored {
 pub fn method(tuned: &Tuned, head: bool) -> v1::AdapterMethod {
     if head {
         v1::AdapterMethod::Head
-    } else if !tuned.whole.is_empty() {
+    } else if !tuned.whole.is_empty() || tuned.modules.contains_key(EMBEDDING) {
         v1::AdapterMethod::Tensors
     } else if tuned.modules.values().any(|module| module.magnitude.is_some()) {
         v1::AdapterMethod::Dora
@@ -202,7 +205,8 @@ fn read_peft(
 ) -> Result<Tuned> {
     let files = Folder::open(config, tensors)?;
     let mut contents = Contents::parse(&files.config, &files.tensors, Use::Keep)?;
-    let mut names = contents.modules.keys().chain(contents.whole.keys());
+    let mut names =
+        contents.modules.keys().chain(contents.tables.keys()).chain(contents.whole.keys());
     let inside = if names.any(|name| name.starts_with(INSIDE)) { INSIDE } else { "" };
     // Written beside the adapter too, for those who load it into a model for the task.
     if head.is_some() {
@@ -383,7 +387,8 @@ pub fn changes(tuned: &Tuned, weights: &BTreeMap<String, Arc<Weight>>) -> Result
 ///
 /// # Errors
 /// MODEL_UNSUITABLE.
-pub fn check_mergeable(tuned: &Tuned, weights: &BTreeMap<String, Arc<Weight>>) -> Result<()> {
+pub fn check_mergeable(tuned: &Tuned, model: &AnyModel) -> Result<()> {
+    let weights = model.weights();
     if tuned.modules.is_empty() && tuned.whole.is_empty() {
         return Err(Error::new(
             Reason::ModelUnsuitable,
@@ -401,6 +406,19 @@ pub fn check_mergeable(tuned: &Tuned, weights: &BTreeMap<String, Arc<Weight>>) -
             ));
         }
         find(weights, name)?;
+    }
+    if let AnyModel::Decoder(model) = model
+        && model.decoder()?.tied
+        && tuned.modules.contains_key(EMBEDDING)
+    {
+        return Err(Error::new(
+            Reason::ModelUnsuitable,
+            format!(
+                "the adapter changes what '{EMBEDDING}' gives for tokens and not what it makes logits \
+                 of, and the model has one table for both; keep the adapter beside the model, which \
+                 serves it"
+            ),
+        ));
     }
     Ok(())
 }

@@ -266,7 +266,7 @@ fn whole_matrices_are_to_be_merged() {
         assert_eq!(error.reason(), Reason::Unsupported);
         assert!(error.message().contains("planish adapters merge"), "{error}");
         assert_eq!(read(Base::Own("sha256:other")).unwrap_err().reason(), Reason::ModelUnsuitable);
-        check_mergeable(&stored.tuned, case.weights()).unwrap();
+        check_mergeable(&stored.tuned, case.model()).unwrap();
         let model = merged(&case, &stored.tuned, 1.0);
         for (name, var) in &tuned.whole {
             let want = var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -317,7 +317,7 @@ fn a_head_travels_with_its_labels() {
         alone.serving("d", case.model()).unwrap(),
         Ready::Encoder { fitted: None, head: Some(_) }
     ));
-    let error = check_mergeable(&alone.tuned, case.weights()).unwrap_err();
+    let error = check_mergeable(&alone.tuned, case.model()).unwrap_err();
     assert_eq!(error.reason(), Reason::ModelUnsuitable);
     let good = std::fs::read_to_string(path.join(HEAD_CONFIG)).unwrap();
     for (from, to, reason) in [
@@ -398,11 +398,102 @@ fn tensors_that_nobody_changed_and_biases_of_factors() {
     assert_eq!(changes.tensors.keys().collect::<Vec<_>>(), [&format!("{path}.bias")]);
     assert_eq!(&changes.tensors.values().next().unwrap()[..], bias);
     assert!(read.serving("d", case.model()).is_ok());
-    let error = check_mergeable(&read.tuned, case.weights()).unwrap_err();
+    let error = check_mergeable(&read.tuned, case.model()).unwrap_err();
     assert!(error.message().contains("no place"), "{error}");
     // A table that did change is a matrix.
     let mut other = embedding.to_f32();
     other[5] += 1.0;
     let error = write(other).serving("d", case.model()).unwrap_err();
     assert_eq!(error.reason(), Reason::Unsupported);
+}
+
+#[test]
+fn factors_of_embeddings_serve_and_merge() {
+    for (case, table, inside) in [
+        (
+            Case::of_decoder(random::model(random::tiny("llama"), 15).unwrap()),
+            "model.embed_tokens",
+            "",
+        ),
+        (
+            Case::of_decoder(random::model(random::tiny("gemma3_text"), 15).unwrap()),
+            "model.embed_tokens",
+            "",
+        ),
+        (Case::encoder(), "embeddings.word_embeddings", INSIDE),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let key = |end: &str| format!("{}{inside}{table}.{end}", peft::PREFIX);
+        let draw = |count: usize, step: usize| -> Vec<f32> {
+            (0..count).map(|i| ((i * step) % 13) as f32 / 32.0 - 0.2).collect()
+        };
+        let write = |a: [usize; 2], b: [usize; 2]| {
+            let tensors = [
+                (key("lora_embedding_A"), Plain::new(&a, draw(a[0] * a[1], 5))),
+                (key("lora_embedding_B"), Plain::new(&b, draw(b[0] * b[1], 7))),
+            ];
+            let config = json!({ "peft_type": "LORA", "r": 2, "lora_alpha": 3 });
+            let serde_json::Value::Object(config) = config else { panic!("an object") };
+            Folder::new(config, tensors.into()).unwrap().write(folder.path()).unwrap();
+            Stored::read(&paths(folder.path()), Base::Any, case.model(), case.shapes())
+        };
+        let stored = write([2, 96], [32, 2]).unwrap();
+        // Row 7 of the table by hand: 1.5 * B A[.., 7].
+        let (a, b) = (draw(192, 5), draw(64, 7));
+        let model = merged(&case, &stored.tuned, 1.0);
+        let name = format!("{table}.weight");
+        let (base, sum) = (case.weights()[&name].to_f32(), model.weights()[&name].to_f32());
+        for channel in 0..32 {
+            let want = 1.5 * (b[channel * 2] * a[7] + b[channel * 2 + 1] * a[96 + 7]);
+            let at = 7 * 32 + channel;
+            assert!((sum[at] - base[at] - want).abs() < 1e-6);
+        }
+        match (stored.serving("d", case.model()).unwrap(), &model) {
+            (Ready::Decoder(fitted), AnyModel::Decoder(whole)) => {
+                let mixes = [Mix::default(), Mix::new([(Arc::new(fitted), 1.0)])];
+                let texts = [text(6, 1), text(9, 2)];
+                let mut decoder = Decoder::new(&decoder_of(case.model())).unwrap();
+                let got = logits(&mut decoder, &texts, &mixes);
+                // One table for both: the merged model would make other logits of its states.
+                let mut whole = whole.clone();
+                let tied = whole.decoder().unwrap().tied;
+                let merging = check_mergeable(&stored.tuned, case.model());
+                assert_eq!(merging.is_err(), tied);
+                if tied {
+                    whole.config["tie_word_embeddings"] = json!(false);
+                    let config = decoder::Config::from_hugging_face(&whole.config).unwrap();
+                    whole.family = crate::models::Family::Decoder(config);
+                    let head = case.weights()[&name].clone();
+                    whole.weights.insert("lm_head.weight".into(), head);
+                }
+                let want = logits(&mut Decoder::new(&whole).unwrap(), &texts, &[]);
+                near(&got[1], &want[1], "with a table");
+                assert_eq!(got[0], logits(&mut decoder, &texts, &[])[0]);
+            }
+            (Ready::Encoder { fitted: Some(fitted), .. }, AnyModel::Encoder(whole)) => {
+                let AnyModel::Encoder(base) = case.model() else { panic!("an encoder") };
+                let texts = [text(6, 1), text(9, 2)];
+                let inputs = [0, 1].map(|i| Input { tokens: &texts[i], pooling: Pooling::Cls });
+                let mixes = [EncoderMix::default(), EncoderMix::new([(Arc::new(fitted), 1.0)])];
+                let run = |model, mixes: &[EncoderMix]| {
+                    let mut all = vec![Vec::new(); 2];
+                    let see = &mut |i: usize, states: &[f32]| all[i] = states.to_vec();
+                    Encoder::new(model).unwrap().run(&inputs, mixes, see).unwrap();
+                    all
+                };
+                let got = run(base, &mixes);
+                near(&got[1], &run(whole, &[])[1], "with a table");
+                near(&got[0], &run(base, &[])[0], "without");
+            }
+            _ => panic!("of one family"),
+        }
+        for (a, b, reason) in [
+            ([2, 95], [32, 2], Reason::ModelUnsuitable),
+            ([2, 96], [31, 2], Reason::ModelUnsuitable),
+            ([2, 96], [32, 3], Reason::MalformedFile),
+            ([3, 96], [32, 3], Reason::MalformedFile),
+        ] {
+            assert_eq!(write(a, b).unwrap_err().reason(), reason, "{a:?} {b:?}");
+        }
+    }
 }

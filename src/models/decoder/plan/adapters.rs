@@ -16,6 +16,7 @@ pub(super) use self::extras::Norm;
 
 use self::extras::Extras;
 use super::super::Config;
+use super::super::config::EMBEDDING;
 use crate::error::{Error, Reason, Result};
 use crate::kernels::lowrank::{self, Down, RowGroups, TILE, Tile};
 use crate::nn::adapter::{Adapter, Changes, Factors};
@@ -136,7 +137,9 @@ impl Fitted {
     /// # Errors
     /// As [`Fitted::new`]; UNSUPPORTED for a tensor that does not serve beside its base.
     pub fn of(digest: &str, changes: &Changes, config: &Config) -> Result<Self> {
-        let linears = changes.products.iter().map(|(name, p)| {
+        // A table is read by rows, not multiplied with.
+        let linears = changes.products.iter().filter(|(name, _)| *name != EMBEDDING);
+        let linears = linears.map(|(name, p)| {
             let factors = Factors::from_f32(p.shape, p.rank, &p.a, &p.b, p.scale)?;
             Ok((name.clone(), Arc::new(factors)))
         });

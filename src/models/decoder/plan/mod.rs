@@ -228,6 +228,12 @@ impl Decoder {
         }
         let mixes = spans.iter().filter_map(|s| Some((adapters.get(s.chunk)?, s.rows.clone())));
         self.buffers.adapters.start(rows, mixes);
+        let token = |row: usize| {
+            let at = spans.partition_point(|span| span.rows.end <= row);
+            let Span { chunk, token, rows, .. } = &spans[at];
+            chunks[*chunk].tokens[token + row - rows.start]
+        };
+        self.buffers.adapters.embed(token, self.config.embedding_scale, hidden);
         for layer in &self.layers {
             layer.forward(&mut self.buffers, hidden, spans, Some(&mut *chunks), None);
         }

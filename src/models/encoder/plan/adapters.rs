@@ -72,6 +72,8 @@ pub struct Fitted {
     digest: String,
     layers: Vec<Layer>,
     embeddings: Normed,
+    /// Of the table of words.
+    table: Option<Product>,
     bytes: u64,
     /// Width and inner width of the encoder.
     shape: [usize; 2],
@@ -108,13 +110,14 @@ impl Fitted {
             layers.push(layer);
         }
         let embeddings = found.norm("embeddings", hidden)?;
+        let table = found.table("embeddings.word_embeddings.weight", [config.vocab, hidden])?;
         let parts = changes.products.len() + changes.gains.len() + changes.tensors.len();
         if found.places != parts {
             return Err(stranger(changes, config));
         }
         let bytes = found.bytes as u64;
         let shape = [hidden, wide];
-        Ok(Self { digest: digest.to_owned(), layers, embeddings, bytes, shape })
+        Ok(Self { digest: digest.to_owned(), layers, embeddings, table, bytes, shape })
     }
 
     /// Digest of the adapter's content.
@@ -166,6 +169,20 @@ impl Finder<'_> {
         self.places += 1;
         self.bytes += a.bytes() + b.bytes();
         Ok(Some((a, b, *scale)))
+    }
+
+    fn table(&mut self, name: &str, shape: [usize; 2]) -> Result<Option<Product>> {
+        let Some(table) = self.changes.products.get(name) else { return Ok(None) };
+        let (rank, [rows, cols]) = (table.rank, shape);
+        if table.shape != shape || table.a.len() != rank * cols || table.b.len() != rows * rank {
+            return Err(misfit(&format!(
+                "'{name}' is {shape:?}, but the adapter adds to {:?}",
+                table.shape
+            )));
+        }
+        self.places += 1;
+        self.bytes += size_of_val(&table.a[..]) + size_of_val(&table.b[..]);
+        Ok(Some(table.clone()))
     }
 
     fn values(
@@ -336,6 +353,33 @@ impl<'a> Rows<'a> {
                 let out = sized(&mut room.out, y.len());
                 b.multiply(h, out);
                 norm::add(y, out);
+            }
+        }
+    }
+
+    /// Whether some adapter changes the states before the blocks.
+    pub fn embed(&self) -> bool {
+        self.runs.iter().flat_map(|(_, mix)| mix.parts.iter()).any(|(adapter, _)| {
+            let Normed { weight, shift } = &adapter.embeddings;
+            adapter.table.is_some() || weight.is_some() || shift.is_some()
+        })
+    }
+
+    /// What the tables of the adapters add to rows of `tokens`, before they are normed.
+    pub fn add_words(&self, tokens: &[(u32, usize)], states: &mut [f32]) {
+        for (rows, mix) in &self.runs {
+            for (adapter, by) in mix.parts.iter() {
+                let Some(Product { shape: [_, width], rank, a, b, scale }) = &adapter.table else {
+                    continue;
+                };
+                for row in rows.clone() {
+                    let factors = &b[tokens[row].0 as usize * rank..][..*rank];
+                    let state = &mut states[row * width..][..*width];
+                    for (factor, a) in factors.iter().zip(a.chunks_exact(*width)) {
+                        let factor = by * scale * factor;
+                        state.iter_mut().zip(a).for_each(|(s, a)| *s += factor * a);
+                    }
+                }
             }
         }
     }

@@ -192,7 +192,7 @@ impl Encoder {
         threads::share(pieces.len(), &|i| {
             let mut piece = pieces[i].lock().unwrap_or_else(PoisonError::into_inner);
             let (states, buffers, sequences, tokens, mixes) = &mut *piece;
-            let changed = !mixes.norms(Place::Embeddings, norm).is_empty();
+            let changed = mixes.embed();
             threads::for_rows(states, width, GRAIN / width + 1, |first, rows| {
                 for (row, &(token, position)) in rows.chunks_exact_mut(width).zip(&tokens[first..])
                 {
@@ -204,6 +204,7 @@ impl Encoder {
                 }
             });
             if changed {
+                mixes.add_words(tokens, states);
                 norm.by_runs((mixes, Place::Embeddings), tokens.len(), |norm, rows| {
                     norm.apply(&mut states[rows.start * width..rows.end * width]);
                 });

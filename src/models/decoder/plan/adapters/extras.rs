@@ -8,8 +8,8 @@ use std::sync::Arc;
 use super::{Adapters, Config, SITES, Site, misfit};
 use crate::error::{Error, Reason, Result};
 use crate::kernels::norm;
-use crate::models::decoder::config::FINAL_NORM;
-use crate::nn::adapter::Changes;
+use crate::models::decoder::config::{EMBEDDING, FINAL_NORM};
+use crate::nn::adapter::{Changes, Product};
 
 /// A norm of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +40,8 @@ struct Layer {
 pub(super) struct Extras {
     layers: Vec<Layer>,
     last: Values,
+    /// Of the embedding table.
+    table: Option<Product>,
     elements: usize,
 }
 
@@ -50,6 +52,13 @@ impl Extras {
     /// MODEL_UNSUITABLE for what the decoder does not have, UNSUPPORTED for tensors that do not serve so.
     pub fn new(changes: &Changes, config: &Config) -> Result<Self> {
         let mut extras = Self::default();
+        if let Some(table) = changes.products.get(EMBEDDING) {
+            if table.shape != [config.vocab, config.hidden] {
+                return Err(misfit(format!("the adapter changes a table of {:?}", table.shape)));
+            }
+            extras.elements = table.a.len() + table.b.len();
+            extras.table = Some(table.clone());
+        }
         if changes.gains.is_empty() && changes.tensors.is_empty() {
             return Ok(extras);
         }
@@ -152,6 +161,29 @@ fn add(to: &mut [f32], values: &[f32], by: f32) {
 }
 
 impl Adapters {
+    /// What the tables of the adapters add to the rows of the step, whose tokens are `token(row)`; `scale` is
+    /// what embeddings are multiplied by.
+    pub fn embed(&self, token: impl Fn(usize) -> u32, scale: f32, hidden: &mut [f32]) {
+        if !self.more {
+            return;
+        }
+        for (group, mix) in self.mixes.iter().enumerate() {
+            for (extras, by) in mix.extras() {
+                let Some(Product { shape: [_, width], rank, a, b, scale: own }) = &extras.table
+                else {
+                    continue;
+                };
+                for &row in self.groups.rows(group) {
+                    let factors = &b[token(row as usize) as usize * rank..][..*rank];
+                    let hidden = &mut hidden[row as usize * width..][..*width];
+                    for (factor, a) in factors.iter().zip(a.chunks_exact(*width)) {
+                        add(hidden, a, by * own * scale * factor);
+                    }
+                }
+            }
+        }
+    }
+
     /// Gains and biases of a linear: `y += weight * (g y + t)`.
     pub(super) fn shift(&mut self, layer: usize, site: Site, y: &mut [f32]) {
         for (group, mix) in self.mixes.iter().enumerate() {
