@@ -51,10 +51,8 @@ impl AdapterService for Adapters {
             .map_err(Error::from)?;
         let source = self.gather(&request, folder.path()).await?;
         let model_files = self.0.store.open_any_version(&base).await?;
-        let (path, digest, name) =
-            (folder.path().to_owned(), base.digest.clone(), model.to_owned());
-        let found =
-            super::blocking(move || imports::inspect(&path, &digest, &name, &model_files)).await?;
+        let (path, row) = (folder.path().to_owned(), base.clone());
+        let found = super::blocking(move || imports::inspect(&path, &row, &model_files)).await?;
         let imports::Found { method, facts, lineage, names: kept } = found;
         if request.validate_only {
             let row = AdapterRow {

@@ -53,6 +53,12 @@ impl VersionRow {
         names::of_version(&self.model, self.version)
     }
 
+    /// Digest of the weights alone, which is the same wherever and however a version with them was made.
+    pub fn weights_digest(&self) -> String {
+        let shards = self.files.iter().filter(|(name, _)| name.ends_with(".safetensors"));
+        version_digest(&shards.cloned().collect::<Vec<_>>())
+    }
+
     /// How the version came to be.
     pub fn lineage(&self) -> Result<v1::Lineage> {
         serde_json::from_value(self.lineage.clone()).map_err(|error| {

@@ -132,6 +132,17 @@ fn near(got: &[f32], want: &[f32], tolerance: f32) {
     }
 }
 
+/// Factors serve as bf16, so what serves differs from what merges by a small share of the change.
+#[track_caller]
+fn alike(served: &[f32], merged: &[f32], base: &[f32]) {
+    let largest = |a: &[f32], b: &[f32]| {
+        assert_eq!(a.len(), b.len());
+        a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    };
+    let (error, change) = (largest(served, merged), largest(served, base));
+    assert!(error < 0.02 * change + 1e-3, "{error} of {change}");
+}
+
 #[track_caller]
 fn differ(a: &[f32], b: &[f32]) {
     assert!(a.iter().zip(b).any(|(a, b)| (a - b).abs() > 1e-2), "nothing changed");
@@ -165,8 +176,7 @@ async fn dora_and_norms_serve_as_they_merge() {
         assert_eq!((report.base.as_str(), report.weight), ("models/tiny/versions/1", 1.0));
         assert!(report.tensor_count >= 5 && report.drifts.is_empty(), "{report:?}");
         assert_eq!(report.bytes_before, report.bytes_after);
-        // Factors serve as bf16.
-        near(&with, &world.logprobs(&report.version, &[]).await.unwrap(), 1e-2);
+        alike(&with, &world.logprobs(&report.version, &[]).await.unwrap(), &base);
         let get = v1::GetModelVersionRequest { name: report.version.clone() };
         let version = world.service.models().get_model_version(get).await.unwrap().into_inner();
         let lineage = version.lineage.unwrap();
@@ -178,7 +188,7 @@ async fn dora_and_norms_serve_as_they_merge() {
             v1::MergeAdapterRequest { weight: Some(0.5), ..merge(id, "models/tiny/versions/1") };
         let half = world.merged(half).await.version;
         let with = world.logprobs("models/tiny/versions/1", &[(id, 0.5)]).await.unwrap();
-        near(&with, &world.logprobs(&half, &[]).await.unwrap(), 1e-2);
+        alike(&with, &world.logprobs(&half, &[]).await.unwrap(), &base);
     }
 
     // A quantised version: the adapter serves beside it, and merges with leave.
@@ -257,14 +267,18 @@ async fn heads_predict_and_encoders_embed_with_adapters() {
         _ => panic!("{p:?}"),
     };
     assert!(value(&numbers[0]) < value(&numbers[1]), "{numbers:?}");
-    let tags = predict(ask(&[("tags", 1.0)], &["w1, w12 w70", ""])).await.unwrap();
+    let tags = predict(ask(&[("tags", 1.0)], &["w1, w12 w70", "", "w70 w15"])).await.unwrap();
     let Some(Kind::Tagging(found)) = &tags[0].kind else { panic!("{tags:?}") };
     let words: Vec<_> =
         found.words.iter().map(|w| (w.word.as_str(), w.start, w.end, w.tag.as_str())).collect();
     assert_eq!(words.len(), 4);
-    assert_eq!((words[0], words[3]), (("w1", 0, 2, "up"), ("w70", 8, 11, "down")));
-    assert_eq!((words[1].0, words[1].1, words[2].1), (",", 2, 4));
+    assert_eq!(words[0], ("w1", 0, 2, "up"));
+    let places: Vec<_> = words[1..].iter().map(|w| (w.0, w.1, w.2)).collect();
+    assert_eq!(places, [(",", 2, 3), ("w12", 4, 7), ("w70", 8, 11)]);
     assert!(matches!(&tags[1].kind, Some(Kind::Tagging(none)) if none.words.is_empty()));
+    let Some(Kind::Tagging(found)) = &tags[2].kind else { panic!("{tags:?}") };
+    let found: Vec<_> = found.words.iter().map(|w| w.tag.as_str()).collect();
+    assert_eq!(found, ["down", "O"]);
     let own = v1::PredictRequest {
         words: vec![v1::Words { words: vec!["w1".into(), "w12".into()] }],
         ..ask(&[("tags", 1.0)], &[])

@@ -62,7 +62,7 @@ pub fn write(made: &Made, work: &Work<'_>, folder: &Path) -> Result<Written> {
         Some(Method::LoraXs(_) | Method::LoraSb(_) | Method::Loldu(_) | Method::Nola(_))
     );
     if own || tuned.modules.is_empty() && !tuned.whole.is_empty() {
-        native::write(tuned, &plan.adaptation, &work.base.digest, folder)?;
+        native::write(tuned, &plan.adaptation, &work.base.weights_digest(), folder)?;
         names.extend([native::HEADER, native::TENSORS]);
     }
     if names.is_empty() {

@@ -47,7 +47,7 @@ struct Header {
     version: u32,
     /// The method with all its options.
     adaptation: v1::Adaptation,
-    /// Digest of the base.
+    /// Digest of the base's weights.
     base: String,
     dropout: f32,
     /// By the names of the weights.
@@ -109,7 +109,7 @@ enum CoreForm {
 /// Names of trained cores that files may have.
 const CORES: [&str; 4] = ["lora_R", "lora_E", "lora_g", "lora_z"];
 
-/// Writes an adapter.
+/// Writes an adapter. `base` is the digest of its base's weights.
 ///
 /// # Errors
 /// INTERNAL for an adapter whose parts make no sense; IO.
@@ -239,7 +239,7 @@ pub struct Read {
     pub base: String,
 }
 
-/// Reads an adapter of a base from its folder. `digest` is the base's.
+/// Reads an adapter of a base from its folder. `digest` is that of the base's weights.
 ///
 /// # Errors
 /// As [`open`].
@@ -252,7 +252,7 @@ pub fn read(
     open([&folder.join(HEADER), &folder.join(TENSORS)], Some(digest), shapes, weights)
 }
 
-/// Reads an adapter from its two files, wherever they lie. `digest` is the base's; without one the adapter
+/// Reads an adapter from its two files, wherever they lie. `digest` is that of the base's weights; without one the adapter
 /// may be of another version of its model, where none of its parts is made from the base's weights.
 ///
 /// # Errors

@@ -75,7 +75,7 @@ pub struct Stored {
 /// Whether the base is the version that an adapter was made for.
 #[derive(Debug, Clone, Copy)]
 pub enum Base<'a> {
-    /// It must be, and this is its digest; our own files are read first.
+    /// It must be, and this is the digest of its weights; our own files are read first.
     Own(&'a str),
     /// A version of the same model.
     Any,

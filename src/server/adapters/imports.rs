@@ -13,6 +13,7 @@ use crate::models::AnyModel;
 use crate::models::decoder::plan::adapters::Fitted;
 use crate::proto::v1;
 use crate::store::adapters::Facts;
+use crate::store::models::VersionRow;
 
 /// An adapter that fits its base.
 pub struct Found {
@@ -23,12 +24,13 @@ pub struct Found {
     pub names: Vec<&'static str>,
 }
 
-/// Reads the files of `folder` as an adapter of a base. `digest` is the base's, `name` its model's. Where
+/// Reads the files of `folder` as an adapter of a base. `name` is that of
+/// the base's model. Where
 /// our own files are there, those of PEFT are written anew from them, as training writes them.
 ///
 /// # Errors
 /// What is wrong with a file; MODEL_UNSUITABLE for another base.
-pub fn inspect(folder: &Path, digest: &str, name: &str, model: &AnyModel) -> Result<Found> {
+pub fn inspect(folder: &Path, base: &VersionRow, model: &AnyModel) -> Result<Found> {
     let shapes = Shapes::of(model)?;
     let own = [native::HEADER, native::TENSORS].iter().all(|f| folder.join(f).is_file());
     let head = folder.join(HEAD_CONFIG).is_file();
@@ -40,9 +42,10 @@ pub fn inspect(folder: &Path, digest: &str, name: &str, model: &AnyModel) -> Res
         let held = stored::FILES.iter().filter(|name| folder.join(name).is_file());
         held.map(|name| ((*name).to_owned(), folder.join(name))).collect()
     };
-    let read = Stored::read(&paths(folder), Base::Own(digest), model, &shapes)?;
+    let digest = base.weights_digest();
+    let read = Stored::read(&paths(folder), Base::Own(&digest), model, &shapes)?;
     if own && !read.tuned.modules.is_empty() {
-        write_again(&read, folder, name, &shapes)?;
+        write_again(&read, folder, base, &shapes)?;
     }
     let method = read.method();
     let facts = match (method, model) {
@@ -64,7 +67,7 @@ pub fn inspect(folder: &Path, digest: &str, name: &str, model: &AnyModel) -> Res
     };
     let labels = read.head.map(|head| head.labels).unwrap_or_default();
     let lineage = read.adaptation.map(|adaptation| v1::AdapterLineage {
-        base_digest: digest.to_owned(),
+        base_digest: base.digest.clone(),
         adaptation: Some(adaptation),
         labels,
         ..Default::default()
@@ -75,7 +78,7 @@ pub fn inspect(folder: &Path, digest: &str, name: &str, model: &AnyModel) -> Res
 }
 
 /// The files of PEFT of an adapter that our own files hold.
-fn write_again(read: &Stored, folder: &Path, name: &str, shapes: &Shapes) -> Result<()> {
+fn write_again(read: &Stored, folder: &Path, base: &VersionRow, shapes: &Shapes) -> Result<()> {
     // The base's name is all that only the other files say.
     let config = folder.join(peft::CONFIG);
     let given = match config.is_file() && config.metadata()?.len() < 1 << 20 {
@@ -83,10 +86,12 @@ fn write_again(read: &Stored, folder: &Path, name: &str, shapes: &Shapes) -> Res
         true => serde_json::from_slice::<serde_json::Value>(&std::fs::read(&config)?).ok(),
     };
     let given = given.as_ref().and_then(|v| v["base_model_name_or_path"].as_str());
+    let own = base.config.get("_name_or_path").and_then(serde_json::Value::as_str);
+    let own = own.filter(|name| !name.is_empty());
     let heads = read.head.as_ref().map(stored::head_tensors).unwrap_or_default();
     let about = About {
         shapes,
-        base: given.unwrap_or(name),
+        base: given.or(own).unwrap_or(&base.model),
         task: read.head.as_ref().map_or("CAUSAL_LM", |head| stored::task_type(head.task)),
         inside: if read.head.is_some() { stored::INSIDE } else { "" },
         heads: &heads,
