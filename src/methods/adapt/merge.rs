@@ -212,7 +212,7 @@ mod tests {
         let half = Dense::from_f32(stored.shape().to_vec(), &stored.to_f32(), Dtype::F16).unwrap();
         let mut weights = case.weights().clone();
         weights.insert(name.to_owned(), Arc::new(Weight::Dense(half)));
-        let error = merge_weighted(&tuned, 1e6, &weights, false, &Progress::silent()).unwrap_err();
+        let error = merge_weighted(&tuned, 1e9, &weights, false, &Progress::silent()).unwrap_err();
         assert_eq!(error.reason(), Reason::NonFinite);
     }
 

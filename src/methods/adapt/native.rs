@@ -657,7 +657,7 @@ mod tests {
             ("\"start\": false", "\"start\": true", Reason::MalformedFile),
             ("\"magnitude\": false", "\"magnitude\": true", Reason::MalformedFile),
             ("\"dropout\"", "\"drop\"", Reason::MalformedFile),
-            ("\"dropout\": 0.0", "\"dropout\": 1.0", Reason::MalformedFile),
+            ("\n  \"dropout\": 0.0", "\n  \"dropout\": 1.0", Reason::MalformedFile),
             ("\"count\": 7", "\"count\": 1048577", Reason::MalformedFile),
             ("\"key\": [", "\"key\": [1,", Reason::MalformedFile),
             ("\"a\": {", "\"a\": {\"x\": 1,", Reason::MalformedFile),
