@@ -31,11 +31,13 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
     let model = job.wait(job.store.open_any_version(&base))?;
     let random = Stream::root(request.seed).child("adapt");
     let data = Data::read(job, &model, &plan, &random, &job.progress)?;
+    let weights_digest = base.weights_digest();
     let work = Work {
         job,
         plan: &plan,
         model: &model,
         digest: &base.digest,
+        weights_digest: &weights_digest,
         data: &data,
         random: &random,
         kept: &job.kept,
@@ -47,7 +49,7 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
     let written = work.write(&made, &base.model, job.scratch)?;
     let mut warnings = plan.cost.warnings.clone();
     warnings.extend(data.warnings.iter().cloned());
-    if written.method != v1::AdapterMethod::Lora && !warnings.iter().any(|w| w == NOT_SERVED) {
+    if !written.served && !warnings.iter().any(|w| w == NOT_SERVED) {
         warnings.push(NOT_SERVED.to_owned());
     }
     let mut report = v1::AdaptReport {

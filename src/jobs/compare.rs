@@ -187,6 +187,13 @@ enum Place {
 }
 
 impl Made {
+    fn weights_digest(&self) -> String {
+        match &self.place {
+            Place::Stored(row) => row.weights_digest(),
+            Place::Draft(draft) => draft.weights_digest(),
+        }
+    }
+
     fn stored(row: VersionRow, steps: Vec<v1::StepReport>) -> Self {
         Self { digest: row.digest.clone(), place: Place::Stored(Box::new(row)), steps }
     }
@@ -518,11 +525,13 @@ impl Work<'_> {
         let kept = job.kept.join(format!("run {index}"));
         std::fs::create_dir_all(&kept)?;
         let training = progress.part(0.0, 0.8);
+        let weights_digest = made.weights_digest();
         let work = tuning::Work {
             job,
             plan: &plan,
             model,
             digest: &made.digest,
+            weights_digest: &weights_digest,
             data: &data,
             random: &random,
             kept: &kept,
@@ -543,7 +552,7 @@ impl Work<'_> {
             peak_bytes,
         });
         // What was kept in our own form may be rounded there: it is measured as it is read back.
-        let stored = tuning::read_own(&written, folder.path(), (model, &made.digest))?;
+        let stored = tuning::read_own(&written, folder.path(), &work)?;
         let adapted = Adapted {
             model,
             tuned: stored.as_ref().unwrap_or(&trained.tuned),

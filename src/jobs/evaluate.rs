@@ -74,13 +74,13 @@ fn with_adapter(
     fits(adapter, row)?;
     job.progress.report(0.0, "reading the adapter")?;
     let model = job.wait(job.store.open_any_version(row))?;
-    let stored = tuning::read(job, adapter, (&model, &row.digest))?;
+    let (tuned, head) = tuning::read(job, adapter, (row, &model))?;
     let base = base.map(|base| job.open(base)).transpose()?;
     let lineage = adapter.lineage.clone().unwrap_or_default();
     let adapted = Adapted {
         model: &model,
-        tuned: &stored.tuned,
-        head: &stored.head,
+        tuned: &tuned,
+        head: &head,
         labels: &lineage.labels,
         max_length: lineage.training.and_then(|t| t.max_length).map(|length| length as usize),
         disk_bytes: row.total_bytes.unsigned_abs(),

@@ -10,6 +10,7 @@ pub mod compare;
 pub mod evaluate;
 mod import;
 mod memory;
+mod merge;
 mod recipe;
 mod runner;
 #[cfg(test)]

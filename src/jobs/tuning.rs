@@ -40,8 +40,9 @@ pub struct Work<'a> {
     pub job: &'a Job<'a>,
     pub plan: &'a Plan,
     pub model: &'a AnyModel,
-    /// Digest of the model.
+    /// Digest of the model, and of its weights alone.
     pub digest: &'a str,
+    pub weights_digest: &'a str,
     pub data: &'a Data,
     pub random: &'a Stream,
     /// Where checkpoints go.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use prost::Message;
 use tokio::runtime::Handle;
 
-use super::{adapt, claim, compare, damaged, evaluate, import, recipe};
+use super::{adapt, claim, compare, damaged, evaluate, import, merge, recipe};
 use crate::data::choices::Item;
 use crate::error::{Error, Result};
 use crate::models::Model;
@@ -91,6 +91,7 @@ impl Work for Models {
             Kind::Compare => compare::run(job),
             Kind::Claim => claim::run(job),
             Kind::Adapt => adapt::run(job),
+            Kind::Merge => merge::run(job),
         }
     }
 }
@@ -135,6 +136,10 @@ pub fn uses(new: &NewOperation) -> Result<Vec<String>> {
             let request = v1::AdaptRequest::decode(request).map_err(bad)?;
             uses.extend(crate::recipe::adapt::datasets(&request)?);
             uses.push(request.model);
+        }
+        Kind::Merge => {
+            let request = v1::MergeAdapterRequest::decode(request).map_err(bad)?;
+            uses.extend([request.name, request.model]);
         }
     }
     uses.retain(|resource| !resource.is_empty());

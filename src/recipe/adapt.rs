@@ -77,7 +77,7 @@ impl Plan {
                 format!("{} trains nothing of this model; choose another method", card.name),
             ));
         }
-        if family == encoder::FAMILY || matches!(card.name, "dora" | "full" | "bitfit") {
+        if card.name == "full" {
             cost.warnings.push(NOT_SERVED.to_owned());
         }
 
@@ -210,7 +210,8 @@ pub fn names(adaptation: &v1::Adaptation, training: &v1::Training) -> Result<Vec
 }
 
 /// Said of what the engine cannot apply.
-pub const NOT_SERVED: &str = "what comes out is kept and exported, but not served beside its base";
+pub const NOT_SERVED: &str = "what comes out has whole matrices, which do not serve beside their base: merge it into a version, or \
+     export it";
 
 impl Config {
     fn shapes(&self) -> Shapes {
@@ -306,7 +307,9 @@ mod tests {
         assert_eq!(found.message(2000).memory_bytes, message.memory_bytes + 1000);
         assert!(message.warnings.is_empty());
         let dora = plan(json!({"dora": {}}), json!({}), "decoder").unwrap();
-        assert_eq!(dora.cost.warnings, [NOT_SERVED]);
+        assert!(dora.cost.warnings.is_empty());
+        let full = plan(json!({"full": {}}), json!({}), "decoder").unwrap();
+        assert_eq!(full.cost.warnings, [NOT_SERVED]);
     }
 
     #[test]

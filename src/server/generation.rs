@@ -50,7 +50,7 @@ impl GenerationService for Generation {
             Some(generate_request::Prompt::Tokens(tokens)) => Input::Tokens(tokens.ids),
         };
         let row = self.0.store.version(&request.model).await?;
-        let adapters = super::adapters::resolve(&self.0, &row, &request.adapters).await?;
+        let adapters = super::adapters::loaded::resolve(&self.0, &row, &request.adapters).await?;
         let engine = self.0.engine(&row).await?;
         let tokenizer = engine.model().tokenizer.clone();
         if !request.stop.is_empty() && tokenizer.is_none() {
@@ -111,7 +111,7 @@ impl GenerationService for Generation {
             Some(score_request::Input::Tokens(tokens)) => Input::Tokens(tokens.ids),
         };
         let row = self.0.store.version(&request.model).await?;
-        let adapters = super::adapters::resolve(&self.0, &row, &request.adapters).await?;
+        let adapters = super::adapters::loaded::resolve(&self.0, &row, &request.adapters).await?;
         let engine = self.0.engine(&row).await?;
         let tokenizer = engine.model().tokenizer.clone();
         let for_tokens = tokenizer.clone();

@@ -479,7 +479,14 @@ async fn minilm_gives_the_vectors_that_others_give() {
         assert_eq!(encoded.ids, ids, "{text}");
         inputs.push(encoded.ids);
     }
-    let request = embed::Request { inputs, pooling: None, normalize: None, dimensions: 0 };
+    let request = embed::Request {
+        inputs,
+        pooling: None,
+        normalize: None,
+        dimensions: 0,
+        adapters: Default::default(),
+        head: None,
+    };
     let vectors = embedder.embed(request).await.unwrap();
     for (vector, (text, _, known)) in vectors.iter().zip(KNOWN) {
         let places = [0, 1, 2, 3, 4, 5, 6, 7, 100, 200, 300, 383];

@@ -33,6 +33,7 @@ pub mod qlora;
 pub mod registry;
 pub mod shapes;
 pub mod sora;
+pub mod stored;
 pub mod targets;
 #[cfg(test)]
 mod testing;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::super::rotary::{Rotary, Table};
 use super::super::{Activation, Config, LayerKind};
-use super::adapters::{Adapters, Site};
+use super::adapters::{Adapters, Norm, Site};
 use super::attention::{self, Span, Store};
 use super::linear::{self, Arithmetic, Linear};
 use super::{Chunk, Tap, vector};
@@ -197,12 +197,13 @@ impl Layer {
         linear::run_made([hidden, x], [width; 2], rounded, outputs, |_, h, x| {
             norm::rms_norm(h, &self.before_attention, eps, x);
         });
+        adapters.norm(self.index, Norm::BeforeAttention, hidden, x, eps);
         tap(0, x);
         adapters.add(self.index, Site::Q, x, q);
         adapters.add(self.index, Site::K, x, k);
         adapters.add(self.index, Site::V, x, v);
         let end = spans.iter().map(|s| s.first + s.rows.len()).max().unwrap_or(0);
-        self.place(&self.rotary.upto(end), spans, q, k);
+        self.place(&self.rotary.upto(end), spans, adapters, q, k);
         match chunks {
             Some(chunks) => {
                 for span in spans {
@@ -219,12 +220,14 @@ impl Layer {
         tap(1, attended);
         linear::run(attended, q_width, rounded, [(&self.o, &mut *delta)]);
         adapters.add(self.index, Site::O, attended, delta);
+        adapters.norm(self.index, Norm::AfterAttention, delta, hidden, eps);
         let outputs = [(&self.gate, &mut *gate), (&self.up, &mut *up)];
         linear::run_made([hidden, x], [width; 2], rounded, outputs, |i, h, x| {
             let delta = &delta[i * width..][..width];
             add_normed(h, delta, self.after_attention.as_deref(), eps, x);
             norm::rms_norm(h, &self.before_mlp, eps, x);
         });
+        adapters.norm(self.index, Norm::BeforeMlp, hidden, x, eps);
         tap(2, x);
         adapters.add(self.index, Site::Gate, x, gate);
         adapters.add(self.index, Site::Up, x, up);
@@ -236,6 +239,7 @@ impl Layer {
         linear::run_made([up, gate], [wide; 2], rounded, outputs, |_, up, gate| gated(gate, up));
         tap(3, gate);
         adapters.add(self.index, Site::Down, gate, delta);
+        adapters.norm(self.index, Norm::AfterMlp, delta, hidden, eps);
         each_row(hidden, width, x, width, |i, h, x| {
             add_normed(h, &delta[i * width..][..width], self.after_mlp.as_deref(), eps, x);
         });
@@ -243,8 +247,17 @@ impl Layer {
 
     /// Norms the heads of queries and keys where the architecture does, and turns them to their
     /// positions.
-    fn place(&self, table: &Table, spans: &[Span], q: &mut [f32], k: &mut [f32]) {
+    fn place(
+        &self,
+        table: &Table,
+        spans: &[Span],
+        adapters: &Adapters,
+        q: &mut [f32],
+        k: &mut [f32],
+    ) {
         let config = &*self.config;
+        let changed =
+            adapters.head_norms(self.index, [self.q_norm.as_deref(), self.k_norm.as_deref()]);
         let (q_width, kv_width) = (config.query_channels(), config.key_channels());
         let heads = |row: &mut [f32], weight: Option<&Vec<f32>>| {
             if let Some(weight) = weight {
@@ -257,8 +270,9 @@ impl Layer {
             let q = &mut q[span.rows.start * q_width..span.rows.end * q_width];
             let k = &mut k[span.rows.start * kv_width..span.rows.end * kv_width];
             each_row(q, q_width, k, kv_width, |i, q, k| {
-                heads(q, self.q_norm.as_ref());
-                heads(k, self.k_norm.as_ref());
+                let own = changed.as_ref().map(|c| c.of(span.rows.start + i)).unwrap_or_default();
+                heads(q, own[0].or(self.q_norm.as_ref()));
+                heads(k, own[1].or(self.k_norm.as_ref()));
                 let (cos, sin) = table.at(span.first + i);
                 rope::rotate(q, cos, sin);
                 rope::rotate(k, cos, sin);

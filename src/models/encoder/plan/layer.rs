@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::super::{Activation, Config, Model};
+use super::adapters::{Place, Room, Rows, Site};
 use super::linear::{Inputs, Linear, Precision, products};
 use super::{GRAIN, MLP_ROWS};
 use crate::error::{Error, Reason, Result};
@@ -12,9 +13,10 @@ use crate::kernels::{activation, bidirectional, norm, threads};
 use crate::nn::weight::Weight;
 
 /// A layer normalisation.
+#[derive(Debug, Clone)]
 pub(super) struct Norm {
-    weight: Vec<f32>,
-    shift: Vec<f32>,
+    pub weight: Vec<f32>,
+    pub shift: Vec<f32>,
     eps: f32,
 }
 
@@ -30,6 +32,26 @@ impl Norm {
 
     pub fn apply(&self, rows: &mut [f32]) {
         norm::layer_norm(rows, &self.weight, &self.shift, self.eps);
+    }
+
+    /// Calls `f` with runs of rows, in order, and the normalisation that is theirs.
+    pub fn by_runs(
+        &self,
+        (adapters, place): (&Rows<'_>, Place),
+        rows: usize,
+        mut f: impl FnMut(&Self, Range<usize>),
+    ) {
+        let mut at = 0;
+        for (run, own) in adapters.norms(place, self) {
+            if at < run.start {
+                f(self, at..run.start);
+            }
+            at = run.end;
+            f(&own, run);
+        }
+        if at < rows {
+            f(self, at..rows);
+        }
     }
 
     /// The end of a block's half: `states = norm(states + delta + bias)`.
@@ -53,11 +75,14 @@ pub(super) struct Buffers {
     wide: Vec<f32>,
     /// The input of products, in fewer bits.
     inputs: Inputs,
+    /// What adapters take.
+    room: Room,
 }
 
 /// The weights of one block, ready to run.
 pub(super) struct Layer {
     config: Arc<Config>,
+    index: usize,
     /// Of queries, keys and values; they share their input.
     qkv: [Linear; 3],
     out: Linear,
@@ -95,11 +120,18 @@ impl Layer {
             down: linear("output.dense", hidden, wide, coarse)?,
             after_mlp: Norm::new(model, &place("output"))?,
             config: Arc::clone(config),
+            index,
         })
     }
 
     /// Runs the block over `states` (`[rows, hidden]`, in place); `sequences` tile the rows.
-    pub fn forward(&self, buffers: &mut Buffers, states: &mut [f32], sequences: &[Range<usize>]) {
+    pub fn forward(
+        &self,
+        buffers: &mut Buffers,
+        states: &mut [f32],
+        sequences: &[Range<usize>],
+        adapters: &Rows<'_>,
+    ) {
         let config = &*self.config;
         let rows = states.len() / config.hidden;
         let len = states.len();
@@ -110,11 +142,14 @@ impl Layer {
         let delta = sized(&mut buffers.delta, len);
         let wide = sized(&mut buffers.wide, rows.min(MLP_ROWS) * config.intermediate);
 
-        let inputs = &mut buffers.inputs;
-        let width = config.hidden;
+        let (inputs, room) = (&mut buffers.inputs, &mut buffers.room);
+        let (width, index) = (config.hidden, self.index);
         let [query, key, value] = &self.qkv;
         let outputs = [(query, &mut *q), (key, &mut *k), (value, &mut *v)];
         products(states, width, inputs, outputs);
+        adapters.add((index, Site::Query), states, q, &query.bias, room);
+        adapters.add((index, Site::Key), states, k, &key.bias, room);
+        adapters.add((index, Site::Value), states, v, &value.bias, room);
         let shape = bidirectional::Shape {
             heads: config.heads,
             dim: config.head_dim(),
@@ -123,14 +158,27 @@ impl Layer {
         let qkv = (biased(q, query), biased(k, key), biased(v, value));
         bidirectional::attend(&shape, sequences, qkv, attended);
         products(attended, width, inputs, [(&self.out, &mut *delta)]);
-        self.after_attention.add(states, delta, &self.out.bias);
+        adapters.add((index, Site::Out), attended, delta, &self.out.bias, room);
+        let place = (adapters, Place::AfterAttention(index));
+        self.after_attention.by_runs(place, rows, |norm, run| {
+            let run = run.start * width..run.end * width;
+            norm.add(&mut states[run.clone()], &delta[run], &self.out.bias);
+        });
         let pieces = states.chunks_mut(MLP_ROWS * width).zip(delta.chunks_mut(MLP_ROWS * width));
-        for (states, delta) in pieces {
-            let wide = &mut wide[..states.len() / width * config.intermediate];
+        for (piece, (states, delta)) in pieces.enumerate() {
+            let (rows, first) = (states.len() / width, piece * MLP_ROWS);
+            let adapters = &adapters.within(first..first + rows);
+            let wide = &mut wide[..rows * config.intermediate];
             products(states, width, inputs, [(&self.up, &mut *wide)]);
+            adapters.add((index, Site::Up), states, wide, &self.up.bias, room);
             self.activate(wide);
             products(wide, config.intermediate, inputs, [(&self.down, &mut *delta)]);
-            self.after_mlp.add(states, delta, &self.down.bias);
+            adapters.add((index, Site::Down), wide, delta, &self.down.bias, room);
+            let place = (adapters, Place::AfterMlp(index));
+            self.after_mlp.by_runs(place, rows, |norm, run| {
+                let run = run.start * width..run.end * width;
+                norm.add(&mut states[run.clone()], &delta[run], &self.down.bias);
+            });
         }
     }
 

@@ -1,6 +1,7 @@
 //! The forward that serves: texts of all lengths in one matrix without padding, preallocated buffers,
 //! weights in their layouts.
 
+pub mod adapters;
 mod layer;
 mod linear;
 #[cfg(test)]
@@ -12,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub(super) use self::layer::tensor;
 pub use self::linear::Precision;
 
+use self::adapters::{Mix, Place, Rows};
 use self::layer::{Buffers, Layer, Norm, sized};
 use super::{Config, Model, Pooling};
 use crate::error::{Error, Result};
@@ -107,8 +109,26 @@ impl Encoder {
     pub fn embed(&mut self, inputs: &[Input<'_>], out: &mut [f32]) -> Result<()> {
         let width = self.config.hidden;
         assert_eq!(out.len(), inputs.len() * width, "room for one vector an input");
+        self.run(inputs, &[], &mut |i, states| {
+            pool(inputs[i].pooling, states, &mut out[i * width..][..width]);
+        })
+    }
+
+    /// Runs the inputs, each with the adapters at its place (inputs beyond the end of `adapters` have none),
+    /// and calls `see` once for each, in any order, with its index and the states of its tokens `[tokens,
+    /// hidden]`; [`pool`] makes a vector of them. Adapters must fit (checked).
+    ///
+    /// # Errors
+    /// As [`Encoder::embed`]; MODEL_UNSUITABLE for adapters of other shapes.
+    pub fn run(
+        &mut self,
+        inputs: &[Input<'_>],
+        adapters: &[Mix],
+        see: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<()> {
         for (i, input) in inputs.iter().enumerate() {
             check_tokens(&self.config, input.tokens)
+                .and_then(|()| adapters.get(i).map_or(Ok(()), |mix| mix.check(&self.config)))
                 .map_err(|e| e.within(&format!("inputs[{i}]")))?;
         }
         // Texts of like length side by side, the long ones first: threads end at the same time.
@@ -123,14 +143,20 @@ impl Encoder {
                 rows <= most
             });
             let (step, rest) = left.split_at(fitting.count().max(1));
-            self.step(inputs, step, out);
+            self.step(inputs, adapters, step, see);
             left = rest;
         }
         Ok(())
     }
 
     /// Runs some of the inputs at once.
-    fn step(&mut self, inputs: &[Input<'_>], step: &[usize], out: &mut [f32]) {
+    fn step(
+        &mut self,
+        inputs: &[Input<'_>],
+        adapters: &[Mix],
+        step: &[usize],
+        see: &mut dyn FnMut(usize, &[f32]),
+    ) {
         let width = self.config.hidden;
         // With their positions.
         let mut tokens: Vec<(u32, usize)> = Vec::new();
@@ -157,30 +183,40 @@ impl Encoder {
                 .iter()
                 .map(|s| s.start - rows.start..s.end - rows.start)
                 .collect();
-            pieces.push(Mutex::new((states, buffers, own, &tokens[rows])));
+            let mixes = step[group.clone()].iter().map(|&i| adapters.get(i));
+            let mixes = Rows::new(own.iter().cloned().zip(mixes));
+            pieces.push(Mutex::new((states, buffers, own, &tokens[rows], mixes)));
         }
         let (words, positions, norm) = (&*self.words, &self.positions, &self.norm);
         // Inside of a group that shares the threads with others nothing is shared out again.
         threads::share(pieces.len(), &|i| {
             let mut piece = pieces[i].lock().unwrap_or_else(PoisonError::into_inner);
-            let (states, buffers, sequences, tokens) = &mut *piece;
+            let (states, buffers, sequences, tokens, mixes) = &mut *piece;
+            let changed = mixes.embed();
             threads::for_rows(states, width, GRAIN / width + 1, |first, rows| {
                 for (row, &(token, position)) in rows.chunks_exact_mut(width).zip(&tokens[first..])
                 {
                     words.read_rows(token as usize, row);
                     norm::add(row, &positions[position * width..][..width]);
                 }
-                norm.apply(rows);
+                if !changed {
+                    norm.apply(rows);
+                }
             });
+            if changed {
+                mixes.add_words(tokens, states);
+                norm.by_runs((mixes, Place::Embeddings), tokens.len(), |norm, rows| {
+                    norm.apply(&mut states[rows.start * width..rows.end * width]);
+                });
+            }
             for layer in &self.layers {
-                layer.forward(buffers, states, sequences);
+                layer.forward(buffers, states, sequences, mixes);
             }
         });
         drop(pieces);
         let states = &self.states;
         for (&i, rows) in step.iter().zip(&sequences) {
-            let states = &states[rows.start * width..rows.end * width];
-            pool(inputs[i].pooling, states, &mut out[i * width..][..width]);
+            see(i, &states[rows.start * width..rows.end * width]);
         }
     }
 }
@@ -237,7 +273,7 @@ pub fn check_tokens(config: &Config, tokens: &[u32]) -> Result<()> {
 }
 
 /// One vector of the states of a text.
-fn pool(pooling: Pooling, states: &[f32], out: &mut [f32]) {
+pub fn pool(pooling: Pooling, states: &[f32], out: &mut [f32]) {
     let (first, rest) = states.split_at(out.len());
     out.copy_from_slice(first);
     match pooling {
