@@ -9,6 +9,7 @@ use super::{GRAIN, MLP_ROWS};
 use crate::error::{Error, Reason, Result};
 use crate::kernels::quantize::Grain;
 use crate::kernels::{activation, bidirectional, norm, threads};
+use crate::models::decoder::plan::Tap;
 use crate::nn::weight::Weight;
 
 /// A layer normalisation.
@@ -58,6 +59,8 @@ pub(super) struct Buffers {
 /// The weights of one block, ready to run.
 pub(super) struct Layer {
     config: Arc<Config>,
+    /// Channels inside of the feed-forward network.
+    wide: usize,
     /// Of queries, keys and values; they share their input.
     qkv: [Linear; 3],
     out: Linear,
@@ -74,7 +77,7 @@ impl Layer {
         index: usize,
         precision: Precision,
     ) -> Result<Self> {
-        let (hidden, wide) = (config.hidden, config.intermediate);
+        let (hidden, wide) = (config.hidden, config.wide(index));
         let place = |name: &str| format!("encoder.layer.{index}.{name}");
         let linear = |name: &str, rows, cols, grain| {
             Linear::new(model, &place(name), [rows, cols], precision, grain)
@@ -94,12 +97,21 @@ impl Layer {
             up: linear("intermediate.dense", wide, hidden, coarse)?,
             down: linear("output.dense", hidden, wide, coarse)?,
             after_mlp: Norm::new(model, &place("output"))?,
+            wide,
             config: Arc::clone(config),
         })
     }
 
-    /// Runs the block over `states` (`[rows, hidden]`, in place); `sequences` tile the rows.
-    pub fn forward(&self, buffers: &mut Buffers, states: &mut [f32], sequences: &[Range<usize>]) {
+    /// Runs the block over `states` (`[rows, hidden]`, in place); `sequences` tile the rows. `tap` sees the
+    /// input rows of each group of linears, as [`Config::linears`] has them, those of the last two piece by
+    /// piece.
+    pub fn forward(
+        &self,
+        buffers: &mut Buffers,
+        states: &mut [f32],
+        sequences: &[Range<usize>],
+        mut tap: Option<&mut Tap<'_>>,
+    ) {
         let config = &*self.config;
         let rows = states.len() / config.hidden;
         let len = states.len();
@@ -108,12 +120,18 @@ impl Layer {
         let v = sized(&mut buffers.v, len);
         let attended = sized(&mut buffers.attended, len);
         let delta = sized(&mut buffers.delta, len);
-        let wide = sized(&mut buffers.wide, rows.min(MLP_ROWS) * config.intermediate);
+        let wide = sized(&mut buffers.wide, rows.min(MLP_ROWS) * self.wide);
+        let mut tap = |group: usize, rows: &[f32]| {
+            if let Some(tap) = &mut tap {
+                tap(group, rows);
+            }
+        };
 
         let inputs = &mut buffers.inputs;
         let width = config.hidden;
         let [query, key, value] = &self.qkv;
         let outputs = [(query, &mut *q), (key, &mut *k), (value, &mut *v)];
+        tap(0, states);
         products(states, width, inputs, outputs);
         let shape = bidirectional::Shape {
             heads: config.heads,
@@ -122,14 +140,17 @@ impl Layer {
         };
         let qkv = (biased(q, query), biased(k, key), biased(v, value));
         bidirectional::attend(&shape, sequences, qkv, attended);
+        tap(1, attended);
         products(attended, width, inputs, [(&self.out, &mut *delta)]);
         self.after_attention.add(states, delta, &self.out.bias);
         let pieces = states.chunks_mut(MLP_ROWS * width).zip(delta.chunks_mut(MLP_ROWS * width));
         for (states, delta) in pieces {
-            let wide = &mut wide[..states.len() / width * config.intermediate];
+            let wide = &mut wide[..states.len() / width * self.wide];
+            tap(2, states);
             products(states, width, inputs, [(&self.up, &mut *wide)]);
             self.activate(wide);
-            products(wide, config.intermediate, inputs, [(&self.down, &mut *delta)]);
+            tap(3, wide);
+            products(wide, self.wide, inputs, [(&self.down, &mut *delta)]);
             self.after_mlp.add(states, delta, &self.down.bias);
         }
     }
