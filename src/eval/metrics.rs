@@ -126,6 +126,8 @@ metrics! {
         "time of an exchange of weights over that of one pass of the calibration text";
     SCORING_MEMORY_BYTES "scoring_memory_bytes" "bytes" lower Mean "" apart noisy cost
         "largest memory held beside what was there before, while blocks were scored";
+    SCORING_MEMORY_SHARE "scoring_memory_share" "" lower Mean "" apart noisy cost
+        "memory that scoring by differences of the loss held over what scoring by gradients held";
     SCORE_RANK_CORRELATION "score_rank_correlation" "" higher Mean "" apart noisy cost
         "Spearman's correlation of the zeroth-order scores of the groups with the first-order ones";
 }

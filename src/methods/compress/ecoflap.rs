@@ -183,6 +183,8 @@ fn groups(family: &Family, settings: &Settings) -> Result<Vec<(String, usize, Ve
 struct Found {
     scores: Vec<f64>,
     memory: u64,
+    /// Memory of differences over that of gradients, and the correlation of their ranks, where both were made.
+    memory_share: Option<f64>,
     correlation: Option<f64>,
     warnings: Vec<String>,
 }
@@ -243,20 +245,24 @@ fn score(
         Ok(groups.iter().map(|(_, _, names)| values.by_ref().take(own(names)).sum()).collect())
     };
     let differences = settings.score == EcoflapScore::Zeroth;
-    let mut other = None;
-    if compare {
-        // The one that does not decide goes first, so that the memory is that of the one that does.
-        other = Some(match differences {
-            true => by_gradients(false, &mut found)?,
-            false => by_differences(&mut found)?,
-        });
-    }
-    let mut scores = match settings.score {
-        EcoflapScore::First => by_gradients(false, &mut found)?,
-        EcoflapScore::Fisher => by_gradients(true, &mut found)?,
-        _ => by_differences(&mut found)?,
+    // Differences first: what they leave to the allocator can only make the other's memory look smaller.
+    let by_loss = match differences || compare {
+        true => Some(by_differences(&mut found)?),
+        false => None,
     };
-    found.correlation = other.map(|other| rank_correlation(&scores, &other));
+    let memory = found.memory;
+    let by_slope = match !differences || compare {
+        true => Some(by_gradients(settings.score == EcoflapScore::Fisher, &mut found)?),
+        false => None,
+    };
+    if let (Some(by_loss), Some(by_slope)) = (&by_loss, &by_slope) {
+        found.correlation = Some(rank_correlation(by_loss, by_slope));
+        found.memory_share = (found.memory > 0).then(|| memory as f64 / found.memory as f64);
+    }
+    if differences {
+        found.memory = memory;
+    }
+    let mut scores = if differences { by_loss } else { by_slope }.unwrap_or_default();
     if settings.aggregate == EcoflapAggregate::Average {
         for (score, (_, _, names)) in scores.iter_mut().zip(groups) {
             *score /= elements(model, names)?.max(1) as f64;
@@ -494,8 +500,11 @@ impl Method for v1::Ecoflap {
             outcome.calibration_tokens += settings.data.tokens();
         }
         let mut metrics = Metrics::from([("scoring_memory_bytes".to_owned(), found.memory as f64)]);
-        if let Some(correlation) = found.correlation {
-            metrics.insert("score_rank_correlation".to_owned(), correlation);
+        for (name, value) in [
+            ("score_rank_correlation", found.correlation),
+            ("scoring_memory_share", found.memory_share),
+        ] {
+            metrics.extend(value.map(|value| (name.to_owned(), value)));
         }
         cx.progress.measure(metrics);
         Ok(outcome)
