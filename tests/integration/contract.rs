@@ -364,20 +364,27 @@ fn recovery_is_seed_stable_as_large_as_estimated_and_can_be_cancelled() {
             assert_eq!(same, !linears(&plain).contains(name), "{name}");
         }
     }
-    for reports in [8, 12] {
-        let scratch = tempfile::tempdir().expect("a folder");
+    let scratch = tempfile::tempdir().expect("a folder");
+    let until = |last: usize| {
         let cancelled = Arc::new(AtomicBool::new(false));
-        let (flag, seen) = (cancelled.clone(), AtomicUsize::new(0));
+        let seen = Arc::new(AtomicUsize::new(0));
+        let (flag, count) = (cancelled.clone(), seen.clone());
         let sink = move |_: f64, _: &str| {
-            if seen.fetch_add(1, Ordering::Relaxed) >= reports {
+            if count.fetch_add(1, Ordering::Relaxed) >= last {
                 flag.store(true, Ordering::Relaxed);
             }
         };
         let progress = Progress::new(Arc::new(sink), cancelled);
         let recipe = recipe(steps.to_vec());
         let result = run_with(&recipe, 0, model("llama"), &progress, scratch.path());
-        assert_eq!(result.err().expect("cancelled").reason(), Reason::Cancelled);
         assert_eq!(std::fs::read_dir(scratch.path()).expect("the folder").count(), 0);
+        (result.err().map(|error| error.reason()), seen.load(Ordering::Relaxed))
+    };
+    let (whole, reports) = until(usize::MAX);
+    assert_eq!(whole, None);
+    // While it trains (one report an update), and while it merges 21 weights.
+    for before_the_end in [25, 24, 10] {
+        assert_eq!(until(reports - before_the_end).0, Some(Reason::Cancelled));
     }
     let error = run(&steps, model("bert")).err().expect("refused");
     assert_eq!(error.reason(), Reason::ModelUnsuitable);
