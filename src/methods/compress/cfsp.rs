@@ -11,12 +11,12 @@
 //! relative importance means. The total is exact, where the published code leaves what rounding makes of it.
 //! How ranks follow importance is inferred from the paper's text; its code does not hold that part.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::coarse_fine::{self, Budget, Weights};
-use super::dsnot::choice;
 use super::ffn_walk::{self, Block, Moved};
 use super::ig_lora::{self, Recovery};
+use super::named_choice::choice;
 use super::slimming::{self, Slim};
 use super::{cost, seeded};
 use crate::calibrate;
@@ -223,7 +223,6 @@ impl Method for v1::Cfsp {
             facts["recovery"] = found.record;
             tokens += found.tokens;
         }
-        let facts: Value = facts;
         Ok(slimming::outcome((model, &before), &kept, facts, tokens, warnings))
     }
 }

@@ -19,6 +19,7 @@ use serde_json::json;
 
 use super::hessian::Factor;
 use super::mask::Mask;
+use super::named_choice::choice;
 use super::regrow::{self, Change, Rules, Seen, Stop};
 use super::sparsity::{Amount, Sparsity};
 use super::{calibrated, cost, magnitude, options, prune_each, seeded, wanda};
@@ -55,21 +56,6 @@ pub(super) struct Settings {
     damp: f64,
     gram: bool,
 }
-
-/// The number of an enum, with 0 standing for the first choice.
-macro_rules! choice {
-    ($kind:ident, $name:literal, $value:expr, $default:ident) => {
-        match $kind::try_from($value) {
-            Ok($kind::Unspecified) => Ok($kind::$default),
-            Ok(value) => Ok(value),
-            Err(_) => Err(Error::option(
-                $name,
-                format!("{} is no number of {}", $value, stringify!($kind)),
-            )),
-        }
-    };
-}
-pub(super) use choice;
 
 impl Settings {
     /// What the message asks for; the amount says whether there is a pattern.

@@ -16,8 +16,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::json;
 
-use super::dsnot::{self, Account, choice};
+use super::dsnot::{self, Account};
 use super::keep_budget::{keep, rank_correlation};
+use super::named_choice::choice;
 use super::sparsity::{Amount, Sparsity};
 use super::zeroth::{self, Probing};
 use super::{

@@ -19,6 +19,7 @@ pub mod keep_budget;
 pub mod mag_sp;
 pub mod magnitude;
 pub mod mask;
+mod named_choice;
 mod options;
 pub mod regrow;
 mod report;

@@ -105,10 +105,12 @@ impl Slim {
         }
         let wanted: Vec<f64> = full.iter().map(|w| *w as f64 * (1.0 - self.ratio)).collect();
         let mut widths = widths(&wanted, &full, self.unit, total(&full, self));
-        if uneven && let [first, .., last] = widths.as_mut_slice() {
-            if *last > self.unit && *first + self.unit <= full[0] {
-                (*first, *last) = (*first + self.unit, *last - self.unit);
-            }
+        if uneven
+            && let [first, .., last] = widths.as_mut_slice()
+            && *last > self.unit
+            && *first + self.unit <= full[0]
+        {
+            (*first, *last) = (*first + self.unit, *last - self.unit);
         }
         let mut after = model.clone();
         set_widths(&mut after.family, &widths);
