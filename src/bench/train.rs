@@ -12,7 +12,7 @@ use super::stats::Spread;
 use crate::data::sequence::{Sequence, Target};
 use crate::error::{Error, Result};
 use crate::machine;
-use crate::models::{AnyModel, Family, decoder, encoder};
+use crate::models::{AnyModel, decoder, encoder};
 use crate::nn::ops::Precision;
 use crate::nn::tuning::{LowRank, Tuning};
 use crate::nn::weight::Weight;
@@ -75,7 +75,7 @@ pub fn measure(model: &AnyModel, run: Run) -> Result<Train> {
         Options { checkpoint_activations: run.checkpoint_activations, ..Options::default() };
     match model {
         AnyModel::Decoder(model) => {
-            let Family::Decoder(config) = &model.family;
+            let config = model.decoder()?;
             fits(&run, config.max_positions)?;
             let adapters = Adapters::new(&config.tensors(), &run, |name| name.contains("_proj."))?;
             let graph = decoder::graph::Graph::new(model, precision)?;

@@ -167,6 +167,16 @@ metrics! {
     MAKE_SECONDS "make_seconds" "s" lower Mean "" apart noisy cost "time that the steps took";
     PEAK_MEMORY_BYTES "peak_memory_bytes" "bytes" lower Mean "" apart noisy cost
         "largest resident memory of the process during the steps";
+    EXPECTED_ERROR_LEFT "expected_error_left" "" lower Mean "" apart noisy cost
+        "expected output errors of the rows after an exchange of weights over those before";
+    REFINING_SHARE "refining_share_of_pass" "" lower Mean "" apart noisy cost
+        "time of an exchange of weights over that of one pass of the calibration text";
+    SCORING_MEMORY_BYTES "scoring_memory_bytes" "bytes" lower Mean "" apart noisy cost
+        "largest memory held beside what was there before, while blocks were scored";
+    SCORING_MEMORY_SHARE "scoring_memory_share" "" lower Mean "" apart noisy cost
+        "memory that scoring by differences of the loss held over what scoring by gradients held";
+    SCORE_RANK_CORRELATION "score_rank_correlation" "" higher Mean "" apart noisy cost
+        "Spearman's correlation of the zeroth-order scores of the groups with the first-order ones";
 }
 
 /// The metric called `name`; the error lists those that exist.

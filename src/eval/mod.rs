@@ -22,7 +22,7 @@ use crate::calibrate::{encode_prefix, walk};
 use crate::data::choices::Item;
 use crate::error::{Error, Reason, Result};
 use crate::models::decoder::plan::{Cache, CacheFormat};
-use crate::models::{Model, ModelInfo, encoder};
+use crate::models::{Family, Model, ModelInfo, encoder, not_a_decoder};
 use crate::progress::Progress;
 use crate::proto::v1;
 
@@ -58,6 +58,18 @@ const MAX_CONTEXT: u32 = 8192;
 /// Checks the options of an evaluation against a model.
 pub fn check(options: &v1::Evaluation, model: &ModelInfo) -> Result<()> {
     let config = Settings::read(options, walk::of(&model.family).max_length())?;
+    if let Family::Encoder(encoder) = &model.family {
+        let asked = [
+            ("dataset", config.text),
+            ("compare_with_base", options.compare_with_base),
+            ("choice", options.choice.is_some()),
+            ("counts", options.counts),
+            ("speed", options.speed),
+        ];
+        if let Some((name, _)) = asked.iter().find(|(_, asked)| *asked) {
+            return Err(not_a_decoder(&encoder.architecture).within(name));
+        }
+    }
     let reads = config.text || options.choice.is_some() || options.task.is_some();
     if reads && !model.has_tokenizer {
         return Err(no_tokenizer());
@@ -358,7 +370,10 @@ fn mark(bytes: &[u8]) -> String {
 
 fn sizes(subject: &Subject<'_>, context: usize) -> Result<Vec<v1::Measurement>> {
     let model = subject.stored.unwrap_or(subject.model);
-    let cache = Cache::bytes_for(model.decoder()?, context, CacheFormat::default()) as u64;
+    let cache = match &model.family {
+        Family::Decoder(config) => Cache::bytes_for(config, context, CacheFormat::default()) as u64,
+        Family::Encoder(_) => 0,
+    };
     let walk = walk::of(&model.family);
     let (mut zeros, mut elements) = (0u64, 0u64);
     for name in (0..walk.blocks()).flat_map(|b| walk.linears(b).into_iter().flatten()) {

@@ -663,11 +663,17 @@ fn making(steps: &[v1::StepReport]) -> Vec<v1::Measurement> {
     let threads = rayon::current_num_threads();
     let seconds = steps.iter().map(|step| step.seconds).sum();
     let peak = steps.iter().map(|step| step.peak_memory_bytes).max().unwrap_or_default();
-    vec![
+    let mut all = vec![
         MAKE_SECONDS.measured(seconds, format!("all steps, {threads} threads")),
         PEAK_MEMORY_BYTES
             .measured(peak as f64, format!("the whole process, all steps, {threads} threads")),
-    ]
+    ];
+    // Of several steps that measure the same, the last one's.
+    for metric in eval::metrics::ALL {
+        let found = steps.iter().rev().find_map(|step| step.measures.get(metric.name));
+        all.extend(found.map(|value| metric.measured(*value, "by the step that made it")));
+    }
+    all
 }
 
 #[cfg(test)]

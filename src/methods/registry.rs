@@ -42,6 +42,12 @@ rows![
     Sparsegpt: SparseGpt,
     RoundToNearest: RoundToNearest,
     Gptq: Gptq,
+    Dsnot: Dsnot,
+    Ecoflap: Ecoflap,
+    Cfsp: Cfsp,
+    MagSp: MagSp,
+    WandaSp: WandaSp,
+    Flap: Flap,
 ];
 
 /// The card called `name`.
@@ -89,6 +95,12 @@ mod tests {
             step::Method::Sparsegpt(v1::SparseGpt::default()),
             step::Method::RoundToNearest(v1::RoundToNearest::default()),
             step::Method::Gptq(v1::Gptq::default()),
+            step::Method::Dsnot(v1::Dsnot::default()),
+            step::Method::Ecoflap(v1::Ecoflap::default()),
+            step::Method::Cfsp(v1::Cfsp::default()),
+            step::Method::MagSp(v1::MagSp::default()),
+            step::Method::WandaSp(v1::WandaSp::default()),
+            step::Method::Flap(v1::Flap::default()),
         ] {
             let step = v1::Step { method: Some(message) };
             let once = resolve(&step);

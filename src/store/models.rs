@@ -409,7 +409,7 @@ impl Store {
         blocking(move || package::read_any(&paths)).await
     }
 
-    /// Opens a version's model (weights memory-mapped); MODEL_UNSUITABLE for an encoder.
+    /// Opens a version's model as one that methods change (weights memory-mapped).
     pub async fn open_version(&self, row: &VersionRow) -> Result<Model> {
         let paths = self.version_paths(row).await?;
         blocking(move || package::read(&paths)).await

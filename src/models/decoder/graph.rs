@@ -217,6 +217,11 @@ mod tests {
             for tied in [true, false] {
                 let mut config = random::tiny(architecture);
                 config["tie_word_embeddings"] = json!(tied);
+                if !tied {
+                    let layers = config["num_hidden_layers"].as_u64().unwrap();
+                    let widths: Vec<u64> = (0..layers).map(|layer| 80 - 16 * layer).collect();
+                    config["intermediate_size"] = json!(widths);
+                }
                 config["rope_scaling"] =
                     json!({ "rope_type": "yarn", "factor": 2.0, "beta_fast": 4.0 });
                 let model = random::model(config, 11).unwrap();

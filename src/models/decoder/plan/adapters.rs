@@ -58,15 +58,29 @@ impl Site {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Shape {
     layers: usize,
-    /// `[out, in]` of each linear of a block.
+    /// `[out, in]` of each linear of a block, of the widest where they differ.
     sites: [[usize; 2]; SITES],
+    /// Channels of the feed-forward networks, where they differ.
+    widths: Vec<usize>,
 }
 
 impl Shape {
     fn of(config: &Config) -> Self {
-        let (hidden, wide) = (config.hidden, config.intermediate);
+        let sites = Self::sites(config, config.intermediate);
+        Self { layers: config.layers.len(), sites, widths: config.widths.clone() }
+    }
+
+    /// Whether `config` has these shapes.
+    fn is_of(&self, config: &Config) -> bool {
+        self.layers == config.layers.len()
+            && self.sites == Self::sites(config, config.intermediate)
+            && self.widths == config.widths
+    }
+
+    fn sites(config: &Config, wide: usize) -> [[usize; 2]; SITES] {
+        let hidden = config.hidden;
         let (q, kv) = (config.query_channels(), config.key_channels());
-        let sites = [
+        [
             [q, hidden],
             [kv, hidden],
             [kv, hidden],
@@ -74,8 +88,7 @@ impl Shape {
             [wide, hidden],
             [wide, hidden],
             [hidden, wide],
-        ];
-        Self { layers: config.layers.len(), sites }
+        ]
     }
 }
 
@@ -102,7 +115,8 @@ impl Fitted {
         let mut placed = 0;
         for (layer, sites) in layers.iter_mut().enumerate() {
             let names = config.linears(layer).concat();
-            for ((site, name), wanted) in sites.iter_mut().zip(names).zip(shape.sites) {
+            let wanted = Shape::sites(config, config.wide(layer));
+            for ((site, name), wanted) in sites.iter_mut().zip(names).zip(wanted) {
                 let Some(factors) = adapter.linears.get(&name) else { continue };
                 if factors.shape() != wanted {
                     return Err(misfit(format!(
@@ -172,7 +186,7 @@ impl Fitted {
 
     /// Refuses a decoder with other shapes than the one it was fitted to.
     pub fn check(&self, config: &Config) -> Result<()> {
-        if self.shape == Shape::of(config) {
+        if self.shape.is_of(config) {
             return Ok(());
         }
         Err(misfit("the adapter was made for a model with other shapes"))

@@ -87,6 +87,8 @@ pub(super) fn each_row(
 pub(super) struct Layer {
     config: Arc<Config>,
     index: usize,
+    /// Channels inside of the feed-forward network.
+    wide: usize,
     rotary: Arc<Rotary>,
     q: Linear,
     k: Linear,
@@ -111,7 +113,7 @@ impl Layer {
         rotaries: &Rotaries,
         arithmetic: Arithmetic,
     ) -> Result<Self> {
-        let (hidden, wide) = (config.hidden, config.intermediate);
+        let (hidden, wide) = (config.hidden, config.wide(index));
         let (q, kv) = (config.query_channels(), config.key_channels());
         let linear = |name: &str, rows: usize, cols: usize, biased: bool| {
             let name = format!("model.layers.{index}.{name}");
@@ -130,6 +132,7 @@ impl Layer {
         let post = config.post_norms;
         Ok(Self {
             index,
+            wide,
             rotary: Arc::clone(rotaries.of(config.layers[index])),
             q: linear("self_attn.q_proj", q, hidden, config.qkv_bias)?,
             k: linear("self_attn.k_proj", kv, hidden, config.qkv_bias)?,
@@ -173,7 +176,7 @@ impl Layer {
         mut tap: Option<&mut Tap<'_>>,
     ) {
         let config = &*self.config;
-        let (width, wide) = (config.hidden, config.intermediate);
+        let (width, wide) = (config.hidden, self.wide);
         let (q_width, kv_width) = (config.query_channels(), config.key_channels());
         let rows = hidden.len() / width;
         let eps = config.norm_eps;

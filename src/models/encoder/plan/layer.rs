@@ -10,6 +10,7 @@ use super::{GRAIN, MLP_ROWS};
 use crate::error::{Error, Reason, Result};
 use crate::kernels::quantize::Grain;
 use crate::kernels::{activation, bidirectional, norm, threads};
+use crate::models::decoder::plan::Tap;
 use crate::nn::weight::Weight;
 
 /// A layer normalisation.
@@ -83,6 +84,8 @@ pub(super) struct Buffers {
 pub(super) struct Layer {
     config: Arc<Config>,
     index: usize,
+    /// Channels inside of the feed-forward network.
+    wide: usize,
     /// Of queries, keys and values; they share their input.
     qkv: [Linear; 3],
     out: Linear,
@@ -99,7 +102,7 @@ impl Layer {
         index: usize,
         precision: Precision,
     ) -> Result<Self> {
-        let (hidden, wide) = (config.hidden, config.intermediate);
+        let (hidden, wide) = (config.hidden, config.wide(index));
         let place = |name: &str| format!("encoder.layer.{index}.{name}");
         let linear = |name: &str, rows, cols, grain| {
             Linear::new(model, &place(name), [rows, cols], precision, grain)
@@ -119,18 +122,22 @@ impl Layer {
             up: linear("intermediate.dense", wide, hidden, coarse)?,
             down: linear("output.dense", hidden, wide, coarse)?,
             after_mlp: Norm::new(model, &place("output"))?,
+            wide,
             config: Arc::clone(config),
             index,
         })
     }
 
-    /// Runs the block over `states` (`[rows, hidden]`, in place); `sequences` tile the rows.
+    /// Runs the block over `states` (`[rows, hidden]`, in place); `sequences` tile the rows. `tap` sees the
+    /// input rows of each group of linears, as [`Config::linears`] has them, those of the last two piece by
+    /// piece.
     pub fn forward(
         &self,
         buffers: &mut Buffers,
         states: &mut [f32],
         sequences: &[Range<usize>],
         adapters: &Rows<'_>,
+        mut tap: Option<&mut Tap<'_>>,
     ) {
         let config = &*self.config;
         let rows = states.len() / config.hidden;
@@ -140,12 +147,18 @@ impl Layer {
         let v = sized(&mut buffers.v, len);
         let attended = sized(&mut buffers.attended, len);
         let delta = sized(&mut buffers.delta, len);
-        let wide = sized(&mut buffers.wide, rows.min(MLP_ROWS) * config.intermediate);
+        let wide = sized(&mut buffers.wide, rows.min(MLP_ROWS) * self.wide);
+        let mut tap = |group: usize, rows: &[f32]| {
+            if let Some(tap) = &mut tap {
+                tap(group, rows);
+            }
+        };
 
         let (inputs, room) = (&mut buffers.inputs, &mut buffers.room);
         let (width, index) = (config.hidden, self.index);
         let [query, key, value] = &self.qkv;
         let outputs = [(query, &mut *q), (key, &mut *k), (value, &mut *v)];
+        tap(0, states);
         products(states, width, inputs, outputs);
         adapters.add((index, Site::Query), states, q, &query.bias, room);
         adapters.add((index, Site::Key), states, k, &key.bias, room);
@@ -157,6 +170,7 @@ impl Layer {
         };
         let qkv = (biased(q, query), biased(k, key), biased(v, value));
         bidirectional::attend(&shape, sequences, qkv, attended);
+        tap(1, attended);
         products(attended, width, inputs, [(&self.out, &mut *delta)]);
         adapters.add((index, Site::Out), attended, delta, &self.out.bias, room);
         let place = (adapters, Place::AfterAttention(index));
@@ -168,11 +182,13 @@ impl Layer {
         for (piece, (states, delta)) in pieces.enumerate() {
             let (rows, first) = (states.len() / width, piece * MLP_ROWS);
             let adapters = &adapters.within(first..first + rows);
-            let wide = &mut wide[..rows * config.intermediate];
+            let wide = &mut wide[..rows * self.wide];
+            tap(2, states);
             products(states, width, inputs, [(&self.up, &mut *wide)]);
             adapters.add((index, Site::Up), states, wide, &self.up.bias, room);
             self.activate(wide);
-            products(wide, config.intermediate, inputs, [(&self.down, &mut *delta)]);
+            tap(3, wide);
+            products(wide, self.wide, inputs, [(&self.down, &mut *delta)]);
             adapters.add((index, Site::Down), wide, delta, &self.down.bias, room);
             let place = (adapters, Place::AfterMlp(index));
             self.after_mlp.by_runs(place, rows, |norm, run| {

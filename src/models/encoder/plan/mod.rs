@@ -2,6 +2,7 @@
 //! weights in their layouts.
 
 pub mod adapters;
+mod block;
 mod layer;
 mod linear;
 #[cfg(test)]
@@ -10,12 +11,13 @@ mod tests;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+pub use self::block::Block;
 pub(super) use self::layer::tensor;
 pub use self::linear::Precision;
 
 use self::adapters::{Mix, Place, Rows};
 use self::layer::{Buffers, Layer, Norm, sized};
-use super::{Config, Model, Pooling};
+use super::{Config, Model, Pooling, WORDS};
 use crate::error::{Error, Result};
 use crate::kernels::{norm, threads};
 use crate::nn::weight::Weight;
@@ -61,20 +63,10 @@ impl Encoder {
     /// An encoder that computes as asked. Checks that every tensor is there and has its shape.
     pub fn with(model: &Model, precision: Precision) -> Result<Self> {
         let config = Arc::new(model.family.clone());
-        let table = |name: &str, rows: usize| {
-            let name = format!("embeddings.{name}.weight");
-            layer::tensor(model, &name, &[rows, config.hidden]).cloned()
-        };
-        let words = table("word_embeddings", config.vocab)?;
-        let mut positions = table("position_embeddings", config.max_positions)?.to_f32();
-        let mut first = vec![0.0; config.hidden];
-        table("token_type_embeddings", config.types)?.read_rows(0, &mut first);
-        for row in positions.chunks_exact_mut(config.hidden) {
-            norm::add(row, &first);
-        }
+        let words = layer::tensor(model, WORDS, &[config.vocab, config.hidden])?;
         Ok(Self {
-            words,
-            positions,
+            words: Arc::clone(words),
+            positions: positions(model)?,
             norm: Norm::new(model, "embeddings")?,
             layers: (0..config.layers)
                 .map(|i| Layer::new(model, &config, i, precision))
@@ -210,7 +202,7 @@ impl Encoder {
                 });
             }
             for layer in &self.layers {
-                layer.forward(buffers, states, sequences, mixes);
+                layer.forward(buffers, states, sequences, mixes, None);
             }
         });
         drop(pieces);
@@ -219,6 +211,22 @@ impl Encoder {
             see(i, &states[rows.start * width..rows.end * width]);
         }
     }
+}
+
+/// Position embeddings with the one of type 0 added: a text alone has no other type.
+fn positions(model: &Model) -> Result<Vec<f32>> {
+    let config = &model.family;
+    let table = |name: &str, rows: usize| {
+        let name = format!("embeddings.{name}.weight");
+        layer::tensor(model, &name, &[rows, config.hidden]).cloned()
+    };
+    let mut positions = table("position_embeddings", config.max_positions)?.to_f32();
+    let mut first = vec![0.0; config.hidden];
+    table("token_type_embeddings", config.types)?.read_rows(0, &mut first);
+    for row in positions.chunks_exact_mut(config.hidden) {
+        norm::add(row, &first);
+    }
+    Ok(positions)
 }
 
 /// Splits texts, whose rows follow each other, into groups of about [`GROUP`] rows, as many as keep all
