@@ -8,8 +8,11 @@ use super::threads::{self, Shared, with_scratch};
 /// Up to here a row is decoded and multiplied at once.
 pub(super) const FEW: usize = 8;
 
-/// Elements of a panel: a few megabytes, so that it stays in the shared cache while it is used.
+/// Elements of a panel, at most: a few megabytes, so that it stays in the shared cache while it is used.
 const PANEL: usize = 1 << 20;
+/// Panels of a matrix, at least: less than a quarter of it is ever there in f32, so that training over a
+/// quantised matrix takes its memory, not that of the dense one.
+const PANELS: usize = 5;
 
 /// `y[t, o] = sum_i x[t, i] w[o, i]`, overwritten. Panics if sizes do not fit.
 pub fn multiply<R: Rows>(rows: &R, x: &[f32], y: &mut [f32]) {
@@ -44,7 +47,7 @@ pub fn multiply_transposed<R: Rows>(rows: &R, g: &[f32], dx: &mut [f32]) {
 /// Calls `work` with the first row and the dense elements of consecutive panels.
 fn for_panels<R: Rows>(rows: &R, mut work: impl FnMut(usize, &[f32])) {
     let (out, cols) = (rows.rows(), rows.cols());
-    let count = (PANEL / cols).clamp(1, out);
+    let count = (PANEL / cols).clamp(1, out.div_ceil(PANELS));
     with_scratch(count * cols, |panel| {
         for first in (0..out).step_by(count) {
             let panel = &mut panel[..count.min(out - first) * cols];

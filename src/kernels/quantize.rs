@@ -38,6 +38,8 @@ pub struct Activations {
     weighted: Vec<f32>,
     /// Sums of `q` over a token, where it shares a scale.
     totals: Vec<i32>,
+    /// Values that were clipped to the range of a fixed step.
+    clipped: Vec<f32>,
     /// For each [`TILE`] tokens and block, where blocks have scales: their scales, then their weighted sums.
     tiles: Vec<[f32; 2 * TILE]>,
 }
@@ -47,6 +49,21 @@ impl Activations {
     /// the rest goes to the nearest code, ties to even. Where a value is not finite the scale is not
     /// finite either, so that products show it. Panics if `cols` is not a multiple of [`BLOCK`].
     pub fn set(&mut self, x: &[f32], cols: usize, grain: Grain) {
+        self.round(x, cols, grain, None);
+    }
+
+    /// Rounds the rows `x` to multiples of `step`, a number above 1e-38; what is beyond 127 of them is
+    /// clipped. What is not finite shows as in [`Activations::set`]. Panics as that does.
+    pub fn set_fixed(&mut self, x: &[f32], cols: usize, step: f32) {
+        let mut clipped = std::mem::take(&mut self.clipped);
+        clipped.clear();
+        let most = 127.0 * step;
+        clipped.extend(x.iter().map(|v| v.clamp(-most, most) + v * 0.0));
+        self.round(&clipped, cols, Grain::Token, Some(step));
+        self.clipped = clipped;
+    }
+
+    fn round(&mut self, x: &[f32], cols: usize, grain: Grain, step: Option<f32>) {
         assert!(cols > 0 && cols.is_multiple_of(BLOCK) && x.len().is_multiple_of(cols));
         (self.cols, self.tokens, self.grain) = (cols, x.len() / cols, grain);
         let width = match grain {
@@ -75,7 +92,7 @@ impl Activations {
                 )
             };
             let x = &x[columns];
-            simd::run(Level::best(), Round { x, width, codes, scales, sums, weighted });
+            simd::run(Level::best(), Round { x, width, step, codes, scales, sums, weighted });
         });
         if grain == Grain::Block {
             self.set_tiles();
@@ -164,6 +181,8 @@ impl Activations {
 struct Round<'a> {
     x: &'a [f32],
     width: usize,
+    /// Fixed for all; `x` lies within 127 of it.
+    step: Option<f32>,
     codes: &'a mut [i8],
     scales: &'a mut [f32],
     sums: &'a mut [i32],
@@ -186,7 +205,7 @@ impl Task for Round<'_> {
                 }
                 (S::largest(top), S::sum(poison))
             };
-            let scale = top / 127.0;
+            let scale = self.step.unwrap_or(top / 127.0);
             // Of a scale too small to divide by, the values are lost: all are below 1e-36.
             let inverse = if scale > 1e-38 { 1.0 / scale } else { 0.0 };
             let scale = scale + poison;
@@ -251,6 +270,21 @@ mod tests {
         // -63.5 goes to the even neighbour.
         assert_eq!((a.codes()[0], a.codes()[40], a.codes()[64]), (127, -64, 127));
         assert_eq!(a.sums()[..4], [127, 0, -64, 0]);
+    }
+
+    #[test]
+    fn a_fixed_step_clips() {
+        let mut x = vec![0.0; 64];
+        // Step 2: 300 is beyond 254, 5 -> 2.5 -> 2, -7 -> -3.5 -> -4.
+        (x[0], x[1], x[2], x[40]) = (300.0, 5.0, -7.0, -1e9);
+        let mut a = Activations::default();
+        a.set_fixed(&x, 64, 2.0);
+        assert_eq!((a.codes()[..3].to_vec(), a.codes()[40]), (vec![127, 2, -4], -127));
+        assert_eq!((a.scales()[..2].to_vec(), a.grain()), (vec![2.0, 2.0], Grain::Token));
+        assert_eq!(a.totals(), [127 + 2 - 4 - 127]);
+        x[3] = f32::NAN;
+        a.set_fixed(&x, 64, 2.0);
+        assert!(!a.scales()[0].is_finite());
     }
 
     #[test]

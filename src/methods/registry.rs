@@ -42,6 +42,10 @@ rows![
     Sparsegpt: SparseGpt,
     RoundToNearest: RoundToNearest,
     Gptq: Gptq,
+    Lrec: Lrec,
+    Awq: Awq,
+    LowRank: LowRank,
+    Dgq: Dgq,
 ];
 
 /// The card called `name`.
@@ -89,6 +93,10 @@ mod tests {
             step::Method::Sparsegpt(v1::SparseGpt::default()),
             step::Method::RoundToNearest(v1::RoundToNearest::default()),
             step::Method::Gptq(v1::Gptq::default()),
+            step::Method::Lrec(v1::Lrec::default()),
+            step::Method::Awq(v1::Awq::default()),
+            step::Method::LowRank(v1::LowRank::default()),
+            step::Method::Dgq(v1::Dgq::default()),
         ] {
             let step = v1::Step { method: Some(message) };
             let once = resolve(&step);

@@ -95,6 +95,8 @@ pub struct Packed {
     kind: Kind,
     codes: Panels,
     scales: Panels,
+    /// The step of activations, where it is fixed.
+    activations: Option<f32>,
 }
 
 impl Packed {
@@ -102,6 +104,17 @@ impl Packed {
     /// if the parts of the source do not have the sizes that their layout asks for.
     pub fn new(source: Source<'_>, rows: usize, cols: usize) -> Option<Self> {
         pack::pack(source, rows, cols)
+    }
+
+    /// The same matrix for activations that are rounded to multiples of one step, where there is one.
+    #[must_use]
+    pub fn with_activations(self, step: Option<f32>) -> Self {
+        Self { activations: step, ..self }
+    }
+
+    /// The step that activations are to be rounded to; none: as they ask for.
+    pub fn activations(&self) -> Option<f32> {
+        self.activations
     }
 
     pub fn rows(&self) -> usize {

@@ -45,6 +45,7 @@ pub(super) fn pack(source: Source<'_>, rows: usize, cols: usize) -> Option<Packe
         kind,
         codes: Panels::new(count, codes),
         scales: Panels::new(count, kind.scale_bytes(cols)),
+        activations: None,
     };
     let reader = Reader::new(source, rows, cols);
     let panels: Vec<_> = packed.codes.panels_mut().zip(packed.scales.panels_mut()).collect();

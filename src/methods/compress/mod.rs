@@ -4,10 +4,17 @@
 //! the model ([`alone`], [`calibrated`]), the layouts that come out ([`store`]) and the accounts
 //! ([`report`]) are shared.
 
+pub mod awq;
+mod blockwise;
 mod cost;
+pub mod dgq;
+mod dgq_search;
+mod folding;
 pub mod gptq;
 pub mod grid;
 pub mod hessian;
+pub mod low_rank;
+pub mod lrec;
 pub mod magnitude;
 pub mod mask;
 mod options;

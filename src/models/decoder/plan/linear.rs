@@ -8,7 +8,7 @@ use super::{tensor, vector};
 use crate::error::Result;
 use crate::kernels::norm;
 use crate::kernels::packed::{self, Job, Packed};
-use crate::kernels::quantize::{Activations, Grain};
+use crate::kernels::quantize::Activations;
 use crate::nn::weight::{Factored, Weight};
 
 /// The numbers in which products run.
@@ -133,16 +133,20 @@ pub(super) fn multiply<const N: usize>(
         }
         Matrix::Packed(packed) | Matrix::Corrected(packed, _) => Some(Job { weight: packed, y }),
     });
-    // Layouts differ in what shares a scale among the activations.
-    for grain in [Grain::Block, Grain::Token] {
+    // Layouts differ in what shares a scale among the activations, and whether it is fixed.
+    while let Some(weight) = jobs.iter().flatten().map(|job| job.weight).next() {
+        let (grain, step) = (weight.grain(), weight.activations());
         let mut some = [const { None }; N];
         for (job, some) in jobs.iter_mut().zip(&mut some) {
-            *some = job.take_if(|job| job.weight.grain() == grain);
+            let alike =
+                |job: &mut Job<'_>| job.weight.grain() == grain && job.weight.activations() == step;
+            *some = job.take_if(alike);
         }
-        if some.iter().any(Option::is_some) {
-            rounded.set(x, width, grain);
-            packed::multiply(rounded, &mut some);
+        match step {
+            Some(step) => rounded.set_fixed(x, width, step),
+            None => rounded.set(x, width, grain),
         }
+        packed::multiply(rounded, &mut some);
     }
     for (matrix, y) in products {
         if let Matrix::Corrected(_, correction) = matrix {
