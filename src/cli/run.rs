@@ -111,6 +111,7 @@ impl EvaluateArgs {
                 }),
                 counts: self.counts,
                 kernels: self.kernels,
+                ..Default::default()
             }),
             base: self.base.map(|base| base.resource()).unwrap_or_default(),
             validate_only: self.job.validate_only,

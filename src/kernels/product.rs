@@ -12,7 +12,7 @@ pub(super) const FEW: usize = 8;
 const PANEL: usize = 1 << 20;
 /// Panels of a matrix, at least: less than a quarter of it is ever there in f32, so that training over a
 /// quantised matrix takes its memory, not that of the dense one.
-const PANELS: usize = 5;
+const PANELS: usize = 6;
 
 /// `y[t, o] = sum_i x[t, i] w[o, i]`, overwritten. Panics if sizes do not fit.
 pub fn multiply<R: Rows>(rows: &R, x: &[f32], y: &mut [f32]) {

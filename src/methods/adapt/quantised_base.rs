@@ -191,7 +191,11 @@ fn no_step_holds_a_matrix_in_f32() {
     let base = model(grouped(2));
     let tuned = tuned(&base);
     let mut largest = 0;
-    let work = Mutex::new(|| largest = allocations::largest(|| drop(step(&base, &tuned, true))));
+    let work = Mutex::new(|| {
+        // What threads keep between products is as large as a cache, whatever the matrix.
+        step(&base, &tuned, true);
+        largest = allocations::largest(|| drop(step(&base, &tuned, true)));
+    });
     // As a part of shared work the step runs on one thread, whose allocations are counted.
     threads::share(2, &|part| {
         if part == 0 {

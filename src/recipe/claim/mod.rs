@@ -163,12 +163,13 @@ fn shorten(comparison: &mut v1::Comparison, short: &v1::ShortForm) -> Result<()>
 }
 
 /// The step with another number of calibration sequences, whatever method it is of: its message is
-/// searched for `calibration`, so that new methods need nothing here.
+/// searched for `calibration`, and for the `text` that a step learns from, so that new methods need nothing
+/// here.
 fn with_sequences(step: &v1::Step, sequences: u32) -> Result<v1::Step> {
     fn change(value: &mut Value, sequences: u32) {
         let Value::Object(fields) = value else { return };
         for (name, value) in fields {
-            if name == "calibration" && value.is_object() {
+            if matches!(name.as_str(), "calibration" | "text") && value.is_object() {
                 value["sequences"] = sequences.into();
             }
             change(value, sequences);

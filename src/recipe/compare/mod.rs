@@ -7,6 +7,7 @@
 pub mod chart;
 mod draw;
 pub mod front;
+pub mod gap;
 mod labels;
 pub mod picture;
 pub mod plan;
