@@ -127,6 +127,7 @@ impl EvaluateArgs {
                     max_records: self.max_records,
                     max_length: None,
                 }),
+                ..Default::default()
             }),
             adapter: self.adapter.map(|name| resource("adapters", &name)).unwrap_or_default(),
             base: self.base.map(|base| base.resource()).unwrap_or_default(),

@@ -208,6 +208,7 @@ struct Settings {
     stride: usize,
     max_tokens: usize,
     text: bool,
+    rounded: bool,
 }
 
 impl Settings {
@@ -259,6 +260,7 @@ impl Settings {
             stride: stride as usize,
             max_tokens: if max_tokens == 0 { usize::MAX } else { max_tokens as usize },
             text: !dataset.is_empty(),
+            rounded: options.rounded_activations,
         })
     }
 }
@@ -302,7 +304,11 @@ fn on_text(
     progress: &Progress,
 ) -> Result<Vec<v1::Measurement>> {
     let (tokens, protocol) = tokenise(subject.model, text, dataset, settings, progress)?;
-    let model = subject.states.map_or(Source::Run(subject.model), Source::Known);
+    let model = match (settings.rounded, subject.states) {
+        (true, _) => Source::Rounded(subject.model),
+        (false, Some(states)) => Source::Known(states),
+        (false, None) => Source::Run(subject.model),
+    };
     let base = base.map(|base| match base {
         Base::Model(model) => Source::Run(model),
         Base::States(states) => Source::Known(states),

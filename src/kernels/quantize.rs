@@ -41,6 +41,8 @@ pub struct Activations {
     weighted: Vec<f32>,
     /// Sums of `q` over a token, where it shares a scale.
     totals: Vec<i32>,
+    /// Values that were clipped to the range of a fixed step.
+    clipped: Vec<f32>,
     /// For each [`TILE`] tokens and block, where blocks have scales: their scales, then their weighted sums.
     tiles: Vec<[f32; 2 * TILE]>,
 }
@@ -50,7 +52,22 @@ impl Activations {
     /// the rest goes to the nearest code, ties to even. Where a value is not finite the scale is not
     /// finite either, so that products show it. Panics if `cols` is not a multiple of [`BLOCK`].
     pub fn set(&mut self, x: &[f32], cols: usize, grain: Grain) {
-        let (width, parts) = self.start(x.len(), cols, grain);
+        self.round(x, cols, grain, None);
+    }
+
+    /// Rounds the rows `x` to multiples of `step`, a number above 1e-38; what is beyond 127 of them is
+    /// clipped. What is not finite shows as in [`Activations::set`]. Panics as that does.
+    pub fn set_fixed(&mut self, x: &[f32], cols: usize, step: f32) {
+        let mut clipped = std::mem::take(&mut self.clipped);
+        clipped.clear();
+        let most = 127.0 * step;
+        clipped.extend(x.iter().map(|v| v.clamp(-most, most) + v * 0.0));
+        self.round(&clipped, cols, Grain::Token, Some(step));
+        self.clipped = clipped;
+    }
+
+    fn round(&mut self, x: &[f32], cols: usize, grain: Grain, step: Option<f32>) {
+        let (width, parts) = self.start(x.len(), cols, grain, step);
         threads::for_ranges(x.len() / width, GRAIN * BLOCK / width + 1, |units| {
             let columns = units.start * width..units.end * width;
             // SAFETY: ranges are disjoint.
@@ -69,7 +86,7 @@ impl Activations {
         grain: Grain,
         make: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
     ) {
-        let (width, parts) = self.start(x.len(), cols, grain);
+        let (width, parts) = self.start(x.len(), cols, grain, None);
         threads::for_row_pairs(a, a_width, x, cols, ROWS / (a_width + cols) + 1, |row, a, x| {
             make(row, a, x);
             // SAFETY: rows are disjoint.
@@ -79,7 +96,13 @@ impl Activations {
     }
 
     /// Room for so many elements; how many share a scale, and where the results go.
-    fn start(&mut self, len: usize, cols: usize, grain: Grain) -> (usize, Parts<'_>) {
+    fn start(
+        &mut self,
+        len: usize,
+        cols: usize,
+        grain: Grain,
+        step: Option<f32>,
+    ) -> (usize, Parts<'_>) {
         assert!(cols > 0 && cols.is_multiple_of(BLOCK) && len.is_multiple_of(cols));
         (self.cols, self.tokens, self.grain) = (cols, len / cols, grain);
         let width = match grain {
@@ -92,6 +115,7 @@ impl Activations {
         self.weighted.resize((len / BLOCK).max(self.weighted.len()), 0.0);
         self.sums.resize((len / SUM).max(self.sums.len()), 0);
         let parts = Parts {
+            step,
             codes: Shared::new(&mut self.codes[..len]),
             scales: Shared::new(&mut self.scales),
             sums: Shared::new(&mut self.sums),
@@ -187,6 +211,8 @@ impl Activations {
 
 /// Where the results of rounding go.
 struct Parts<'a> {
+    /// The scale, where it is fixed.
+    step: Option<f32>,
     codes: Shared<'a, i8>,
     scales: Shared<'a>,
     sums: Shared<'a, i32>,
@@ -210,7 +236,8 @@ impl Parts<'_> {
                 self.weighted.slice(blocks),
             )
         };
-        simd::run(Level::best(), Round { x, width, codes, scales, sums, weighted });
+        let step = self.step;
+        simd::run(Level::best(), Round { x, width, step, codes, scales, sums, weighted });
     }
 }
 
@@ -218,6 +245,8 @@ impl Parts<'_> {
 struct Round<'a> {
     x: &'a [f32],
     width: usize,
+    /// Fixed for all; `x` lies within 127 of it.
+    step: Option<f32>,
     codes: &'a mut [i8],
     scales: &'a mut [f32],
     sums: &'a mut [i32],
@@ -240,7 +269,7 @@ impl Task for Round<'_> {
                 }
                 (S::largest(top), S::sum(poison))
             };
-            let scale = top / 127.0;
+            let scale = self.step.unwrap_or(top / 127.0);
             // Of a scale too small to divide by, the values are lost: all are below 1e-36.
             let inverse = if scale > 1e-38 { 1.0 / scale } else { 0.0 };
             let scale = scale + poison;
@@ -341,6 +370,21 @@ mod tests {
         // -63.5 goes to the even neighbour.
         assert_eq!((a.codes()[0], a.codes()[40], a.codes()[64]), (127, -64, 127));
         assert_eq!(a.sums()[..4], [127, 0, -64, 0]);
+    }
+
+    #[test]
+    fn a_fixed_step_clips() {
+        let mut x = vec![0.0; 64];
+        // Step 2: 300 is beyond 254, 5 -> 2.5 -> 2, -7 -> -3.5 -> -4.
+        (x[0], x[1], x[2], x[40]) = (300.0, 5.0, -7.0, -1e9);
+        let mut a = Activations::default();
+        a.set_fixed(&x, 64, 2.0);
+        assert_eq!((a.codes()[..3].to_vec(), a.codes()[40]), (vec![127, 2, -4], -127));
+        assert_eq!((a.scales()[..2].to_vec(), a.grain()), (vec![2.0, 2.0], Grain::Token));
+        assert_eq!(a.totals(), [127 + 2 - 4 - 127]);
+        x[3] = f32::NAN;
+        a.set_fixed(&x, 64, 2.0);
+        assert!(!a.scales()[0].is_finite());
     }
 
     #[test]

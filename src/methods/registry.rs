@@ -48,6 +48,10 @@ rows![
     MagSp: MagSp,
     WandaSp: WandaSp,
     Flap: Flap,
+    Lrec: Lrec,
+    Awq: Awq,
+    LowRank: LowRank,
+    Dgq: Dgq,
 ];
 
 /// The card called `name`.
@@ -101,6 +105,10 @@ mod tests {
             step::Method::MagSp(v1::MagSp::default()),
             step::Method::WandaSp(v1::WandaSp::default()),
             step::Method::Flap(v1::Flap::default()),
+            step::Method::Lrec(v1::Lrec::default()),
+            step::Method::Awq(v1::Awq::default()),
+            step::Method::LowRank(v1::LowRank::default()),
+            step::Method::Dgq(v1::Dgq::default()),
         ] {
             let step = v1::Step { method: Some(message) };
             let once = resolve(&step);

@@ -26,6 +26,7 @@
 
 pub mod batch;
 mod checkpoint;
+pub mod distillation;
 mod ema;
 mod gradients;
 pub mod head;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{Tensor, TensorId, Var};
 
+use super::distillation::Distillation;
 use super::head::{HEAD_BIAS, HEAD_WEIGHT};
 use super::loss::LossSums;
 use super::parameters::{Gradients, Parameters};
@@ -39,6 +40,7 @@ pub struct Pass<'a> {
     family: Family<'a>,
     tuning: &'a dyn Tuning,
     options: Options,
+    distillation: Option<&'a Distillation<'a>>,
     /// Memory of activations and gradients, kept from one pass to the next.
     pool: Pool,
 }
@@ -78,7 +80,7 @@ impl<'a> Pass<'a> {
         tuning: &'a dyn Tuning,
         options: Options,
     ) -> Self {
-        Self { family: Family::Decoder(graph.into()), tuning, options, pool: Pool::default() }
+        Self::new(Family::Decoder(graph.into()), tuning, options)
     }
 
     pub fn encoder(
@@ -86,7 +88,17 @@ impl<'a> Pass<'a> {
         tuning: &'a dyn Tuning,
         options: Options,
     ) -> Self {
-        Self { family: Family::Encoder(graph.into()), tuning, options, pool: Pool::default() }
+        Self::new(Family::Encoder(graph.into()), tuning, options)
+    }
+
+    fn new(family: Family<'a>, tuning: &'a dyn Tuning, options: Options) -> Self {
+        Self { family, tuning, options, distillation: None, pool: Pool::default() }
+    }
+
+    /// The same pass of a decoder whose loss has a teacher.
+    #[must_use]
+    pub fn distilled(self, distillation: &'a Distillation<'a>) -> Self {
+        Self { distillation: Some(distillation), ..self }
     }
 
     /// Where activations and gradients are.
@@ -262,8 +274,13 @@ impl<'a> Pass<'a> {
         let head = |x: &Value| head(tape, x, parameters);
         match (&self.family, &batch.wanted) {
             (Family::Decoder(graph), Wanted::Rows(rows, targets, Rows::Next)) => {
-                let rows = tape.rows(hidden, &rows[..].into())?;
-                graph.loss(run, &graph.normed(run, &rows)?, targets)
+                let normed = graph.normed(run, &tape.rows(hidden, &rows[..].into())?)?;
+                match self.distillation {
+                    Some(taught) => {
+                        taught.loss(graph, run, &normed, (&batch.tokens, rows, targets))
+                    }
+                    None => graph.loss(run, &normed, targets),
+                }
             }
             (Family::Encoder(_), Wanted::Rows(rows, targets, Rows::Tags)) => {
                 let rows = tape.rows(hidden, &rows[..].into())?;

@@ -298,6 +298,10 @@ impl Loop<'_, '_> {
             tokens += batch.used() as u64;
             let (part, found) = model.loss_and_gradients(&batch, parameters)?;
             if !part.loss.is_finite() {
+                if hooks.skip(place) {
+                    self.standing.step += 1;
+                    return Ok(tokens);
+                }
                 return Err(self.diverged(place, &loss_name(parameters)?));
             }
             self.standing.resident = self.standing.resident.max(memory::resident());
@@ -316,6 +320,10 @@ impl Loop<'_, '_> {
         hooks.after_backward(place, parameters, &mut sum)?;
         let norm = match gradients::norm(&sum)? {
             Ok(norm) => norm,
+            Err(_) if hooks.skip(place) => {
+                self.standing.step += 1;
+                return Ok(tokens);
+            }
             Err(name) => return Err(self.diverged(place, &format!("the gradient of '{name}'"))),
         };
         if let Some(most) = self.run.settings.clip_norm {

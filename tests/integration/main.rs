@@ -9,6 +9,7 @@ mod bench;
 mod cli;
 mod clients;
 mod contract;
+mod correction;
 mod datasets;
 mod embedding;
 mod harness;

@@ -97,6 +97,8 @@ pub struct Packed {
     kind: Kind,
     codes: Codes,
     scales: Panels,
+    /// The step of activations, where it is fixed.
+    activations: Option<f32>,
 }
 
 /// How the codes of a matrix are stored.
@@ -134,6 +136,17 @@ impl Packed {
     /// Packs the codes of a sparse matrix; `None` if its values are no codes or their groups no whole blocks.
     pub fn sparse(rows: &SparseRows<'_>) -> Option<Self> {
         pack::sparse(rows)
+    }
+
+    /// The same matrix for activations that are rounded to multiples of one step, where there is one.
+    #[must_use]
+    pub fn with_activations(self, step: Option<f32>) -> Self {
+        Self { activations: step, ..self }
+    }
+
+    /// The step that activations are to be rounded to; none: as they ask for.
+    pub fn activations(&self) -> Option<f32> {
+        self.activations
     }
 
     pub fn rows(&self) -> usize {

@@ -46,6 +46,7 @@ pub(super) fn pack(source: Source<'_>, rows: usize, cols: usize) -> Option<Packe
         kind,
         codes: Codes::All(Panels::new(0, 0)),
         scales: Panels::new(count, kind.scale_bytes(cols)),
+        activations: None,
     };
     let mut all = Panels::new(count, codes);
     let reader = Reader::new(source, rows, cols);

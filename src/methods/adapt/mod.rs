@@ -30,6 +30,8 @@ pub mod nola;
 pub mod options;
 pub mod pissa;
 pub mod qlora;
+#[cfg(test)]
+mod quantised_base;
 pub mod registry;
 pub mod shapes;
 pub mod sora;

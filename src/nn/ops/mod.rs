@@ -8,6 +8,7 @@
 mod activation;
 mod attention;
 mod buffer;
+mod distillation;
 mod head;
 mod linear;
 mod network;
@@ -21,6 +22,7 @@ pub use crate::kernels::training::activation::Function;
 pub use crate::kernels::training::attention::Shape as Attention;
 pub use attention::Angles;
 pub use buffer::{Buffer, Pool};
+pub use distillation::{Answers, Distilled, Weights};
 pub use head::{Loss, Matrix, Sums};
 pub use linear::{Linear, Precision};
 pub use network::{Network, Run, Sequences, Stored};

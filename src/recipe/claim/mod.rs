@@ -188,12 +188,13 @@ fn shorten(comparison: &mut v1::Comparison, short: &v1::ShortForm) -> Result<()>
 }
 
 /// The message of a method with another number of calibration sequences, whatever method it is: it is
-/// searched for `calibration` (and what CorDA calls `context`), so that new methods need nothing here.
+/// searched for `calibration`, for what CorDA calls `context`, and for the `text` that a step learns from, so
+/// that new methods need nothing here.
 fn with_sequences<M: Serialize + DeserializeOwned>(method: &M, sequences: u32) -> Result<M> {
     fn change(value: &mut Value, sequences: u32) {
         let Value::Object(fields) = value else { return };
         for (name, value) in fields {
-            if matches!(name.as_str(), "calibration" | "context") && value.is_object() {
+            if matches!(name.as_str(), "calibration" | "context" | "text") && value.is_object() {
                 value["sequences"] = sequences.into();
             }
             change(value, sequences);

@@ -8,6 +8,7 @@ pub mod chart;
 mod draw;
 mod expand;
 pub mod front;
+pub mod gap;
 mod labels;
 pub mod picture;
 pub mod plan;

@@ -102,7 +102,10 @@ fn columns(arms: &[v1::ArmReport]) -> Vec<v1::Column> {
     columns
 }
 
-fn in_column<'a>(run: &'a v1::ArmRun, column: &v1::Column) -> Option<&'a v1::Measurement> {
+pub(super) fn in_column<'a>(
+    run: &'a v1::ArmRun,
+    column: &v1::Column,
+) -> Option<&'a v1::Measurement> {
     run.measurements.iter().find(|m| m.metric == column.metric && m.protocol == column.protocol)
 }
 
@@ -191,7 +194,7 @@ pub fn points(
 }
 
 /// The values of an arm in a column for these seeds; a run without a seed stands for each.
-fn series<'a>(
+pub(super) fn series<'a>(
     arm: &'a v1::ArmReport,
     column: &v1::Column,
     seeds: &[Option<u64>],

@@ -9,7 +9,7 @@ use super::{tensor, vector};
 use crate::error::Result;
 use crate::kernels::norm;
 use crate::kernels::packed::{self, Job, Packed};
-use crate::kernels::quantize::{Activations, Grain};
+use crate::kernels::quantize::Activations;
 use crate::nn::weight::{Factored, Weight};
 
 /// The numbers in which products run.
@@ -57,11 +57,13 @@ impl Matrix {
         }
     }
 
-    /// What shares a scale among the activations, where they are rounded.
+    /// What shares a scale among the activations, where they are rounded by their own size.
     fn grain(&self) -> Option<Grain> {
         match self {
             Self::Plain(_) => None,
-            Self::Packed(packed) | Self::Corrected(packed, _) => Some(packed.grain()),
+            Self::Packed(packed) | Self::Corrected(packed, _) => {
+                packed.activations().is_none().then(|| packed.grain())
+            }
         }
     }
 
@@ -174,20 +176,24 @@ fn multiply_rounded<const N: usize>(
         }
         Matrix::Packed(packed) | Matrix::Corrected(packed, _) => Some(Job { weight: packed, y }),
     });
-    // Layouts differ in what shares a scale among the activations.
-    let first = ready.unwrap_or_default();
-    let second = if first == Grain::Block { Grain::Token } else { Grain::Block };
-    for grain in [first, second] {
+    // Layouts differ in what shares a scale among the activations, and whether it is fixed.
+    while let Some(weight) = jobs.iter().flatten().map(|job| job.weight).next() {
+        let (grain, step) = (weight.grain(), weight.activations());
         let mut some = [const { None }; N];
         for (job, some) in jobs.iter_mut().zip(&mut some) {
-            *some = job.take_if(|job| job.weight.grain() == grain);
+            let alike =
+                |job: &mut Job<'_>| job.weight.grain() == grain && job.weight.activations() == step;
+            *some = job.take_if(alike);
         }
-        if some.iter().any(Option::is_some) {
-            if ready.take() != Some(grain) {
-                rounded.set(x, width, grain);
+        match step {
+            Some(step) => {
+                ready = None;
+                rounded.set_fixed(x, width, step);
             }
-            packed::multiply(rounded, &mut some);
+            None if ready.take() == Some(grain) => {}
+            None => rounded.set(x, width, grain),
         }
+        packed::multiply(rounded, &mut some);
     }
     for (matrix, y) in products {
         if let Matrix::Corrected(_, correction) = matrix {
