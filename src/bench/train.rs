@@ -12,7 +12,7 @@ use super::stats::Spread;
 use crate::data::sequence::{Sequence, Target};
 use crate::error::{Error, Result};
 use crate::machine;
-use crate::models::{AnyModel, Family, decoder, encoder};
+use crate::models::{AnyModel, decoder, encoder};
 use crate::nn::dtype::Dtype;
 use crate::nn::ops::Precision;
 use crate::nn::tuning::{LowRank, Tuning};
@@ -180,7 +180,7 @@ fn measure_full(model: &AnyModel, run: Run) -> Result<Train> {
     let AnyModel::Decoder(model) = model else {
         return Err(Error::field("full", "all tensors of a decoder are trained; name one"));
     };
-    let Family::Decoder(config) = &model.family;
+    let config = model.decoder()?;
     fits(&run, config.max_positions)?;
     let mut parameters = Parameters::new();
     for (name, _) in config.tensors() {

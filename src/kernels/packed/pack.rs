@@ -85,7 +85,8 @@ pub(super) fn sparse(from: &SparseRows<'_>) -> Option<Packed> {
         kept::panel(&codes, cols, bits)
     });
     let codes = kept::Panels::new(packed.collect());
-    Some(Packed { rows, cols, bits, kind, codes: Codes::Kept(codes), scales })
+    let codes = Codes::Kept(codes);
+    Some(Packed { rows, cols, bits, kind, codes, scales, activations: None })
 }
 
 /// Writes the scales and zero points of a row's groups into a lane.

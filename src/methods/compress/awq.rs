@@ -197,7 +197,7 @@ impl Method for v1::Awq {
 
 /// Norms and biases that may be divided.
 fn divided(model: &ModelInfo) -> Vec<String> {
-    let crate::models::Family::Decoder(config) = &model.family;
+    let crate::models::Family::Decoder(config) = &model.family else { return Vec::new() };
     let blocks = 0..config.layers.len();
     blocks
         .flat_map(|layer| folding::before(config, layer))

@@ -370,6 +370,9 @@ fn sequence(tokens: &[u32]) -> Sequence {
 fn model_config(model: &ModelInfo) -> Result<&decoder::Config> {
     match &model.family {
         crate::models::Family::Decoder(config) => Ok(config),
+        crate::models::Family::Encoder(config) => {
+            Err(crate::models::not_a_decoder(&config.architecture))
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use super::{tensor, vector};
 use crate::error::Result;
 use crate::kernels::norm;
 use crate::kernels::packed::{self, Job, Packed};
-use crate::kernels::quantize::Activations;
+use crate::kernels::quantize::{Activations, Grain};
 use crate::nn::weight::{Factored, Weight};
 
 /// The numbers in which products run.

@@ -83,7 +83,9 @@ impl Block {
                 (0..piece.len() / sequence).map(|i| i * length..(i + 1) * length).collect();
             // A closure of this call's lifetime, so that the tap can be lent once a piece.
             match &mut tap {
-                Some(tap) => self.layer.forward(&mut buffers, piece, &ranges, &alone, Some(&mut **tap)),
+                Some(tap) => {
+                    self.layer.forward(&mut buffers, piece, &ranges, &alone, Some(&mut **tap))
+                }
                 None => self.layer.forward(&mut buffers, piece, &ranges, &alone, None),
             }
         }
