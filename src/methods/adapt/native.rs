@@ -252,8 +252,9 @@ pub fn read(
     open([&folder.join(HEADER), &folder.join(TENSORS)], Some(digest), shapes, weights)
 }
 
-/// Reads an adapter from its two files, wherever they lie. `digest` is that of the base's weights; without one the adapter
-/// may be of another version of its model, where none of its parts is made from the base's weights.
+/// Reads an adapter from its two files, wherever they lie. `digest` is that of the base's weights; without
+/// one the adapter may be of another version of its model, where none of its parts is made from the base's
+/// weights.
 ///
 /// # Errors
 /// SOURCE_UNAVAILABLE for missing files, MALFORMED_FILE for what breaks the form, UNSUPPORTED_FORMAT for

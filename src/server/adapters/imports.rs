@@ -24,9 +24,8 @@ pub struct Found {
     pub names: Vec<&'static str>,
 }
 
-/// Reads the files of `folder` as an adapter of a base. `name` is that of
-/// the base's model. Where
-/// our own files are there, those of PEFT are written anew from them, as training writes them.
+/// Reads the files of `folder` as an adapter of a base. Where our own files are there, those of PEFT are
+/// written anew from them, as training writes them.
 ///
 /// # Errors
 /// What is wrong with a file; MODEL_UNSUITABLE for another base.

@@ -195,12 +195,16 @@ impl Layer {
             }
         };
 
-        let rounded = &mut buffers.rounded;
+        let (rounded, norms) = (&mut buffers.rounded, adapters.change_norms());
         let outputs = [(&self.q, &mut *q), (&self.k, &mut *k), (&self.v, &mut *v)];
-        linear::run_made([hidden, x], [width; 2], rounded, outputs, |_, h, x| {
+        let make = |_: usize, h: &mut [f32], x: &mut [f32]| {
             norm::rms_norm(h, &self.before_attention, eps, x);
-        });
-        adapters.norm(self.index, Norm::BeforeAttention, hidden, x, eps);
+        };
+        let mut change = |hidden: &mut [f32], x: &mut [f32]| {
+            adapters.norm(self.index, Norm::BeforeAttention, hidden, x, eps);
+        };
+        let change: Option<linear::Change<'_>> = if norms { Some(&mut change) } else { None };
+        linear::run_made([hidden, x], [width; 2], rounded, outputs, make, change);
         tap(0, x);
         adapters.add(self.index, Site::Q, x, q);
         adapters.add(self.index, Site::K, x, k);
@@ -225,12 +229,16 @@ impl Layer {
         adapters.add(self.index, Site::O, attended, delta);
         adapters.norm(self.index, Norm::AfterAttention, delta, hidden, eps);
         let outputs = [(&self.gate, &mut *gate), (&self.up, &mut *up)];
-        linear::run_made([hidden, x], [width; 2], rounded, outputs, |i, h, x| {
+        let make = |i: usize, h: &mut [f32], x: &mut [f32]| {
             let delta = &delta[i * width..][..width];
             add_normed(h, delta, self.after_attention.as_deref(), eps, x);
             norm::rms_norm(h, &self.before_mlp, eps, x);
-        });
-        adapters.norm(self.index, Norm::BeforeMlp, hidden, x, eps);
+        };
+        let mut change = |hidden: &mut [f32], x: &mut [f32]| {
+            adapters.norm(self.index, Norm::BeforeMlp, hidden, x, eps);
+        };
+        let change: Option<linear::Change<'_>> = if norms { Some(&mut change) } else { None };
+        linear::run_made([hidden, x], [width; 2], rounded, outputs, make, change);
         tap(2, x);
         adapters.add(self.index, Site::Gate, x, gate);
         adapters.add(self.index, Site::Up, x, up);
@@ -239,7 +247,8 @@ impl Layer {
             Activation::GeluTanh => activation::gelu_gated,
         };
         let outputs = [(&self.down, &mut *delta)];
-        linear::run_made([up, gate], [wide; 2], rounded, outputs, |_, up, gate| gated(gate, up));
+        let make = |_: usize, up: &mut [f32], gate: &mut [f32]| gated(gate, up);
+        linear::run_made([up, gate], [wide; 2], rounded, outputs, make, None);
         tap(3, gate);
         adapters.add(self.index, Site::Down, gate, delta);
         adapters.norm(self.index, Norm::AfterMlp, delta, hidden, eps);

@@ -129,15 +129,25 @@ pub(super) fn run<const N: usize>(
     }
 }
 
+/// What changes the rows `x` after they were made from `a`.
+pub(super) type Change<'a> = &'a mut dyn FnMut(&mut [f32], &mut [f32]);
+
 /// [`run`] over rows of `x` that are made now, each rounded while it is near, where a matrix asks for that: `make`
 /// gets the index of a row, its row of `a` (`[tokens, widths[0]]`) and the row of `x` (`[tokens, widths[1]]`).
+/// Where they are changed once more they are rounded after that.
 pub(super) fn run_made<const N: usize>(
     [a, x]: [&mut [f32]; 2],
     widths: [usize; 2],
     rounded: &mut Activations,
     mut outputs: [(&Linear, &mut [f32]); N],
     make: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
+    change: Option<Change<'_>>,
 ) {
+    if let Some(change) = change {
+        each_row(a, widths[0], x, widths[1], make);
+        change(a, x);
+        return run(x, widths[1], rounded, outputs);
+    }
     let ready = outputs.iter().find_map(|(linear, _)| linear.matrix.grain());
     match ready {
         Some(grain) => rounded.set_made([a, &mut *x], widths, grain, make),

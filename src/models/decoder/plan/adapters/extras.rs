@@ -161,6 +161,11 @@ fn add(to: &mut [f32], values: &[f32], by: f32) {
 }
 
 impl Adapters {
+    /// Whether an adapter of the step may change norms.
+    pub fn change_norms(&self) -> bool {
+        self.more
+    }
+
     /// What the tables of the adapters add to the rows of the step, whose tokens are `token(row)`; `scale` is
     /// what embeddings are multiplied by.
     pub fn embed(&self, token: impl Fn(usize) -> u32, scale: f32, hidden: &mut [f32]) {
