@@ -7,6 +7,7 @@ pub mod counts;
 pub mod format;
 mod likelihood;
 pub mod metrics;
+pub mod norms;
 mod products;
 mod speed;
 

@@ -22,12 +22,14 @@ use crate::methods::adapt::tuned::Tuned;
 use crate::methods::adapt::{Needs, Setup, gradients, moments};
 use crate::models::{AnyModel, decoder, encoder};
 use crate::nn::ops::Precision;
+use crate::nn::ops::attend::Choosing;
 use crate::progress::Progress;
 use crate::proto::v1;
 use crate::recipe::adapt::{NOT_SERVED, Plan};
 use crate::seed::Stream;
 use crate::store::adapters::NewAdapter;
 use crate::store::models::VersionRow;
+use crate::train::attention::Watched;
 use crate::train::head;
 use crate::train::hooks::{Hooks, Plain as NoHooks};
 use crate::train::parameters::{Gradients, Parameters};
@@ -52,7 +54,8 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
         (base.family.as_str(), &base.config),
     )?;
     job.progress.report(0.0, "reading the data")?;
-    let model = job.wait(job.store.open_any_version(&base))?;
+    let mut model = job.wait(job.store.open_any_version(&base))?;
+    let prepared = plan.method()?.prepare(model.weights_mut(), &plan.shapes)?;
     let random = Stream::root(request.seed).child("adapt");
     let data = Data::read(job, &model, &plan, &random)?;
     let work = Work { job, base: &base, plan: &plan, model: &model, data: &data, random: &random };
@@ -62,6 +65,7 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
     let written = files::write(&made, &work, job.scratch)?;
     let mut warnings = plan.cost.warnings.clone();
     warnings.extend(data.warnings.iter().cloned());
+    warnings.extend(prepared);
     if written.method != v1::AdapterMethod::Lora && !warnings.iter().any(|w| w == NOT_SERVED) {
         warnings.push(NOT_SERVED.to_owned());
     }
@@ -189,7 +193,18 @@ impl Work<'_> {
         };
         let start = Instant::now();
         let mut learner = Learner::new(network.pass(&tuned), &tuned);
-        let report = run.train(&mut learner, &mut parameters, hooks.as_mut())?;
+        let report = match &network.choosing {
+            None => run.train(&mut learner, &mut parameters, hooks.as_mut())?,
+            Some(choosing) => {
+                let attention = &plan.settings.attention;
+                // What was seen before training is not of it.
+                choosing.take();
+                let mut watched = Watched::new(hooks, Arc::clone(choosing), attention);
+                let mut report = run.train(&mut learner, &mut parameters, &mut watched)?;
+                report.warnings.extend(watched.warnings());
+                report
+            }
+        };
         drop(learner);
         let tuned = method.finish(tuned)?;
         let mut heads = BTreeMap::new();
@@ -301,6 +316,8 @@ fn cut(sequence: &Sequence, most: usize) -> Sequence {
 struct Network<'a> {
     graph: Graph<'a>,
     options: pass::Options,
+    /// What computes attention where that is not as usual.
+    choosing: Option<Arc<Choosing>>,
 }
 
 enum Graph<'a> {
@@ -318,16 +335,26 @@ impl<'m> Network<'m> {
             checkpoint_activations: plan.settings.checkpoint_activations,
             ..Default::default()
         };
+        let choosing = plan.settings.attention.choosing();
+        let attend = choosing.clone();
         let graph = match model {
             AnyModel::Decoder(model) => {
-                Graph::Decoder(Arc::new(decoder::graph::Graph::new(model, precision)?))
+                let graph = decoder::graph::Graph::new(model, precision)?;
+                Graph::Decoder(Arc::new(match attend {
+                    None => graph,
+                    Some(attend) => graph.with_attention(Box::new(attend)),
+                }))
             }
             AnyModel::Encoder(model) => {
                 options.pooling = model.family.pooling;
-                Graph::Encoder(Arc::new(encoder::graph::Graph::new(model, precision)?))
+                let graph = encoder::graph::Graph::new(model, precision)?;
+                Graph::Encoder(Arc::new(match attend {
+                    None => graph,
+                    Some(attend) => graph.with_attention(Box::new(attend)),
+                }))
             }
         };
-        Ok(Self { graph, options })
+        Ok(Self { graph, options, choosing })
     }
 
     fn pass<'a>(&'a self, tuned: &'a Tuned) -> Pass<'a>

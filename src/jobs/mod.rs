@@ -9,6 +9,7 @@ mod claim;
 pub mod compare;
 mod import;
 mod memory;
+mod norms;
 mod recipe;
 mod runner;
 #[cfg(test)]

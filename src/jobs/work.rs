@@ -7,7 +7,7 @@ use std::time::Instant;
 use prost::Message;
 use tokio::runtime::Handle;
 
-use super::{adapt, claim, compare, damaged, import, recipe};
+use super::{adapt, claim, compare, damaged, import, norms, recipe};
 use crate::data::choices::Item;
 use crate::error::{Error, Result};
 use crate::eval;
@@ -97,6 +97,11 @@ impl Job<'_> {
         let start = Instant::now();
         let model = self.open(row)?;
         let base = base.map(|base| self.open(base)).transpose()?;
+        // Equal shares where there is both: how they compare is not known beforehand.
+        let (first, second) = match options.norm_bounds {
+            Some(_) => (progress.part(0.0, 0.5), progress.part(0.5, 1.0)),
+            None => (progress.clone(), progress.clone()),
+        };
         let subject = Measured {
             model: &model,
             states: None,
@@ -106,7 +111,11 @@ impl Job<'_> {
         Ok(v1::EvaluationReport {
             version: row.name(),
             digest: row.digest.clone(),
-            measurements: self.measure(&subject, options, progress)?,
+            measurements: self.measure(&subject, options, &first)?,
+            norms: match &options.norm_bounds {
+                None => None,
+                Some(bounds) => Some(norms::measure(self, row, &model, bounds, &second)?),
+            },
             seconds: start.elapsed().as_secs_f64(),
         })
     }
@@ -188,6 +197,8 @@ pub fn uses(new: &NewOperation) -> Result<Vec<String>> {
         Kind::Evaluate => {
             let request = v1::EvaluateRequest::decode(request).map_err(bad)?;
             uses.extend([request.model, request.base]);
+            let norms = request.evaluation.iter().filter_map(|e| e.norm_bounds.as_ref());
+            uses.extend(norms.map(|norms| norms.adapter.clone()));
             uses.extend(request.evaluation.iter().flat_map(crate::recipe::evaluation_datasets));
         }
         Kind::Compare => {

@@ -42,6 +42,7 @@ rows![
     Sparsegpt: SparseGpt,
     RoundToNearest: RoundToNearest,
     Gptq: Gptq,
+    NormalFloat: NormalFloat,
 ];
 
 /// The card called `name`.
@@ -89,6 +90,7 @@ mod tests {
             step::Method::Sparsegpt(v1::SparseGpt::default()),
             step::Method::RoundToNearest(v1::RoundToNearest::default()),
             step::Method::Gptq(v1::Gptq::default()),
+            step::Method::NormalFloat(v1::NormalFloat::default()),
         ] {
             let step = v1::Step { method: Some(message) };
             let once = resolve(&step);

@@ -93,6 +93,9 @@ impl Plan {
                 format!("{} is more than the {seen} that the model sees", settings.max_length);
             return Err(Error::option("training.max_length", problem));
         }
+        let (dim, causal) = config.heads();
+        let suits = settings.attention.suits(settings.max_length, dim, causal);
+        suits.map_err(|e| e.within("training"))?;
         if settings.objective == Some(settings::Objective::MaskedLm) {
             return Err(Error::option(
                 "training.objective",
@@ -200,6 +203,14 @@ impl Config {
         match self {
             Self::Decoder(config) => config.max_positions,
             Self::Encoder(config) => config.max_tokens,
+        }
+    }
+
+    /// Channels of a head, and whether positions see only what came before.
+    fn heads(&self) -> (usize, bool) {
+        match self {
+            Self::Decoder(config) => (config.head_dim, true),
+            Self::Encoder(config) => (config.head_dim(), false),
         }
     }
 

@@ -11,6 +11,7 @@ use super::State;
 use super::download::Messages;
 use super::{adaptations, check, comparisons, convert, operations, trainings};
 use crate::error::{Error, Result};
+use crate::eval;
 use crate::methods;
 use crate::proto::google::longrunning::Operation;
 use crate::proto::v1;
@@ -104,6 +105,13 @@ impl JobService for Jobs {
         check_evaluation("evaluation", &evaluation)?;
         self.check_datasets(&evaluation).await.map_err(|e| e.within("evaluation"))?;
         let row = self.0.store.version(&request.model).await?;
+        if let Some(norms) = &evaluation.norm_bounds
+            && !norms.adapter.is_empty()
+        {
+            let at =
+                |e: Error| Error::at(e.reason(), "evaluation.norm_bounds.adapter", e.message());
+            self.0.store.adapter(names::adapter(&norms.adapter).map_err(at)?).await.map_err(at)?;
+        }
         if evaluation.compare_with_base {
             if request.base.is_empty() {
                 return Err(Error::field("base", "missing; compare_with_base needs it").into());
@@ -280,6 +288,10 @@ pub(super) fn check_evaluation(field: &str, evaluation: &v1::Evaluation) -> Resu
     }
     if evaluation.compare_with_base && evaluation.dataset.is_empty() {
         return at("dataset", "missing; compare_with_base needs a text".to_owned());
+    }
+    if let Some(norms) = &evaluation.norm_bounds {
+        eval::norms::check(norms, usize::MAX)
+            .map_err(|e| e.within(&format!("{field}.norm_bounds")))?;
     }
     Ok(())
 }

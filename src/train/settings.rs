@@ -1,5 +1,6 @@
 //! Options of a run: the message of the API, its defaults and its limits.
 
+use super::attention::{self, Attention};
 use super::optimizer::{AdamW, Rule, Sgd};
 use super::schedule::{Schedule, Shape};
 use crate::data::sequence::{Sequence, Target};
@@ -105,6 +106,7 @@ pub struct Settings {
     /// Updates between checkpoints; by time when absent.
     pub checkpoint_every: Option<u64>,
     pub memory_bytes: Option<u64>,
+    pub attention: Attention,
 }
 
 /// Writes every default out. `learning_rate` is the method's.
@@ -137,6 +139,7 @@ pub fn resolve(training: &mut v1::Training, learning_rate: f64) {
             options.momentum.get_or_insert(0.0);
         }
     }
+    attention::resolve(training);
     training.weight_decay.get_or_insert(0.0);
     training.clip_norm.get_or_insert(1.0);
     if training.precision == TrainingPrecision::Unspecified as i32 {
@@ -223,6 +226,7 @@ impl Settings {
             keep_last: validation.keep_last,
             checkpoint_every: at_least_one("checkpoint_every", given.checkpoint_every)?,
             memory_bytes: given.memory_bytes,
+            attention: Attention::read(given)?,
         })
     }
 

@@ -5,6 +5,7 @@ pub mod activation;
 pub mod attention;
 pub mod elementwise;
 pub mod entropy;
+pub mod factored;
 pub mod norm;
 
 /// Elements that are worth a task of their own.

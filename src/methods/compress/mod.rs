@@ -10,6 +10,7 @@ pub mod grid;
 pub mod hessian;
 pub mod magnitude;
 pub mod mask;
+pub mod normal_float;
 mod options;
 mod report;
 pub mod round_to_nearest;

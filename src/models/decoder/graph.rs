@@ -8,6 +8,7 @@ use super::rotary::{Rotary, Table};
 use super::{Activation, Config, LayerKind, plan};
 use crate::error::Result;
 use crate::models::Model;
+use crate::nn::ops::attend::{Attend, Attended};
 use crate::nn::ops::{
     Angles, Attention, Function, Loss, Matrix, Network, Precision, Run, Stored, Value,
 };
@@ -19,6 +20,7 @@ pub struct Graph<'a> {
     rope: Rotary,
     local_rope: Option<Rotary>,
     stored: Stored,
+    attend: Option<Box<dyn Attend>>,
 }
 
 impl Angles for Table {
@@ -43,7 +45,14 @@ impl<'a> Graph<'a> {
             rope: rotary(&config.rope),
             local_rope: config.local_rope.as_ref().map(rotary),
             stored: Stored::new(tensors, precision, |name| norm_offset(config, name)),
+            attend: None,
         })
+    }
+
+    /// The same with attention that is computed by `attend`.
+    #[must_use]
+    pub fn with_attention(self, attend: Box<dyn Attend>) -> Self {
+        Self { attend: Some(attend), ..self }
     }
 
     pub fn config(&self) -> &'a Config {
@@ -92,17 +101,27 @@ impl<'a> Graph<'a> {
             _ => &self.rope,
         };
         let angles: Arc<dyn Angles> = rotary.upto(run.sequences.longest());
-        let turned = |which: &str| -> Result<Value> {
-            let mut y = project(which)?;
-            if config.qk_norm {
-                let width = y.width();
-                let heads = y.in_rows_of(config.head_dim);
-                y = self.norm(run, &heads, &name(&format!("{which}_norm.weight")))?;
-                y = y.in_rows_of(width);
+        let normed = |which: &str| -> Result<Value> {
+            let y = project(which)?;
+            if !config.qk_norm {
+                return Ok(y);
             }
-            run.tape.rotate(y, &angles, run.sequences.positions())
+            let width = y.width();
+            let heads = y.in_rows_of(config.head_dim);
+            let y = self.norm(run, &heads, &name(&format!("{which}_norm.weight")))?;
+            Ok(y.in_rows_of(width))
         };
-        let (q, k, v) = (turned("q")?, turned("k")?, project("v")?);
+        let turn = |y: Value| run.tape.rotate(y, &angles, run.sequences.positions());
+        // Turning is in place where nothing else holds what is turned.
+        let (mut unturned, mut turned) = (Vec::new(), Vec::new());
+        for which in ["q", "k"] {
+            let y = normed(which)?;
+            if self.attend.is_some() {
+                unturned.push(y.clone());
+            }
+            turned.push(turn(y)?);
+        }
+        let (q, k, v) = (&turned[0], &turned[1], project("v")?);
         let shape = Attention {
             heads: config.heads,
             kv_heads: config.kv_heads,
@@ -112,7 +131,13 @@ impl<'a> Graph<'a> {
             causal: true,
             window: config.layer_window(layer),
         };
-        run.tape.attention(&shape, run.sequences.ranges(), &q, &k, &v)
+        match (&self.attend, &unturned[..]) {
+            (Some(attend), [a, b]) => {
+                let (shape, unturned) = (&shape, [a, b]);
+                attend.attend(run, &Attended { layer, shape, input: x, unturned, q, k, v: &v })
+            }
+            _ => run.tape.attention(&shape, run.sequences.ranges(), q, k, &v),
+        }
     }
 
     /// RMS norm of rows.

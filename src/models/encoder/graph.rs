@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::{Activation, Config, Model, Pooling, plan};
 use crate::error::Result;
+use crate::nn::ops::attend::{Attend, Attended};
 use crate::nn::ops::{Attention, Function, Network, Precision, Run, Stored, Value};
 
 /// An encoder whose forward can be taken back.
@@ -13,6 +14,7 @@ pub struct Graph<'a> {
     model: &'a Model,
     config: &'a Config,
     stored: Stored,
+    attend: Option<Box<dyn Attend>>,
 }
 
 impl<'a> Graph<'a> {
@@ -24,7 +26,14 @@ impl<'a> Graph<'a> {
             .iter()
             .map(|(name, shape)| Ok((&name[..], plan::tensor(model, name, shape)?)))
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self { model, config, stored: Stored::new(tensors, precision, |_| 0.0) })
+        let stored = Stored::new(tensors, precision, |_| 0.0);
+        Ok(Self { model, config, stored, attend: None })
+    }
+
+    /// The same with attention that is computed by `attend`.
+    #[must_use]
+    pub fn with_attention(self, attend: Box<dyn Attend>) -> Self {
+        Self { attend: Some(attend), ..self }
     }
 
     pub fn config(&self) -> &'a Config {
@@ -105,7 +114,14 @@ impl Network for Graph<'_> {
             causal: false,
             window: None,
         };
-        let attended = tape.attention(&shape, run.sequences.ranges(), &q, &k, &v)?;
+        let attended = match &self.attend {
+            None => tape.attention(&shape, run.sequences.ranges(), &q, &k, &v)?,
+            Some(attend) => {
+                let (shape, input, unturned) = (&shape, hidden, [&q, &k]);
+                let (layer, q, k, v) = (index, &q, &k, &v);
+                attend.attend(run, &Attended { layer, shape, input, unturned, q, k, v })?
+            }
+        };
         drop((q, k, v));
         let delta = linear(&attended, "attention.output.dense")?;
         drop(attended);

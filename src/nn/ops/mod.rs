@@ -6,6 +6,7 @@
 //! went into a value is trained, nothing is kept and no gradient is taken.
 
 mod activation;
+pub mod attend;
 mod attention;
 mod buffer;
 mod head;
