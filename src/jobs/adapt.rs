@@ -172,7 +172,7 @@ impl Work<'_> {
             training: &data.training,
             validation: &data.validation,
             padding: data.padding,
-            masking: None,
+            masking: data.masking.clone(),
             random: self.random.clone(),
             folder: &self.job.kept,
             progress: &progress,
@@ -180,6 +180,9 @@ impl Work<'_> {
         };
         let updates = run.updates()?;
         let head = match data.outputs {
+            None if data.masking.is_some() => {
+                head::hidden_tokens(plan.hidden, 1.0, &self.random.child("head"))?
+            }
             None => Parameters::new(),
             Some(outputs) => head::head(outputs, plan.hidden, 1.0, &self.random.child("head"))?,
         };
@@ -300,14 +303,27 @@ impl Work<'_> {
     }
 }
 
+/// The token behind which a second text begins, for encoders that tell texts apart.
+fn separator(model: &encoder::Model) -> Result<Option<u32>> {
+    let Some(tokenizer) = model.tokenizer.as_ref().filter(|_| model.family.types > 1) else {
+        return Ok(None);
+    };
+    let (between, kind) = tokenizer.between()?;
+    Ok(between.last().copied().filter(|_| kind == 1))
+}
+
 /// The beginning of a sequence.
 fn cut(sequence: &Sequence, most: usize) -> Sequence {
+    let whole = sequence.clone();
     let mut sequence = sequence.clone();
     sequence.tokens.truncate(most);
     match &mut sequence.target {
         Target::Next(counts) => counts.truncate(most),
         Target::Tags(tags) => tags.truncate(most),
-        Target::Class(_) | Target::Value(_) => {}
+        Target::Hidden(tokens) => tokens.truncate(most),
+        // Both halves are as long as a row may be.
+        Target::Pair { .. } => return whole,
+        Target::Class(_) | Target::Value(_) | Target::Labels(_) => {}
     }
     sequence
 }
@@ -333,6 +349,7 @@ impl<'m> Network<'m> {
         };
         let mut options = pass::Options {
             checkpoint_activations: plan.settings.checkpoint_activations,
+            beta: plan.settings.beta as f32,
             ..Default::default()
         };
         let choosing = plan.settings.attention.choosing();
@@ -347,6 +364,7 @@ impl<'m> Network<'m> {
             }
             AnyModel::Encoder(model) => {
                 options.pooling = model.family.pooling;
+                options.separator = separator(model)?;
                 let graph = encoder::graph::Graph::new(model, precision)?;
                 Graph::Encoder(Arc::new(match attend {
                     None => graph,

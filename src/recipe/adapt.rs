@@ -9,7 +9,7 @@ use crate::methods::adapt::{Adapt, Cost, registry};
 use crate::models::{decoder, encoder};
 use crate::proto::v1;
 use crate::train::memory::{Estimate, Transformer};
-use crate::train::settings::{self, Precision, Settings};
+use crate::train::settings::{self, Objective, Precision, Settings};
 
 /// Outputs of a decoder's head that are computed at once, at most.
 const HEAD_ROWS: usize = 256;
@@ -96,11 +96,21 @@ impl Plan {
         let (dim, causal) = config.heads();
         let suits = settings.attention.suits(settings.max_length, dim, causal);
         suits.map_err(|e| e.within("training"))?;
-        if settings.objective == Some(settings::Objective::MaskedLm) {
-            return Err(Error::option(
-                "training.objective",
-                "the model has no head that tells hidden tokens",
-            ));
+        let encodes = matches!(config, Config::Encoder(_));
+        match settings.objective {
+            Some(Objective::MaskedLm) if !encodes => {
+                return Err(Error::option(
+                    "training.objective",
+                    "a decoder has no head that tells hidden tokens; take an encoder",
+                ));
+            }
+            Some(Objective::CausalLm | Objective::Preferences) if encodes => {
+                return Err(Error::option(
+                    "training.objective",
+                    "an encoder does not continue text; take a decoder, or masked_lm",
+                ));
+            }
+            _ => {}
         }
         let matrices = shapes.tensors.values().filter(|shape| shape.len() == 2);
         let matrices = matrices.map(|shape| shape.iter().product::<usize>() as u64).sum();
@@ -118,19 +128,30 @@ impl Plan {
         self.shapes.family == encoder::FAMILY
     }
 
+    /// Whether hidden tokens are learnt.
+    pub fn hides(&self) -> bool {
+        self.settings.objective == Some(Objective::MaskedLm)
+    }
+
     /// Refuses data that the model cannot learn from. `field` names the data set.
     pub fn suits(&self, field: &str, kind: Kind) -> Result<()> {
         let fits = match kind {
-            Kind::Text | Kind::Chat => !self.is_encoder(),
-            Kind::Classification | Kind::Regression | Kind::Tagging => self.is_encoder(),
-            Kind::Choices | Kind::Preferences => false,
+            Kind::Text => !self.is_encoder() || self.hides(),
+            Kind::Chat | Kind::Preferences => !self.is_encoder(),
+            Kind::Classification | Kind::Regression | Kind::Tagging | Kind::MultiLabel => {
+                self.is_encoder() && !self.hides()
+            }
+            Kind::Choices => false,
         };
         if fits {
             return Ok(());
         }
         let wanted = match self.is_encoder() {
-            true => "an encoder learns classes, numbers or tags",
-            false => "a decoder learns from texts or conversations",
+            true if self.hides() => "hidden tokens are learnt from texts",
+            true => {
+                "an encoder learns classes, numbers or tags, or with the objective masked_lm from texts"
+            }
+            false => "a decoder learns from texts, conversations or preferences",
         };
         let problem = format!("the data set holds {}, and {wanted}; name another one", kind.name());
         Err(Error::at(Reason::DatasetUnsuitable, field, problem))
@@ -321,11 +342,28 @@ mod tests {
             let both =
                 [&decoder, &encoder].map(|plan| plan.suits("training.dataset", kind).is_ok());
             let wanted = match kind {
-                Kind::Text | Kind::Chat => [true, false],
-                Kind::Choices | Kind::Preferences => [false, false],
+                Kind::Text | Kind::Chat | Kind::Preferences => [true, false],
+                Kind::Choices => [false, false],
                 _ => [false, true],
             };
             assert_eq!(both, wanted, "{kind:?}");
         }
+        let objective =
+            |name: &str, family| plan(json!({"lora": {}}), json!({ "objective": name }), family);
+        let masked = objective("TRAINING_OBJECTIVE_MASKED_LM", encoder::FAMILY).unwrap();
+        assert!(masked.hides() && masked.suits("d", Kind::Text).is_ok());
+        assert!(masked.suits("d", Kind::Classification).is_err());
+        for (name, family) in [
+            ("TRAINING_OBJECTIVE_MASKED_LM", "decoder"),
+            ("TRAINING_OBJECTIVE_CAUSAL_LM", encoder::FAMILY),
+            ("TRAINING_OBJECTIVE_PREFERENCES", encoder::FAMILY),
+        ] {
+            assert_eq!(field(objective(name, family)), "training.objective");
+        }
+        let fast = json!({"attention": {"factored": {}}});
+        assert_eq!(
+            field(plan(json!({"lora": {}}), fast, "decoder")),
+            "training.attention.factored"
+        );
     }
 }

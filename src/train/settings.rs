@@ -22,6 +22,8 @@ pub enum Objective {
     Classification,
     Regression,
     Tagging,
+    Preferences,
+    MultiLabel,
 }
 
 impl Objective {
@@ -32,12 +34,15 @@ impl Objective {
             Target::Class(_) => Self::Classification,
             Target::Value(_) => Self::Regression,
             Target::Tags(_) => Self::Tagging,
+            Target::Hidden(_) => Self::MaskedLm,
+            Target::Labels(_) => Self::MultiLabel,
+            Target::Pair { .. } => Self::Preferences,
         }
     }
 
     /// Whether right and wrong answers can be counted against chance.
     pub fn classifies(self) -> bool {
-        matches!(self, Self::Classification | Self::Tagging)
+        matches!(self, Self::Classification | Self::Tagging | Self::Preferences | Self::MultiLabel)
     }
 
     fn name(self) -> &'static str {
@@ -47,6 +52,8 @@ impl Objective {
             Self::Classification => "classification",
             Self::Regression => "regression",
             Self::Tagging => "tagging",
+            Self::Preferences => "learning preferences",
+            Self::MultiLabel => "classification with several classes",
         }
     }
 }
@@ -107,6 +114,8 @@ pub struct Settings {
     pub checkpoint_every: Option<u64>,
     pub memory_bytes: Option<u64>,
     pub attention: Attention,
+    /// How far preferences may lead from the reference: smaller is farther.
+    pub beta: f64,
 }
 
 /// Writes every default out. `learning_rate` is the method's.
@@ -151,6 +160,9 @@ pub fn resolve(training: &mut v1::Training, learning_rate: f64) {
     }
     if validation.patience.is_some() {
         validation.min_delta.get_or_insert(0.0);
+    }
+    if training.objective() == v1::TrainingObjective::Preferences {
+        training.beta.get_or_insert(0.1);
     }
     if training.objective() == v1::TrainingObjective::MaskedLm {
         training.mask_share.get_or_insert(0.15);
@@ -227,6 +239,10 @@ impl Settings {
             checkpoint_every: at_least_one("checkpoint_every", given.checkpoint_every)?,
             memory_bytes: given.memory_bytes,
             attention: Attention::read(given)?,
+            beta: match given.beta {
+                None => 0.1,
+                beta => positive("beta", beta)?,
+            },
         })
     }
 
@@ -299,6 +315,8 @@ fn objective(given: &v1::Training) -> Result<Option<Objective>> {
         Ok(Given::Classification) => Some(Objective::Classification),
         Ok(Given::Regression) => Some(Objective::Regression),
         Ok(Given::Tagging) => Some(Objective::Tagging),
+        Ok(Given::Preferences) => Some(Objective::Preferences),
+        Ok(Given::MultiLabel) => Some(Objective::MultiLabel),
         Err(_) => return Err(unknown("objective", given.objective)),
     })
 }

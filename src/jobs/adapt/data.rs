@@ -3,7 +3,10 @@
 use crate::data::records::{Kind, Records};
 use crate::data::sequence::{Sequence, Target};
 use crate::data::split::{Choice, split};
-use crate::data::tokenise::{Form, Options, Overlong, TagPieces, Tokeniser, tokenise};
+use crate::data::tokenise::{
+    Form, Options, Overlong, Pair, TagPieces, Tokeniser, tokenise, tokenise_pairs,
+};
+use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Reason, Result};
 use crate::jobs::recipe::signed;
 use crate::jobs::work::Job;
@@ -12,6 +15,7 @@ use crate::proto::v1;
 use crate::recipe::adapt::Plan;
 use crate::seed::Stream;
 use crate::store::names;
+use crate::train::batch::Masking;
 
 /// Tokens of a data set, at most: they are held in memory.
 const MAX_TOKENS: u64 = 1 << 27;
@@ -31,6 +35,8 @@ pub struct Data {
     /// Names of the classes or tags.
     pub labels: Vec<String>,
     pub kind: Kind,
+    /// How tokens are hidden, where that is learnt.
+    pub masking: Option<Masking>,
     pub training_facts: v1::AdaptData,
     pub validation_facts: Option<v1::AdaptData>,
     pub warnings: Vec<String>,
@@ -71,12 +77,17 @@ impl Data {
             training_facts = count(&training_facts, &sequences);
         }
         let tokenizer = model.tokenizer().ok_or_else(no_tokenizer)?;
+        let masking = match plan.hides() {
+            true => Some(masking(tokenizer, plan.settings.mask_share)?),
+            false => None,
+        };
         Ok(Self {
+            masking,
             training: sequences,
             validation,
             padding: tokenizer.pad.or(tokenizer.eos.first().copied()).unwrap_or(0),
             outputs: match kind {
-                Kind::Classification | Kind::Tagging => Some(labels.len()),
+                Kind::Classification | Kind::Tagging | Kind::MultiLabel => Some(labels.len()),
                 Kind::Regression => Some(1),
                 _ => None,
             },
@@ -141,7 +152,7 @@ fn read(
     let options = Options {
         form: if plan.is_encoder() { Form::Encoder } else { Form::Decoder },
         // The loop cuts texts itself, so that each of their tokens is predicted.
-        max_length: if row.kind == Kind::Text { MAX_TEXT } else { length },
+        max_length: if row.kind == Kind::Text && !plan.is_encoder() { MAX_TEXT } else { length },
         overlong: Overlong::Cut,
         lowercase: match model {
             AnyModel::Encoder(model) => model.family.lowercase,
@@ -152,8 +163,14 @@ fn read(
     };
     let tokeniser = Tokeniser::new(tokenizer, options).map_err(|e| e.within("training"))?;
     let records = Records::open(&source)?;
-    let (sequences, report) =
-        tokenise(records, tokeniser, &job.progress).map_err(|e| e.within(name))?;
+    let (sequences, report) = match row.kind {
+        Kind::Preferences => {
+            let (pairs, report) =
+                tokenise_pairs(records, tokeniser, &job.progress).map_err(|e| e.within(name))?;
+            (pairs.into_iter().map(joined).collect::<Result<Vec<_>>>()?, report)
+        }
+        _ => tokenise(records, tokeniser, &job.progress).map_err(|e| e.within(name))?,
+    };
     let line =
         |line: Option<u64>| line.map_or(String::new(), |l| format!(", the first in line {l}"));
     if report.cut > 0 {
@@ -181,6 +198,31 @@ fn read(
         dropped_records: signed(report.dropped),
     };
     Ok(Part { sequences, labels, kind: row.kind, facts })
+}
+
+/// A pair as one sequence.
+fn joined(pair: Pair) -> Result<Sequence> {
+    let Pair { chosen, rejected } = pair;
+    let (Target::Next(mut counts), Target::Next(more)) = (chosen.target, rejected.target) else {
+        return Err(Error::internal("sides of a pair without answers"));
+    };
+    let length = chosen.tokens.len();
+    counts.extend(more);
+    let tokens = [chosen.tokens, rejected.tokens].concat();
+    Ok(Sequence { tokens, target: Target::Pair { chosen: length, counts }, line: chosen.line })
+}
+
+/// How tokens of this tokenizer are hidden.
+fn masking(tokenizer: &Tokenizer, share: f64) -> Result<Masking> {
+    let token = tokenizer.mask().ok_or_else(|| {
+        Error::new(
+            Reason::ModelUnsuitable,
+            "the model's tokenizer has no token that stands for a hidden one; choose another objective",
+        )
+    })?;
+    let vocabulary = u32::try_from(tokenizer.vocab_size()).unwrap_or(u32::MAX);
+    let special = (0..vocabulary).filter(|id| tokenizer.is_special(*id)).collect();
+    Ok(Masking { share, token, vocabulary, special })
 }
 
 fn no_tokenizer() -> Error {

@@ -43,7 +43,9 @@ pub fn write(made: &Made, work: &Work<'_>, folder: &Path) -> Result<Written> {
         shapes: &plan.shapes,
         base: base.filter(|name| !name.is_empty()).unwrap_or(&work.base.model),
         task: match work.data.kind {
-            Kind::Classification | Kind::Regression => "SEQ_CLS",
+            Kind::Classification | Kind::Regression | Kind::MultiLabel => "SEQ_CLS",
+            // PEFT has no name for telling hidden tokens.
+            Kind::Text if plan.is_encoder() => "",
             Kind::Tagging => "TOKEN_CLS",
             _ => "CAUSAL_LM",
         },
@@ -89,10 +91,15 @@ fn head_alone(
     folder: &Path,
     names: &mut Vec<&'static str>,
 ) -> Result<()> {
+    let modules: BTreeSet<&str> = made
+        .head
+        .keys()
+        .map(|name| name.rsplit_once('.').map_or(name.as_str(), |(module, _)| module))
+        .collect();
     let config = serde_json::json!({
         "base_model_name_or_path": about.base,
-        "task_type": about.task,
-        "modules_to_save": ["classifier"],
+        "task_type": if about.task.is_empty() { None } else { Some(about.task) },
+        "modules_to_save": modules,
     });
     let serde_json::Value::Object(config) = config else {
         return Err(Error::internal("the settings of a head are no object"));

@@ -114,7 +114,7 @@ fn config(
         "r": rank,
         "rank_pattern": ranks,
         "target_modules": targets(tuned, about),
-        "task_type": about.task,
+        "task_type": if about.task.is_empty() { Value::Null } else { json!(about.task) },
         "use_dora": dora,
         "use_rslora": rslora,
     });

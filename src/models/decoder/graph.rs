@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::models::Model;
 use crate::nn::ops::attend::{Attend, Attended};
 use crate::nn::ops::{
-    Angles, Attention, Function, Loss, Matrix, Network, Precision, Run, Stored, Value,
+    Angles, Attention, Function, Head, Loss, Matrix, Network, Precision, Run, Stored, Value,
 };
 
 /// A decoder whose forward can be taken back.
@@ -87,6 +87,21 @@ impl<'a> Graph<'a> {
         }
         let head = self.stored.matrix(name)?;
         run.tape.cross_entropy(normed, &Matrix::Frozen(head), targets, cap)
+    }
+
+    /// The cross-entropies of the logits of normed states, one target a row, each for itself: `[rows, 1]`.
+    pub fn row_losses(&self, run: &Run<'_>, normed: &Value, targets: &Arc<[u32]>) -> Result<Value> {
+        let (name, cap) = (self.config.head_name(), self.config.final_softcap);
+        if let Some(trained) = self.stored.trained(run, name)? {
+            return run.tape.row_losses(normed, &Head::Trained(trained), targets, cap);
+        }
+        if run.tuning.low_rank(name)?.is_some() || run.tuning.computes(name) {
+            let logits =
+                self.stored.linear(run, normed, name.trim_end_matches(".weight"), false)?;
+            return run.tape.row_losses_of(&logits, targets, cap);
+        }
+        let head = Head::Frozen(Arc::clone(self.stored.matrix(name)?));
+        run.tape.row_losses(normed, &head, targets, cap)
     }
 
     /// Attention of normed states, before the output projection.

@@ -5,9 +5,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{Activation, Config, Model, Pooling, plan};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::ops::attend::{Attend, Attended};
-use crate::nn::ops::{Attention, Function, Network, Precision, Run, Stored, Value};
+use crate::nn::ops::{Attention, Function, Loss, Matrix, Network, Precision, Run, Stored, Value};
 
 /// An encoder whose forward can be taken back.
 pub struct Graph<'a> {
@@ -53,6 +53,30 @@ impl<'a> Graph<'a> {
         }
     }
 
+    /// The cross-entropies of what a head says of hidden tokens, summed: a linear layer, the model's
+    /// activation and a norm, trained, and the table of embeddings as outputs. `parts` are the layer's weight
+    /// and bias and the norm's weight and bias.
+    pub fn hidden_loss(
+        &self,
+        run: &Run<'_>,
+        rows: &Value,
+        parts: [&Value; 4],
+        targets: &[u32],
+    ) -> Result<Loss> {
+        let (tape, [weight, bias, scale, shift]) = (run.tape, parts);
+        let x = tape.add_bias(tape.dense(rows, weight)?, bias)?;
+        let x = tape.activation(function(self.config.activation), &x);
+        let x = tape.layer_norm(&x, scale, shift, self.config.norm_eps)?;
+        let table = "embeddings.word_embeddings.weight";
+        match self.stored.trained(run, table)? {
+            Some(table) => tape.cross_entropy(&x, &Matrix::Trained(&table), targets, None),
+            None => {
+                let table = self.stored.matrix(table)?;
+                tape.cross_entropy(&x, &Matrix::Frozen(table), targets, None)
+            }
+        }
+    }
+
     /// `norm(x + delta)`, the end of a block's half.
     fn close(&self, run: &Run<'_>, x: &Value, delta: &Value, place: &str) -> Result<Value> {
         self.norm(run, &run.tape.add(x, delta)?, place)
@@ -78,6 +102,14 @@ impl<'a> Graph<'a> {
     }
 }
 
+fn function(activation: Activation) -> Function {
+    match activation {
+        Activation::Gelu => Function::Gelu,
+        Activation::GeluTanh => Function::GeluTanh,
+        Activation::Relu => Function::Relu,
+    }
+}
+
 impl Network for Graph<'_> {
     fn blocks(&self) -> usize {
         self.config.layers
@@ -88,7 +120,10 @@ impl Network for Graph<'_> {
             plan::check_tokens(self.config, &tokens[*start..*end])
                 .map_err(|error| error.within(&format!("sequences[{i}]")))?;
         }
-        let types: Arc<[u32]> = vec![0; tokens.len()].into();
+        let types = run.sequences.types();
+        if types.len() != tokens.len() || types.iter().any(|t| *t as usize >= self.config.types) {
+            return Err(Error::internal("types of tokens do not fit the model"));
+        }
         let words = self.table(run, "word_embeddings", &tokens.into())?;
         let positions = self.table(run, "position_embeddings", run.sequences.positions())?;
         let sum = run.tape.add(&words, &positions)?;
@@ -126,12 +161,8 @@ impl Network for Graph<'_> {
         let delta = linear(&attended, "attention.output.dense")?;
         drop(attended);
         let hidden = self.close(run, hidden, &delta, &name("attention.output"))?;
-        let function = match config.activation {
-            Activation::Gelu => Function::Gelu,
-            Activation::GeluTanh => Function::GeluTanh,
-            Activation::Relu => Function::Relu,
-        };
-        let wide = tape.activation(function, &linear(&hidden, "intermediate.dense")?);
+        let wide =
+            tape.activation(function(config.activation), &linear(&hidden, "intermediate.dense")?);
         let delta = linear(&wide, "output.dense")?;
         drop(wide);
         self.close(run, &hidden, &delta, &name("output"))

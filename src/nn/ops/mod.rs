@@ -13,6 +13,7 @@ mod head;
 mod linear;
 mod network;
 mod norm;
+mod preference;
 mod rows;
 mod tape;
 #[cfg(test)]
@@ -25,4 +26,5 @@ pub use buffer::{Buffer, Pool};
 pub use head::{Loss, Matrix, Sums};
 pub use linear::{Linear, Precision};
 pub use network::{Network, Run, Sequences, Stored};
+pub use preference::{Head, Preferred};
 pub use tape::{Read, Shared, Sink, Taken, Tape, Value};
