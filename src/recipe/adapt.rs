@@ -151,7 +151,7 @@ impl Plan {
             true => {
                 "an encoder learns classes, numbers or tags, or with the objective masked_lm from texts"
             }
-            false => "a decoder learns from texts, conversations or preferences",
+            false => "a decoder learns from texts or conversations, or from preferences",
         };
         let problem = format!("the data set holds {}, and {wanted}; name another one", kind.name());
         Err(Error::at(Reason::DatasetUnsuitable, field, problem))

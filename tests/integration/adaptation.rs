@@ -37,14 +37,14 @@ fn chats() -> String {
     (0..24).map(|i| format!("{}\n", chat(i))).collect()
 }
 
-struct World {
-    service: Service,
+pub struct World {
+    pub service: Service,
     _files: TempDir,
 }
 
 impl World {
     /// A server with `models/tiny`, conversations as `datasets/chat` and a text as `datasets/prose`.
-    async fn start() -> Self {
+    pub async fn start() -> Self {
         let files = tempfile::tempdir().unwrap();
         let allowed = files.path().to_owned();
         let service = Service::start_with(|c| c.import.allow_paths = vec![allowed]).await;
@@ -57,7 +57,7 @@ impl World {
         world
     }
 
-    async fn data(
+    pub async fn data(
         &self,
         id: &str,
         file: &str,
@@ -74,11 +74,11 @@ impl World {
         import_dataset(self.service.datasets(), header, &[text.as_bytes()]).await
     }
 
-    fn adapters(&self) -> AdapterServiceClient<Channel> {
+    pub fn adapters(&self) -> AdapterServiceClient<Channel> {
         AdapterServiceClient::new(self.service.channel.clone())
     }
 
-    async fn adapt(&self, request: v1::AdaptRequest) -> Result<lro::Operation, Status> {
+    pub async fn adapt(&self, request: v1::AdaptRequest) -> Result<lro::Operation, Status> {
         let operation = self.service.jobs().adapt(request).await?.into_inner();
         if operation.done {
             return Ok(operation);
@@ -86,7 +86,7 @@ impl World {
         Ok(self.service.finished(&operation.name).await)
     }
 
-    async fn made(&self, request: v1::AdaptRequest) -> v1::AdaptReport {
+    pub async fn made(&self, request: v1::AdaptRequest) -> v1::AdaptReport {
         response(self.adapt(request).await.unwrap())
     }
 
@@ -126,7 +126,7 @@ impl World {
 }
 
 /// A request from the JSON of its method and training.
-fn request(id: &str, method: Value, training: Value) -> v1::AdaptRequest {
+pub fn request(id: &str, method: Value, training: Value) -> v1::AdaptRequest {
     v1::AdaptRequest {
         model: "models/tiny".into(),
         adapter_id: id.into(),
@@ -137,7 +137,7 @@ fn request(id: &str, method: Value, training: Value) -> v1::AdaptRequest {
     }
 }
 
-fn lora() -> Value {
+pub fn lora() -> Value {
     json!({ "lora": { "adapter": { "r": 8, "alpha": 16, "targets": ["all-linear"] } } })
 }
 
