@@ -314,16 +314,17 @@ fn separator(model: &encoder::Model) -> Result<Option<u32>> {
 
 /// The beginning of a sequence.
 fn cut(sequence: &Sequence, most: usize) -> Sequence {
-    let whole = sequence.clone();
     let mut sequence = sequence.clone();
+    if let Target::Pair { .. } = sequence.target {
+        // Both halves are as long as a row may be.
+        return sequence;
+    }
     sequence.tokens.truncate(most);
     match &mut sequence.target {
         Target::Next(counts) => counts.truncate(most),
         Target::Tags(tags) => tags.truncate(most),
         Target::Hidden(tokens) => tokens.truncate(most),
-        // Both halves are as long as a row may be.
-        Target::Pair { .. } => return whole,
-        Target::Class(_) | Target::Value(_) | Target::Labels(_) => {}
+        Target::Class(_) | Target::Value(_) | Target::Labels(_) | Target::Pair { .. } => {}
     }
     sequence
 }

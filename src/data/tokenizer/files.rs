@@ -171,8 +171,10 @@ impl Tokenizer {
     pub fn between(&self) -> Result<(Vec<u32>, u32)> {
         let (before, after) = self.around()?;
         let plain = contained(|| Ok(self.inner.encode_fast("a", false)?.get_ids().to_vec()))?;
-        let pair = contained(|| Ok(self.inner.encode_fast(("a", "a"), true)?))?;
-        let (ids, types) = (pair.get_ids(), pair.get_type_ids());
+        let (ids, types) = contained(|| {
+            let pair = self.inner.encode_fast(("a", "a"), true)?;
+            Ok((pair.get_ids().to_vec(), pair.get_type_ids().to_vec()))
+        })?;
         let fixed = before.len() + 2 * plain.len() + after.len();
         let start = before.len() + plain.len();
         let whole = ids.len() > fixed
