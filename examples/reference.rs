@@ -96,8 +96,15 @@ fn step(text: &str) -> Result<v1::Step> {
 
 /// Perplexity, and the seconds it took.
 fn measure(model: &Model, text: &str) -> Result<(f64, f64)> {
-    let subject =
-        Subject { model, states: None, base: None, text: Some(text), choices: None, disk_bytes: 0 };
+    let subject = Subject {
+        model,
+        states: None,
+        base: None,
+        text: Some(text),
+        choices: None,
+        disk_bytes: 0,
+        stored: None,
+    };
     let options = v1::Evaluation {
         dataset: EVALUATION.into(),
         context: Some(512),

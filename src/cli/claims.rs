@@ -326,7 +326,8 @@ impl Run {
         let header = DatasetHeader {
             dataset_id: super::names::short(&data.dataset).to_owned(),
             display_name: data.file.clone(),
-            kind: kind(claim, &data.dataset).into(),
+            kind: kind(claim, data).into(),
+            layout: data.layout.clone(),
             ..Default::default()
         };
         let bar = transfer::bytes_bar(context.output, bytes.len() as u64);
@@ -359,12 +360,15 @@ impl Run {
     }
 }
 
-/// What the records of a data set must be: what the comparison uses it for.
-fn kind(claim: &Claim, dataset: &str) -> DatasetKind {
+/// What the records of a data set must be: what the claim says, else what the comparison uses it for.
+fn kind(claim: &Claim, data: &ClaimData) -> DatasetKind {
+    if data.kind() != DatasetKind::Unspecified {
+        return data.kind();
+    }
     let comparison = claim.comparison.clone().unwrap_or_default();
     let arms = comparison.arms.iter().flat_map(|arm| &arm.evaluation);
     let asked = comparison.evaluation.iter().chain(arms).flat_map(|e| &e.choice);
-    match asked.into_iter().any(|choice| choice.dataset == dataset) {
+    match asked.into_iter().any(|choice| choice.dataset == data.dataset) {
         true => DatasetKind::Choices,
         false => DatasetKind::Text,
     }

@@ -7,8 +7,10 @@
 mod adapt;
 mod claim;
 pub mod compare;
+pub mod evaluate;
 mod import;
 mod memory;
+mod merge;
 mod norms;
 mod recipe;
 mod runner;
@@ -16,6 +18,7 @@ mod runner;
 mod testing;
 #[cfg(test)]
 mod tests;
+mod tuning;
 mod work;
 
 use std::collections::HashMap;

@@ -1,5 +1,6 @@
 //! Running a recipe: measure the base, take the steps, keep each one's version, measure the last.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use prost::Message;
@@ -10,7 +11,7 @@ use crate::calibrate;
 use crate::error::{Error, Result};
 use crate::methods::registry;
 use crate::models::Model;
-use crate::progress::Progress;
+use crate::progress::{Metrics, Progress};
 use crate::proto::v1;
 use crate::recipe;
 use crate::store::models::VersionRow;
@@ -166,6 +167,12 @@ pub(super) fn take_step(
     let bytes_before = model.bytes();
     let (start, peak) = (Instant::now(), Peak::start(job.handle));
     let texts = |name: &str| job.text(name);
+    // What a method measures last is what it says of its work.
+    let measured = Arc::new(Mutex::new(Metrics::new()));
+    let kept = Arc::clone(&measured);
+    let progress = &progress.and_metrics(Arc::new(move |found: &Metrics| {
+        kept.lock().unwrap_or_else(PoisonError::into_inner).clone_from(found);
+    }));
     let environment =
         recipe::run::Environment { progress, texts: &texts, calibrations, scratch: job.scratch };
     let place = (step.seed, step.index);
@@ -183,6 +190,7 @@ pub(super) fn take_step(
         warnings: outcome.warnings,
         peak_memory_bytes: signed(peak.bytes()),
         training: None,
+        measures: measured.lock().unwrap_or_else(PoisonError::into_inner).clone(),
     };
     let lineage = v1::Lineage {
         parent_digest: digest.to_owned(),

@@ -2,15 +2,13 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
 
 use prost::Message;
 use tokio::runtime::Handle;
 
-use super::{adapt, claim, compare, damaged, import, norms, recipe};
+use super::{adapt, claim, compare, damaged, evaluate, import, merge, recipe};
 use crate::data::choices::Item;
 use crate::error::{Error, Result};
-use crate::eval;
 use crate::models::Model;
 use crate::progress::Progress;
 use crate::proto::v1;
@@ -62,64 +60,6 @@ impl Job<'_> {
         self.wait(self.store.open_version(row))
     }
 
-    /// Measures a model with the data sets that the options name.
-    pub fn measure(
-        &self,
-        subject: &Measured<'_>,
-        options: &v1::Evaluation,
-        progress: &Progress,
-    ) -> Result<Vec<v1::Measurement>> {
-        let text = match options.dataset.as_str() {
-            "" => None,
-            name => Some(self.text(name)?),
-        };
-        let choices = options.choice.as_ref().map(|choice| self.items(&choice.dataset));
-        let choices = choices.transpose()?;
-        let subject = eval::Subject {
-            model: subject.model,
-            states: subject.states,
-            base: subject.base,
-            text: text.as_ref().map(|text| text.as_str()),
-            choices: choices.as_deref(),
-            disk_bytes: subject.disk_bytes,
-        };
-        eval::evaluate(&subject, options, progress)
-    }
-
-    /// Measures a stored version.
-    pub fn measure_version(
-        &self,
-        row: &VersionRow,
-        base: Option<&VersionRow>,
-        options: &v1::Evaluation,
-        progress: &Progress,
-    ) -> Result<v1::EvaluationReport> {
-        let start = Instant::now();
-        let model = self.open(row)?;
-        let base = base.map(|base| self.open(base)).transpose()?;
-        // Equal shares where there is both: how they compare is not known beforehand.
-        let (first, second) = match options.norm_bounds {
-            Some(_) => (progress.part(0.0, 0.5), progress.part(0.5, 1.0)),
-            None => (progress.clone(), progress.clone()),
-        };
-        let subject = Measured {
-            model: &model,
-            states: None,
-            base: base.as_ref().map(eval::Base::Model),
-            disk_bytes: row.total_bytes.unsigned_abs(),
-        };
-        Ok(v1::EvaluationReport {
-            version: row.name(),
-            digest: row.digest.clone(),
-            measurements: self.measure(&subject, options, &first)?,
-            norms: match &options.norm_bounds {
-                None => None,
-                Some(bounds) => Some(norms::measure(self, row, &model, bounds, &second)?),
-            },
-            seconds: start.elapsed().as_secs_f64(),
-        })
-    }
-
     /// Keeps an intermediate result for a later run of the operation.
     pub fn save(&self, name: &str, message: &impl Message) -> Result<()> {
         let value = message.encode_to_vec();
@@ -139,14 +79,6 @@ impl Job<'_> {
     }
 }
 
-/// A model to measure, see [`eval::Subject`].
-pub struct Measured<'a> {
-    pub model: &'a Model,
-    pub states: Option<&'a eval::States>,
-    pub base: Option<eval::Base<'a>>,
-    pub disk_bytes: u64,
-}
-
 /// The work on models.
 pub struct Models;
 
@@ -155,23 +87,13 @@ impl Work for Models {
         match job.operation.kind {
             Kind::Import => import::run(job),
             Kind::Recipe => recipe::run(job),
-            Kind::Evaluate => evaluate(job),
+            Kind::Evaluate => evaluate::run(job),
             Kind::Compare => compare::run(job),
             Kind::Claim => claim::run(job),
             Kind::Adapt => adapt::run(job),
+            Kind::Merge => merge::run(job),
         }
     }
-}
-
-fn evaluate(job: &Job<'_>) -> Result<Vec<u8>> {
-    let request: v1::EvaluateRequest = job.request()?;
-    let options = request.evaluation.unwrap_or_default();
-    let row = job.wait(job.store.version(&request.model))?;
-    let base = match request.base.as_str() {
-        "" => None,
-        name => Some(job.wait(job.store.version(name))?),
-    };
-    Ok(job.measure_version(&row, base.as_ref(), &options, &job.progress)?.encode_to_vec())
 }
 
 /// Resource names and object digests that an operation needs until it ends.
@@ -196,7 +118,7 @@ pub fn uses(new: &NewOperation) -> Result<Vec<String>> {
         }
         Kind::Evaluate => {
             let request = v1::EvaluateRequest::decode(request).map_err(bad)?;
-            uses.extend([request.model, request.base]);
+            uses.extend([request.model, request.base, request.adapter]);
             let norms = request.evaluation.iter().filter_map(|e| e.norm_bounds.as_ref());
             uses.extend(norms.map(|norms| norms.adapter.clone()));
             uses.extend(request.evaluation.iter().flat_map(crate::recipe::evaluation_datasets));
@@ -216,6 +138,10 @@ pub fn uses(new: &NewOperation) -> Result<Vec<String>> {
             let request = v1::AdaptRequest::decode(request).map_err(bad)?;
             uses.extend(crate::recipe::adapt::datasets(&request)?);
             uses.push(request.model);
+        }
+        Kind::Merge => {
+            let request = v1::MergeAdapterRequest::decode(request).map_err(bad)?;
+            uses.extend([request.name, request.model]);
         }
     }
     uses.retain(|resource| !resource.is_empty());

@@ -42,6 +42,16 @@ rows![
     Sparsegpt: SparseGpt,
     RoundToNearest: RoundToNearest,
     Gptq: Gptq,
+    Dsnot: Dsnot,
+    Ecoflap: Ecoflap,
+    Cfsp: Cfsp,
+    MagSp: MagSp,
+    WandaSp: WandaSp,
+    Flap: Flap,
+    Lrec: Lrec,
+    Awq: Awq,
+    LowRank: LowRank,
+    Dgq: Dgq,
     NormalFloat: NormalFloat,
 ];
 
@@ -90,6 +100,16 @@ mod tests {
             step::Method::Sparsegpt(v1::SparseGpt::default()),
             step::Method::RoundToNearest(v1::RoundToNearest::default()),
             step::Method::Gptq(v1::Gptq::default()),
+            step::Method::Dsnot(v1::Dsnot::default()),
+            step::Method::Ecoflap(v1::Ecoflap::default()),
+            step::Method::Cfsp(v1::Cfsp::default()),
+            step::Method::MagSp(v1::MagSp::default()),
+            step::Method::WandaSp(v1::WandaSp::default()),
+            step::Method::Flap(v1::Flap::default()),
+            step::Method::Lrec(v1::Lrec::default()),
+            step::Method::Awq(v1::Awq::default()),
+            step::Method::LowRank(v1::LowRank::default()),
+            step::Method::Dgq(v1::Dgq::default()),
             step::Method::NormalFloat(v1::NormalFloat::default()),
         ] {
             let step = v1::Step { method: Some(message) };

@@ -120,13 +120,17 @@ pub(super) trait Parts {
 
 impl Parts for Family {
     fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let Self::Decoder(config) = self;
-        config.tensors()
+        match self {
+            Self::Decoder(config) => config.tensors(),
+            Self::Encoder(config) => config.tensors(),
+        }
     }
 
     fn vocab(&self) -> usize {
-        let Self::Decoder(config) = self;
-        config.vocab
+        match self {
+            Self::Decoder(config) => config.vocab,
+            Self::Encoder(config) => config.vocab,
+        }
     }
 }
 

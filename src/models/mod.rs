@@ -20,6 +20,8 @@ use crate::nn::weight::{Record, Weight};
 pub enum Family {
     /// Decoder-only language models (Llama, Mistral, Qwen, Gemma and their relatives).
     Decoder(decoder::Config),
+    /// Encoders that turn texts into vectors (BERT).
+    Encoder(encoder::Config),
 }
 
 impl Family {
@@ -27,12 +29,21 @@ impl Family {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Decoder(_) => "decoder",
+            Self::Encoder(_) => encoder::FAMILY,
+        }
+    }
+
+    /// The architecture within the family, `llama` or `bert` for instance.
+    pub fn architecture(&self) -> &str {
+        match self {
+            Self::Decoder(config) => &config.architecture,
+            Self::Encoder(config) => &config.architecture,
         }
     }
 }
 
 /// A model in memory. Weights are shared: cloning a model copies no tensor. Methods, calibration and
-/// evaluation take the families of [`Family`]; [`encoder::Model`] is this with an encoder's settings.
+/// evaluation take the families of [`Family`]; [`encoder::Model`] is this with an encoder's settings alone.
 #[derive(Clone)]
 pub struct Model<F = Family> {
     pub family: F,
@@ -72,15 +83,22 @@ impl AnyModel {
     /// The architecture within the family, `llama` or `bert` for instance.
     pub fn architecture(&self) -> &str {
         match self {
-            Self::Decoder(model) => {
-                let Family::Decoder(config) = &model.family;
-                &config.architecture
-            }
+            Self::Decoder(model) => model.family.architecture(),
             Self::Encoder(model) => &model.family.architecture,
         }
     }
 
-    /// The model as one that methods change and the engine serves.
+    /// The model as one that methods change, whatever its family.
+    pub fn walked(self) -> Model {
+        match self {
+            Self::Decoder(model) => model,
+            Self::Encoder(Model { family, config, weights, tokenizer }) => {
+                Model { family: Family::Encoder(family), config, weights, tokenizer }
+            }
+        }
+    }
+
+    /// The model as one that the engine serves.
     ///
     /// # Errors
     /// `MODEL_UNSUITABLE` for an encoder.
@@ -135,7 +153,11 @@ impl AnyModel {
 
 impl From<Model> for AnyModel {
     fn from(model: Model) -> Self {
-        Self::Decoder(model)
+        let Model { family, config, weights, tokenizer } = model;
+        match family {
+            Family::Decoder(_) => Self::Decoder(Model { family, config, weights, tokenizer }),
+            Family::Encoder(family) => Self::Encoder(Model { family, config, weights, tokenizer }),
+        }
     }
 }
 
@@ -157,8 +179,8 @@ pub fn not_a_decoder(architecture: &str) -> Error {
     Error::new(
         Reason::ModelUnsuitable,
         format!(
-            "the model is an encoder ({architecture}): it embeds texts, but recipes, evaluations and \
-             generation need a decoder; name a language model, llama for instance"
+            "the model is an encoder ({architecture}): it embeds texts, but generation and measuring on \
+             texts need a decoder; name a language model, llama for instance"
         ),
     )
 }
@@ -194,10 +216,14 @@ impl<F> Model<F> {
 }
 
 impl Model {
-    /// The decoder configuration, or an error that names `what` needs it.
+    /// The decoder's configuration.
+    ///
+    /// # Errors
+    /// `MODEL_UNSUITABLE` for an encoder.
     pub fn decoder(&self) -> Result<&decoder::Config> {
         match &self.family {
             Family::Decoder(config) => Ok(config),
+            Family::Encoder(config) => Err(not_a_decoder(&config.architecture)),
         }
     }
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::files::{AnyFamily, Parts};
-use super::{AnyModel, Family, Model, ModelInfo, TensorInfo, files, not_a_decoder};
+use super::{AnyModel, Family, Model, ModelInfo, TensorInfo, files};
 use crate::error::{Error, Reason, Result};
 use crate::formats::safetensors::{self, Plan, Tensor};
 use crate::formats::{malformed, quoted};
@@ -75,12 +75,12 @@ pub fn write<F>(model: &Model<F>, lineage: &Value, folder: &Path) -> Result<Vec<
 ///
 /// # Errors
 /// `MALFORMED_FILE` for files that are missing, broken or disagree, `UNSUPPORTED_FORMAT` for versions
-/// written by a newer program, `MODEL_UNSUITABLE` for an encoder, which [`read_any`] takes.
+/// written by a newer program.
 pub fn read(files: &BTreeMap<String, PathBuf>) -> Result<Model> {
-    read_any(files)?.decoder()
+    read_any(files).map(AnyModel::walked)
 }
 
-/// Reads a version of any family; otherwise as [`read`].
+/// [`read`] for who tells the families apart.
 pub fn read_any(files: &BTreeMap<String, PathBuf>) -> Result<AnyModel> {
     let (config, family) = files::config(find(files, files::CONFIG)?)?;
     let manifest = manifest(files)?;
@@ -106,7 +106,7 @@ pub fn read_any(files: &BTreeMap<String, PathBuf>) -> Result<AnyModel> {
 pub fn read_info(files: &BTreeMap<String, PathBuf>) -> Result<ModelInfo> {
     let family = match files::config(find(files, files::CONFIG)?)?.1 {
         AnyFamily::Decoder(family) => Family::Decoder(family),
-        AnyFamily::Encoder(family) => return Err(not_a_decoder(&family.architecture)),
+        AnyFamily::Encoder(family) => Family::Encoder(family),
     };
     let manifest = manifest(files)?;
     let mut tensors = BTreeMap::new();

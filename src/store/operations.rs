@@ -30,11 +30,19 @@ pub enum Kind {
     Compare,
     Claim,
     Adapt,
+    Merge,
 }
 
 impl Kind {
-    const ALL: [Self; 6] =
-        [Self::Import, Self::Recipe, Self::Evaluate, Self::Compare, Self::Claim, Self::Adapt];
+    const ALL: [Self; 7] = [
+        Self::Import,
+        Self::Recipe,
+        Self::Evaluate,
+        Self::Compare,
+        Self::Claim,
+        Self::Adapt,
+        Self::Merge,
+    ];
 
     /// Name in the database and in `OperationMetadata`.
     pub fn name(self) -> &'static str {
@@ -45,6 +53,7 @@ impl Kind {
             Self::Compare => "compare",
             Self::Claim => "claim",
             Self::Adapt => "adapt",
+            Self::Merge => "merge",
         }
     }
 
@@ -57,6 +66,7 @@ impl Kind {
             Self::Compare => "type.googleapis.com/planish.v1.ComparisonReport",
             Self::Claim => "type.googleapis.com/planish.v1.ClaimResult",
             Self::Adapt => "type.googleapis.com/planish.v1.AdaptReport",
+            Self::Merge => "type.googleapis.com/planish.v1.MergeReport",
         }
     }
 

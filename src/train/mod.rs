@@ -27,6 +27,7 @@
 pub mod attention;
 pub mod batch;
 mod checkpoint;
+pub mod distillation;
 mod ema;
 mod gradients;
 pub mod head;
@@ -34,6 +35,7 @@ pub mod history;
 pub mod hooks;
 pub mod loss;
 pub mod memory;
+pub mod network;
 pub mod optimizer;
 pub mod order;
 pub mod parameters;

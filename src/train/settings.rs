@@ -113,6 +113,8 @@ pub struct Settings {
     /// Updates between checkpoints; by time when absent.
     pub checkpoint_every: Option<u64>,
     pub memory_bytes: Option<u64>,
+    /// Multiplies the learning rate of a new head.
+    pub head_rate: f64,
     pub attention: Attention,
     /// How far preferences may lead from the reference: smaller is farther.
     pub beta: f64,
@@ -151,6 +153,7 @@ pub fn resolve(training: &mut v1::Training, learning_rate: f64) {
     attention::resolve(training);
     training.weight_decay.get_or_insert(0.0);
     training.clip_norm.get_or_insert(1.0);
+    training.head_rate.get_or_insert(1.0);
     if training.precision == TrainingPrecision::Unspecified as i32 {
         training.precision = TrainingPrecision::F32.into();
     }
@@ -238,6 +241,7 @@ impl Settings {
             keep_last: validation.keep_last,
             checkpoint_every: at_least_one("checkpoint_every", given.checkpoint_every)?,
             memory_bytes: given.memory_bytes,
+            head_rate: positive("head_rate", given.head_rate)?,
             attention: Attention::read(given)?,
             beta: match given.beta {
                 None => 0.1,

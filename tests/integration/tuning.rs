@@ -3,6 +3,8 @@
 
 use planish::proto::google::longrunning as lro;
 use planish::proto::v1;
+use planish::proto::v1::prediction::Kind;
+use planish::proto::v1::prediction_service_client::PredictionServiceClient;
 use serde_json::{Value, json};
 use tonic::Code;
 
@@ -32,7 +34,7 @@ async fn sizes_are_measured_with_an_adapter_and_watched_in_training() {
     let training = json!({
         "dataset": "datasets/prose", "steps": 6, "batch_size": 2, "max_length": 128,
         "learning_rate": 0.05, "warmup_share": 0.0,
-        "attention": { "factored": { "eps": 1e-2, "max_features": 500 }, "watch_every": 1 },
+        "attention": { "factored": { "eps": 0.2, "max_features": 2000 }, "watch_every": 1 },
     });
     let factored = world.made(request("fast", lora(), training.clone())).await.training.unwrap();
     let metrics = &factored.points.last().unwrap().metrics;
@@ -46,7 +48,7 @@ async fn sizes_are_measured_with_an_adapter_and_watched_in_training() {
     let exact = world.made(request("exact", lora(), exact)).await.training.unwrap();
     // The same loss up to what was allowed, and not the same to the bit.
     let (near, far) = (first.loss, exact.points[0].loss);
-    assert!((near - far).abs() < 0.01 * far && near != far, "{near} {far}");
+    assert!((near - far).abs() < 0.05 * far && near != far, "{near} {far}");
     assert!(exact.points[0].metrics.is_empty());
 
     let bounds = json!({ "dataset": "datasets/prose", "sequences": 2, "tokens": 64 });
@@ -159,9 +161,58 @@ async fn an_encoder_learns_hidden_tokens_several_classes_and_pairs() {
         }
         let get = v1::GetAdapterRequest { name: report.adapter };
         let adapter = world.adapters().get_adapter(get).await.unwrap().into_inner();
-        assert_eq!(adapter.method(), v1::AdapterMethod::Head);
+        // A head for hidden tokens predicts nothing.
+        let wanted = match data {
+            "order" => v1::AdapterMethod::Lora,
+            _ => v1::AdapterMethod::Head,
+        };
+        assert_eq!(adapter.method(), wanted, "{data}");
         assert_eq!(adapter.lineage.unwrap().labels.len(), if data == "order" { 0 } else { 2 });
     }
+
+    // What was learnt is a task, and predicts; hidden tokens are neither.
+    let task = |adapter: &str, data: &str| v1::EvaluateRequest {
+        model: "models/reader".into(),
+        adapter: format!("adapters/{adapter}"),
+        evaluation: Some(v1::Evaluation {
+            task: Some(v1::TaskEvaluation {
+                dataset: format!("datasets/{data}"),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    for data in ["several", "two"] {
+        let operation = world.service.jobs().evaluate(task(data, data)).await.unwrap().into_inner();
+        let report: v1::EvaluationReport = response(world.service.finished(&operation.name).await);
+        let found = |metric: &str| report.measurements.iter().find(|m| m.metric == metric);
+        assert!(found("task_accuracy").unwrap().value > 0.7, "{data}: {report:?}");
+        assert!(found("task_loss").unwrap().value < 0.6, "{data}: {report:?}");
+    }
+    for data in ["order", "several"] {
+        let error = world.service.jobs().evaluate(task("order", data)).await.unwrap_err();
+        assert_eq!(error.code(), Code::FailedPrecondition, "{error:?}");
+    }
+    let request = |adapter: &str| v1::PredictRequest {
+        model: "models/reader".into(),
+        adapters: vec![v1::AdapterUse {
+            name: format!("adapters/{adapter}"),
+            ..Default::default()
+        }],
+        texts: vec!["w31 w41".into(), "w30 w40".into()],
+        all_scores: true,
+        ..Default::default()
+    };
+    let mut client = PredictionServiceClient::new(world.service.channel.clone());
+    let answer = client.predict(request("several")).await.unwrap().into_inner();
+    for prediction in &answer.predictions {
+        let Some(Kind::Labels(found)) = &prediction.kind else { panic!("{prediction:?}") };
+        let likely = found.scores.iter().filter(|label| label.score > 0.5).count();
+        assert_eq!((found.scores.len(), found.labels.len()), (2, likely), "{prediction:?}");
+    }
+    let error = client.predict(request("order")).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument, "{error:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

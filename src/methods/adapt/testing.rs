@@ -110,14 +110,18 @@ impl Case {
         Self::of(Model { weights, ..model }.into())
     }
 
-    pub fn model(&self) -> &AnyModel {
-        &self.model
-    }
-
     fn of(model: AnyModel) -> Self {
         let shapes = Shapes::of(&model).unwrap();
         let decoder = model.clone().decoder().ok();
         Self { model, shapes, decoder }
+    }
+
+    pub fn of_decoder(model: Model) -> Self {
+        Self::of(model.into())
+    }
+
+    pub fn model(&self) -> &AnyModel {
+        &self.model
     }
 
     pub fn shapes(&self) -> &Shapes {

@@ -357,7 +357,7 @@ mod tests {
         let losses = losses.unwrap();
         // The better answer gained 1, the worse one lost 1: a margin of 0.5 * 2.
         let pair = Preferred { rows: [0..2, 2..3], reference: [4.0, 3.0] };
-        let found = tape.preferences(&losses, &[pair.clone()], 0.5).unwrap();
+        let found = tape.preferences(&losses, std::slice::from_ref(&pair), 0.5).unwrap();
         assert!((found.sums.loss - (1.0 + (-1.0_f64).exp()).ln()).abs() < 1e-9);
         assert_eq!(found.sums.right, 1);
         // As the reference says: ln 2, and nothing is preferred.

@@ -11,8 +11,9 @@ use crate::error::{Error, Reason, Result};
 use crate::jobs::recipe::signed;
 use crate::jobs::work::Job;
 use crate::models::AnyModel;
+use crate::progress::Progress;
 use crate::proto::v1;
-use crate::recipe::adapt::Plan;
+use crate::recipe::adapt::{self, Learner, Plan};
 use crate::seed::Stream;
 use crate::store::names;
 use crate::train::batch::Masking;
@@ -51,17 +52,33 @@ struct Part {
 }
 
 impl Data {
-    pub fn read(job: &Job<'_>, model: &AnyModel, plan: &Plan, random: &Stream) -> Result<Self> {
+    pub fn read(
+        job: &Job<'_>,
+        model: &AnyModel,
+        plan: &Plan,
+        random: &Stream,
+        progress: &Progress,
+    ) -> Result<Self> {
         let mut warnings = Vec::new();
+        let reading = Reading {
+            job,
+            model,
+            max_length: plan.settings.max_length,
+            // The loop cuts texts of decoders itself, so that each of their tokens is predicted.
+            text_length: if plan.is_encoder() { plan.settings.max_length } else { MAX_TEXT },
+            hides: plan.hides(),
+            progress,
+        };
         let named = &plan.training.dataset;
-        let part = read(job, model, plan, ("training.dataset", named), None, &mut warnings)?;
+        let part = reading.read(("training.dataset", named), None, None, &mut warnings)?;
         let Part { mut sequences, labels, kind, facts } = part;
         let (mut validation, mut validation_facts) = (Vec::new(), None);
         let other = plan.training.validation.as_ref().map_or("", |v| v.dataset.as_str());
         let mut training_facts = facts;
         if !other.is_empty() {
             let field = ("training.validation.dataset", other);
-            let part = read(job, model, plan, field, Some((&labels, kind)), &mut warnings)?;
+            let same = Some((labels.as_slice(), kind));
+            let part = reading.read(field, same, None, &mut warnings)?;
             validation = part.sequences;
             validation_facts = Some(part.facts);
         } else if plan.settings.validation_share > 0.0 {
@@ -123,81 +140,134 @@ fn hold_out(
     Ok((plain(kept), plain(held)))
 }
 
-/// Reads a data set; with the classes and the kind of another one, where they must be the same.
-fn read(
+/// Records of a task, for a model that was tuned with these classes; those of the data set where there are
+/// none. Rows have `max_length` tokens at most.
+pub fn task(
     job: &Job<'_>,
     model: &AnyModel,
-    plan: &Plan,
-    (field, name): (&str, &str),
-    same: Option<(&[String], Kind)>,
-    warnings: &mut Vec<String>,
-) -> Result<Part> {
-    let at = |e: Error| Error::at(e.reason(), field, e.message());
-    let (row, mut source) =
-        job.wait(job.store.dataset_source(names::dataset(name).map_err(at)?)).map_err(at)?;
-    plan.suits(field, row.kind)?;
-    if let Some((labels, kind)) = same {
-        if kind != row.kind {
-            return Err(Error::at(
+    asked: &v1::TaskEvaluation,
+    (labels, max_length): (&[String], usize),
+    progress: &Progress,
+) -> Result<Vec<Sequence>> {
+    let reading =
+        Reading { job, model, max_length, text_length: max_length, hides: false, progress };
+    let field = ("evaluation.task.dataset", asked.dataset.as_str());
+    let most = asked.max_records.map(u64::from);
+    // Cut records are as they were in training.
+    let part = match labels {
+        [] => reading.read(field, None, most, &mut Vec::new())?,
+        labels => reading.read_as(field, Some(labels), most, &mut Vec::new())?,
+    };
+    Ok(part.sequences)
+}
+
+/// How records are read for a model.
+struct Reading<'a> {
+    job: &'a Job<'a>,
+    model: &'a AnyModel,
+    /// Tokens of a record.
+    max_length: usize,
+    /// Tokens of a text before it is learnt in pieces.
+    text_length: usize,
+    /// Whether hidden tokens are learnt.
+    hides: bool,
+    progress: &'a Progress,
+}
+
+impl Reading<'_> {
+    /// Reads a data set; with the classes and the kind of another one, where they must be the same.
+    fn read(
+        &self,
+        field: (&str, &str),
+        same: Option<(&[String], Kind)>,
+        most: Option<u64>,
+        warnings: &mut Vec<String>,
+    ) -> Result<Part> {
+        let part = self.read_as(field, same.map(|(labels, _)| labels), most, warnings)?;
+        match same {
+            Some((_, kind)) if kind != part.kind => Err(Error::at(
                 Reason::DatasetUnsuitable,
-                field,
-                format!("it holds {}, the training data {}", row.kind.name(), kind.name()),
+                field.0,
+                format!("it holds {}, the training data {}", part.kind.name(), kind.name()),
+            )),
+            _ => Ok(part),
+        }
+    }
+
+    /// Reads at most so many records of a data set, whose classes are these.
+    fn read_as(
+        &self,
+        (field, name): (&str, &str),
+        labels: Option<&[String]>,
+        most: Option<u64>,
+        warnings: &mut Vec<String>,
+    ) -> Result<Part> {
+        let Self { job, model, max_length: length, text_length, hides, progress } = self;
+        let at = |e: Error| Error::at(e.reason(), field, e.message());
+        let (row, mut source) =
+            job.wait(job.store.dataset_source(names::dataset(name).map_err(at)?)).map_err(at)?;
+        let encoder = matches!(model, AnyModel::Encoder(_));
+        adapt::suits(Learner::of(encoder, *hides), field, row.kind)?;
+        if let Some(most) = most {
+            let before = source.layout.max_records.unwrap_or(u64::MAX);
+            source.layout.max_records = Some(before.min(most));
+        }
+        if let Some(labels) = labels
+            && matches!(row.kind, Kind::Classification | Kind::Tagging | Kind::MultiLabel)
+        {
+            source.layout.labels = labels.to_vec();
+        }
+        let labels = source.layout.labels.clone();
+        let tokenizer = model.tokenizer().ok_or_else(no_tokenizer)?;
+        let options = Options {
+            form: if encoder { Form::Encoder } else { Form::Decoder },
+            max_length: if row.kind == Kind::Text { *text_length } else { *length },
+            overlong: Overlong::Cut,
+            lowercase: match model {
+                AnyModel::Encoder(model) => model.family.lowercase,
+                AnyModel::Decoder(_) => false,
+            },
+            tag_pieces: TagPieces::First,
+            max_tokens: MAX_TOKENS,
+        };
+        let tokeniser = Tokeniser::new(tokenizer, options).map_err(|e| e.within("training"))?;
+        let records = Records::open(&source)?;
+        let (sequences, report) = match row.kind {
+            Kind::Preferences => {
+                let (pairs, report) =
+                    tokenise_pairs(records, tokeniser, progress).map_err(|e| e.within(name))?;
+                (pairs.into_iter().map(joined).collect::<Result<Vec<_>>>()?, report)
+            }
+            _ => tokenise(records, tokeniser, progress).map_err(|e| e.within(name))?,
+        };
+        let line =
+            |line: Option<u64>| line.map_or(String::new(), |l| format!(", the first in line {l}"));
+        if report.cut > 0 {
+            warnings.push(format!(
+                "{} of {} records of {name} are longer than max_length, {length}, and lose their end{}",
+                report.cut,
+                report.records,
+                line(report.first_cut)
             ));
         }
-        source.layout.labels = labels.to_vec();
-    }
-    let labels = source.layout.labels.clone();
-    let tokenizer = model.tokenizer().ok_or_else(no_tokenizer)?;
-    let length = plan.settings.max_length;
-    let options = Options {
-        form: if plan.is_encoder() { Form::Encoder } else { Form::Decoder },
-        // The loop cuts texts itself, so that each of their tokens is predicted.
-        max_length: if row.kind == Kind::Text && !plan.is_encoder() { MAX_TEXT } else { length },
-        overlong: Overlong::Cut,
-        lowercase: match model {
-            AnyModel::Encoder(model) => model.family.lowercase,
-            AnyModel::Decoder(_) => false,
-        },
-        tag_pieces: TagPieces::First,
-        max_tokens: MAX_TOKENS,
-    };
-    let tokeniser = Tokeniser::new(tokenizer, options).map_err(|e| e.within("training"))?;
-    let records = Records::open(&source)?;
-    let (sequences, report) = match row.kind {
-        Kind::Preferences => {
-            let (pairs, report) =
-                tokenise_pairs(records, tokeniser, &job.progress).map_err(|e| e.within(name))?;
-            (pairs.into_iter().map(joined).collect::<Result<Vec<_>>>()?, report)
+        if report.dropped > 0 {
+            warnings.push(format!(
+                "{} of {} records of {name} have nothing left to learn and are passed over{}",
+                report.dropped,
+                report.records,
+                line(report.first_dropped)
+            ));
         }
-        _ => tokenise(records, tokeniser, &job.progress).map_err(|e| e.within(name))?,
-    };
-    let line =
-        |line: Option<u64>| line.map_or(String::new(), |l| format!(", the first in line {l}"));
-    if report.cut > 0 {
-        warnings.push(format!(
-            "{} of {} records of {name} are longer than max_length, {length}, and lose their end{}",
-            report.cut,
-            report.records,
-            line(report.first_cut)
-        ));
+        let facts = v1::AdaptData {
+            dataset: name.to_owned(),
+            records: signed(report.records),
+            sequences: signed(report.sequences),
+            tokens: signed(report.tokens),
+            cut_records: signed(report.cut),
+            dropped_records: signed(report.dropped),
+        };
+        Ok(Part { sequences, labels, kind: row.kind, facts })
     }
-    if report.dropped > 0 {
-        warnings.push(format!(
-            "{} of {} records of {name} have nothing left to learn and are passed over{}",
-            report.dropped,
-            report.records,
-            line(report.first_dropped)
-        ));
-    }
-    let facts = v1::AdaptData {
-        dataset: name.to_owned(),
-        records: signed(report.records),
-        sequences: signed(report.sequences),
-        tokens: signed(report.tokens),
-        cut_records: signed(report.cut),
-        dropped_records: signed(report.dropped),
-    };
-    Ok(Part { sequences, labels, kind: row.kind, facts })
 }
 
 /// A pair as one sequence.
