@@ -6,8 +6,8 @@ use rand::{Rng, RngCore};
 use crate::error::Result;
 use crate::nn::dtype::Dtype;
 use crate::nn::weight::{
-    Dense, DualGrained, Ggml, GgmlType, Grouped, GroupedSpec, RowGroupValues, RowGroups, Sparse,
-    ValueFormat, Weight,
+    Dense, DualGrained, Ggml, GgmlType, Grouped, GroupedSpec, Nf4, RowGroupValues, RowGroups,
+    Sparse, ValueFormat, Weight,
 };
 use crate::seed::Stream;
 
@@ -33,6 +33,8 @@ pub enum Layout {
     },
     /// 4-bit groups inside 8-bit rows.
     DualGrained,
+    /// 4-bit normal floats.
+    Nf4,
 }
 
 /// Inputs that share a scale, in layouts that leave the choice.
@@ -58,6 +60,7 @@ impl Layout {
         }
         all.push(("grouped-4-symmetric".to_owned(), Self::Grouped(grid(4, true))));
         all.push(("dual-grained".to_owned(), Self::DualGrained));
+        all.push(("nf4".to_owned(), Self::Nf4));
         for (name, values) in [
             ("f16", ValueFormat::F16),
             ("bf16", ValueFormat::BF16),
@@ -87,7 +90,7 @@ impl Layout {
         let cols = cols.next_multiple_of(match self {
             Self::Ggml(kind) => kind.block_elements(),
             Self::Grouped(spec) => spec.group,
-            Self::NOfM { .. } | Self::Bitmap(_) | Self::DualGrained => GROUP,
+            Self::NOfM { .. } | Self::Bitmap(_) | Self::DualGrained | Self::Nf4 => GROUP,
             Self::Dense(_) | Self::RowGroups { .. } => 1,
         });
         let shape = [rows, cols];
@@ -130,6 +133,7 @@ impl Layout {
                 Weight::RowGroups(RowGroups::from_dense(shape, &values, ROWS, format)?)
             }
             Self::DualGrained => Weight::DualGrained(DualGrained::round(shape, GROUP, &values)?),
+            Self::Nf4 => Weight::Nf4(Nf4::round(shape, &values)?),
         })
     }
 }

@@ -3,6 +3,7 @@
 //!
 //! Everything here computes with the threads that the program computes with, [`threads`].
 
+pub mod attention;
 pub mod cost;
 pub mod embed;
 pub mod kernels;

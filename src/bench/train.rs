@@ -109,7 +109,8 @@ pub fn measure(mut model: AnyModel, run: Run) -> Result<Train> {
         AnyModel::Decoder(model) => {
             let config = model.decoder()?;
             fits(&run, config.max_positions)?;
-            let adapters = Adapters::new(&config.tensors(), &run, |name| name.contains("_proj."))?;
+            let linear = |name: &str| name.contains("_proj.");
+            let adapters = Adapters::of(&config.tensors(), (&run.targets, run.rank), linear)?;
             let graph = decoder::graph::Graph::new(model, precision)?;
             let pass = Pass::decoder(graph, &adapters, options);
             steps(&pass, &adapters.parameters, run, config.vocab, &|length, _| {
@@ -120,7 +121,7 @@ pub fn measure(mut model: AnyModel, run: Run) -> Result<Train> {
             let config = &model.family;
             fits(&run, config.max_positions)?;
             let linear = |name: &str| name.starts_with("encoder.layer.");
-            let mut adapters = Adapters::new(&config.tensors(), &run, linear)?;
+            let mut adapters = Adapters::of(&config.tensors(), (&run.targets, run.rank), linear)?;
             adapters.add_head(config.hidden)?;
             let graph = encoder::graph::Graph::new(model, precision)?;
             let pass = Pass::encoder(graph, &adapters, options);
@@ -290,19 +291,20 @@ fn descend(parameters: &Parameters, gradients: &Gradients, count: u64) -> Result
 }
 
 /// Low-rank adapters as LoRA starts them: what they add is nothing at first.
-struct Adapters {
+pub(super) struct Adapters {
     parameters: Parameters,
     factors: BTreeMap<String, LowRank>,
 }
 
 impl Adapters {
-    fn new(
+    /// Of `rank` on the linear layers that are called so.
+    pub(super) fn of(
         tensors: &[(String, Vec<usize>)],
-        run: &Run,
+        (targets, rank): (&[String], usize),
         linear: impl Fn(&str) -> bool,
     ) -> Result<Self> {
         let mut all = Self { parameters: Parameters::new(), factors: BTreeMap::new() };
-        let wanted = |name: &str| run.targets.iter().any(|target| name.contains(target));
+        let wanted = |name: &str| targets.iter().any(|target| name.contains(target));
         for (name, shape) in tensors {
             let &[rows, cols] = &shape[..] else { continue };
             if !linear(name) || !wanted(name) {
@@ -311,17 +313,22 @@ impl Adapters {
             let mut rng = Stream::root(1).child(name).rng();
             let bound = 1.0 / (cols as f32).sqrt();
             let a: Vec<f32> =
-                (0..run.rank * cols).map(|_| bound * (2.0 * rng.random::<f32>() - 1.0)).collect();
-            let a = all.add(format!("{name}.a"), &[run.rank, cols], a)?;
-            let b = all.add(format!("{name}.b"), &[rows, run.rank], vec![0.0; rows * run.rank])?;
+                (0..rank * cols).map(|_| bound * (2.0 * rng.random::<f32>() - 1.0)).collect();
+            let a = all.add(format!("{name}.a"), &[rank, cols], a)?;
+            let b = all.add(format!("{name}.b"), &[rows, rank], vec![0.0; rows * rank])?;
             let change = LowRank { a, b, rows: None, scale: 2.0, dropout: None };
             all.factors.insert(name.clone(), change);
         }
         if all.factors.is_empty() {
-            let message = format!("no linear layer of the model is called {:?}", run.targets);
+            let message = format!("no linear layer of the model is called {targets:?}");
             return Err(Error::field("targets", message));
         }
         Ok(all)
+    }
+
+    /// What is trained.
+    pub(super) fn parameters(&self) -> &Parameters {
+        &self.parameters
     }
 
     fn add(&mut self, name: String, dims: &[usize], values: Vec<f32>) -> Result<Tensor> {

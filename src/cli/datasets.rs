@@ -65,6 +65,8 @@ pub enum Kind {
     Tagging,
     /// Prompts with a better and a worse answer
     Preferences,
+    /// Texts with any number of classes each
+    MultiLabel,
 }
 
 impl From<Kind> for DatasetKind {
@@ -77,6 +79,7 @@ impl From<Kind> for DatasetKind {
             Kind::Regression => Self::Regression,
             Kind::Tagging => Self::Tagging,
             Kind::Preferences => Self::Preferences,
+            Kind::MultiLabel => Self::MultiLabel,
         }
     }
 }
@@ -87,7 +90,10 @@ pub struct LayoutArgs {
     /// The text; of tagged sentences the words
     #[arg(long, value_name = "COLUMN", help_heading = "Columns")]
     text_column: Option<String>,
-    /// The class, the number, or the tags
+    /// A second text that is read together with the first
+    #[arg(long, value_name = "COLUMN", help_heading = "Columns")]
+    second_text_column: Option<String>,
+    /// The class, the number, or the tags or classes
     #[arg(long, value_name = "COLUMN", help_heading = "Columns")]
     label_column: Option<String>,
     /// What is asked
@@ -144,6 +150,7 @@ impl LayoutArgs {
         };
         Ok(DatasetLayout {
             text_column: self.text_column.unwrap_or_default(),
+            second_text_column: self.second_text_column.unwrap_or_default(),
             label_column: self.label_column.unwrap_or_default(),
             prompt_column: self.prompt_column.unwrap_or_default(),
             input_column: self.input_column.unwrap_or_default(),
@@ -257,6 +264,7 @@ fn show(context: &Context, dataset: &Dataset) -> Result<()> {
     }
     let columns: Vec<String> = [
         ("text", &layout.text_column),
+        ("second text", &layout.second_text_column),
         ("label", &layout.label_column),
         ("prompt", &layout.prompt_column),
         ("input", &layout.input_column),
@@ -305,5 +313,6 @@ fn kind(dataset: &Dataset) -> &'static str {
         DatasetKind::Regression => "regression",
         DatasetKind::Tagging => "tagging",
         DatasetKind::Preferences => "preferences",
+        DatasetKind::MultiLabel => "multi_label",
     }
 }

@@ -15,6 +15,7 @@ mod jobs;
 mod methods;
 mod models;
 mod names;
+mod norms;
 mod output;
 mod own;
 mod predict;

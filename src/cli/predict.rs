@@ -94,6 +94,11 @@ fn shown(text: &str, prediction: &Prediction) -> Vec<Vec<String>> {
         Some(Kind::Classification(class)) => {
             vec![row(text, class.label.clone(), format!("{:.3}", class.score), &class.scores)]
         }
+        Some(Kind::Labels(found)) => {
+            let names: Vec<_> = found.labels.iter().map(|l| l.label.as_str()).collect();
+            let scores: Vec<_> = found.labels.iter().map(|l| format!("{:.3}", l.score)).collect();
+            vec![row(text, names.join(", "), scores.join(", "), &found.scores)]
+        }
         Some(Kind::Tagging(tags)) => {
             let word = |w: &crate::proto::v1::WordTag| {
                 row(&w.word, w.tag.clone(), format!("{:.3}", w.score), &w.scores)

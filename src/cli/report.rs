@@ -7,6 +7,7 @@ use serde_json::json;
 use super::Context;
 use super::error::Result;
 use super::names::short_model;
+use super::norms;
 use super::output::{self, decode, size, table};
 use crate::eval::{format, metrics};
 use crate::proto::google::longrunning::{Operation, operation};
@@ -288,6 +289,9 @@ pub fn evaluation(report: &EvaluationReport) -> Result<()> {
         .map(|m| vec![m.metric.replace('_', " "), format::measurement(m), m.protocol.clone()])
         .collect();
     output::line(table(&["metric", "value", "measured with"], &[1], rows))?;
+    if let Some(norms) = &report.norms {
+        output::line(format!("\n{}", norms::text(norms)))?;
+    }
     output::line(format!(
         "\n{} measured in {}",
         short_model(&report.version),

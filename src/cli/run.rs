@@ -10,7 +10,8 @@ use super::names::{ModelName, resource};
 use super::{output, report, watch};
 use crate::proto::google::longrunning::Operation;
 use crate::proto::v1::{
-    ChoiceEvaluation, EvaluateRequest, Evaluation, RunRecipeRequest, TaskEvaluation,
+    ChoiceEvaluation, EvaluateRequest, Evaluation, FactoredAttention, NormBounds, RunRecipeRequest,
+    TaskEvaluation,
 };
 use crate::recipe;
 
@@ -69,6 +70,21 @@ pub struct EvaluateArgs {
     /// Records taken from the start of the task [default: all]
     #[arg(long, requires = "task")]
     max_records: Option<u32>,
+    /// Measure sizes of queries and keys on this text, and what they say of fast gradients
+    #[arg(long, value_name = "NAME")]
+    norms: Option<String>,
+    /// Sequences to measure sizes on [default: 16]
+    #[arg(long, value_name = "N", requires = "norms")]
+    norm_sequences: Option<u32>,
+    /// Tokens of each [default: 512]
+    #[arg(long, value_name = "N", requires = "norms")]
+    norm_tokens: Option<u32>,
+    /// Measure sizes with this adapter and without
+    #[arg(long, value_name = "NAME", requires = "norms")]
+    norm_adapter: Option<String>,
+    /// Directions that queries and keys would be projected on before gradients are factored
+    #[arg(long, value_name = "N", requires = "norms")]
+    norm_project: Option<u32>,
     #[command(flatten)]
     job: JobArgs,
 }
@@ -126,6 +142,19 @@ impl EvaluateArgs {
                     dataset: resource("datasets", &name),
                     max_records: self.max_records,
                     max_length: None,
+                }),
+                norm_bounds: self.norms.map(|name| NormBounds {
+                    dataset: resource("datasets", &name),
+                    sequences: self.norm_sequences,
+                    tokens: self.norm_tokens,
+                    adapter: self
+                        .norm_adapter
+                        .map(|name| resource("adapters", &name))
+                        .unwrap_or_default(),
+                    factored: self.norm_project.map(|project| FactoredAttention {
+                        project_d: Some(project),
+                        ..Default::default()
+                    }),
                 }),
                 ..Default::default()
             }),

@@ -14,6 +14,13 @@ pub enum Target {
     /// The index of a tag for each token; `None` where no tag is wanted (special tokens, later pieces of a
     /// word).
     Tags(Vec<Option<u32>>),
+    /// The indices of any number of classes.
+    Labels(Vec<u32>),
+    /// For each place the token that stood there before it was hidden; `None` where none was.
+    Hidden(Vec<Option<u32>>),
+    /// Two sequences one after the other, of which the first is preferred: its tokens, and `true` at `i` where
+    /// predicting token `i` counts, as in [`Target::Next`], for both.
+    Pair { chosen: usize, counts: Vec<bool> },
 }
 
 /// A tokenised record.

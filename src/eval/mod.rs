@@ -7,6 +7,7 @@ pub mod counts;
 pub mod format;
 mod likelihood;
 pub mod metrics;
+pub mod norms;
 mod products;
 mod speed;
 pub mod task;
@@ -86,6 +87,7 @@ pub fn check_encoder(options: &v1::Evaluation) -> Result<()> {
         ("choice", options.choice.is_some()),
         ("counts", options.counts),
         ("kernels", options.kernels),
+        ("norm_bounds", options.norm_bounds.is_some()),
     ];
     if let Some((field, _)) = asked.into_iter().find(|(_, asked)| *asked) {
         let problem = "is measured of decoders; of an encoder sizes and a task are";

@@ -52,16 +52,23 @@ pub fn measure(
     );
     let pass = subject.network.pass(subject.tuning);
     let message = "measuring the task";
-    if let Target::Next(_) = first.target {
-        let mut found = Vec::with_capacity(records.len());
+    if let Target::Next(_) | Target::Pair { .. } = first.target {
+        let (mut found, mut right) = (Vec::with_capacity(records.len()), Vec::new());
         for (i, record) in records.iter().enumerate() {
             progress.report(i as f64 / records.len() as f64, message)?;
             let sums = pass.loss(&[record], subject.head)?;
             if sums.count > 0 {
                 found.push(sums.mean());
+                right.push(sums.accuracy());
             }
         }
-        return Ok(vec![losses(found, &protocol)?]);
+        let mut out = Vec::new();
+        if let Target::Pair { .. } = first.target {
+            // Preferred by more than the model that is not tuned.
+            out.push(TASK_ACCURACY.sampled(right, &protocol));
+        }
+        out.push(losses(found, &protocol)?);
+        return Ok(out);
     }
     let mut scores = Vec::new();
     for (i, batch) in records.chunks(BATCH).enumerate() {
@@ -92,7 +99,21 @@ pub fn measure(
             let wanted: Vec<u32> = tags.filter_map(|tag| *tag).collect();
             classes(&scores, outputs, &wanted, &protocol)
         }
-        Target::Next(_) => Err(Error::internal("texts have no scores")),
+        Target::Labels(_) => {
+            let wanted: Vec<&[u32]> = records
+                .iter()
+                .filter_map(|record| match &record.target {
+                    Target::Labels(classes) => Some(classes.as_slice()),
+                    _ => None,
+                })
+                .collect();
+            several(&scores, outputs, &wanted, &protocol)
+        }
+        Target::Hidden(_) => Err(Error::new(
+            Reason::ModelUnsuitable,
+            "hidden tokens are no task; measure how they are told by the validation of a training",
+        )),
+        Target::Next(_) | Target::Pair { .. } => Err(Error::internal("texts have no scores")),
     }
 }
 
@@ -134,6 +155,44 @@ pub fn classes(
     out.extend(f1.map(|f1| TASK_MACRO_F1.measured(f1, protocol)));
     out.push(TASK_LOSS.measured(loss, protocol));
     Ok(out)
+}
+
+/// `task_accuracy` (exactly the classes whose scores are positive) and `task_loss` (cross-entropy of the
+/// sigmoid in nats, the mean over the classes) of scores `[records, outputs]`, for records with any number of
+/// classes.
+///
+/// # Errors
+/// INTERNAL for another number of scores, NON_FINITE for scores that are not finite.
+pub fn several(
+    scores: &[f32],
+    outputs: usize,
+    wanted: &[&[u32]],
+    protocol: &str,
+) -> Result<Vec<v1::Measurement>> {
+    if outputs == 0 || scores.len() != wanted.len().saturating_mul(outputs) {
+        return Err(Error::internal(format!(
+            "{} scores for {} records of {outputs} classes",
+            scores.len(),
+            wanted.len()
+        )));
+    }
+    let (mut right, mut found) = (Vec::new(), Vec::new());
+    for (row, classes) in scores.chunks_exact(outputs).zip(wanted) {
+        let (mut all, mut loss) = (true, 0.0);
+        for (class, score) in row.iter().enumerate() {
+            let (z, has) = (f64::from(*score), classes.contains(&(class as u32)));
+            all &= (z > 0.0) == has;
+            let wanted = if has { z } else { 0.0 };
+            // Maxima pass over what is not a number.
+            loss += if z.is_nan() { z } else { z.max(0.0) - wanted + (-z.abs()).exp().ln_1p() };
+        }
+        // A class that the head does not know is wrong.
+        all &= classes.iter().all(|class| (*class as usize) < outputs);
+        right.push(f64::from(u8::from(all)));
+        found.push(loss / outputs as f64);
+    }
+    let loss = losses(found, protocol)?;
+    Ok(vec![TASK_ACCURACY.sampled(right, protocol), loss])
 }
 
 /// `task_loss` of numbers: their squared errors.
@@ -207,6 +266,23 @@ mod tests {
         assert!((value(&found, "task_loss") - loss).abs() < 1e-6);
         assert!(classes(&scores, 3, &[0, 0, 1, 1], "p").is_err());
         let broken = classes(&[f32::NAN, 0.0], 2, &[0], "p").unwrap_err();
+        assert_eq!(broken.reason(), Reason::NonFinite);
+    }
+
+    #[test]
+    fn several_classes_are_right_together() {
+        // Sigmoids of 3/4 and 1/2; of 1/4 and 3/4.
+        let three = 3f32.ln();
+        let scores = [three, 0.0, -three, three];
+        let found = several(&scores, 2, &[&[0], &[0, 1]], "p").unwrap();
+        assert_eq!(found[0].samples, [1.0, 0.0]);
+        let first = ((4.0f64 / 3.0).ln() + 2f64.ln()) / 2.0;
+        let second = (4f64.ln() + (4.0f64 / 3.0).ln()) / 2.0;
+        assert!((found[1].samples[0] - first).abs() < 1e-6);
+        assert!((value(&found, "task_loss") - (first + second) / 2.0).abs() < 1e-6);
+        assert_eq!(several(&scores[..2], 2, &[&[0, 7]], "p").unwrap()[0].value, 0.0);
+        assert!(several(&scores, 3, &[&[], &[]], "p").is_err());
+        let broken = several(&[f32::NAN, 0.0], 2, &[&[0]], "p").unwrap_err();
         assert_eq!(broken.reason(), Reason::NonFinite);
     }
 

@@ -28,7 +28,8 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
         (base.family.as_str(), &base.config),
     )?;
     job.progress.report(0.0, "reading the data")?;
-    let model = job.wait(job.store.open_any_version(&base))?;
+    let mut model = job.wait(job.store.open_any_version(&base))?;
+    let prepared = plan.method()?.prepare(model.weights_mut(), &plan.shapes)?;
     let random = Stream::root(request.seed).child("adapt");
     let data = Data::read(job, &model, &plan, &random, &job.progress)?;
     let weights_digest = base.weights_digest();
@@ -49,6 +50,7 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
     let written = work.write(&made, &base.model, job.scratch)?;
     let mut warnings = plan.cost.warnings.clone();
     warnings.extend(data.warnings.iter().cloned());
+    warnings.extend(prepared);
     if !written.served && !warnings.iter().any(|w| w == NOT_SERVED) {
         warnings.push(NOT_SERVED.to_owned());
     }

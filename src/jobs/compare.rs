@@ -518,6 +518,9 @@ impl Work<'_> {
             (model.family(), model.config()),
         )
         .map_err(within)?;
+        let mut model = model.clone();
+        let prepared = plan.method()?.prepare(model.weights_mut(), &plan.shapes).map_err(within)?;
+        let model = &model;
         // As an adaptation with this seed alone would have it.
         let random = Stream::root(seed).child("adapt");
         let peak = Peak::start(job.handle);
@@ -537,7 +540,8 @@ impl Work<'_> {
             kept: &kept,
             progress: &training,
         };
-        let trained = work.train().map_err(within)?;
+        let mut trained = work.train().map_err(within)?;
+        trained.report.warnings.extend(prepared);
         let peak_bytes = peak.bytes();
         let folder = tempfile::Builder::new().prefix("adapter-").tempdir_in(job.scratch)?;
         let name = names::version(&self.base.name())?.0.to_owned();

@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use prost::Message;
 
-use super::tuning;
 use super::work::Job;
+use super::{norms, tuning};
 use crate::error::{Error, Reason, Result};
 use crate::eval::{self, task};
 use crate::methods::adapt::tuned::Tuned;
@@ -16,6 +16,7 @@ use crate::proto::v1;
 use crate::store::adapters::AdapterRow;
 use crate::store::models::VersionRow;
 use crate::store::names;
+use crate::train::head::HEAD_WEIGHT;
 use crate::train::network::Network;
 use crate::train::parameters::Parameters;
 
@@ -38,7 +39,7 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
     }
     let start = Instant::now();
     let adapter = job.wait(job.store.adapter(names::adapter(&request.adapter)?))?;
-    let measurements = with_adapter(job, &row, base.as_ref(), &adapter, &options)?;
+    let (measurements, norms) = with_adapter(job, &row, base.as_ref(), &adapter, &options)?;
     let report = v1::EvaluationReport {
         version: row.name(),
         digest: row.digest.clone(),
@@ -46,6 +47,7 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
         seconds: start.elapsed().as_secs_f64(),
         adapter: adapter.name(),
         adapter_digest: adapter.digest,
+        norms,
     };
     Ok(report.encode_to_vec())
 }
@@ -70,7 +72,7 @@ fn with_adapter(
     base: Option<&VersionRow>,
     adapter: &AdapterRow,
     options: &v1::Evaluation,
-) -> Result<Vec<v1::Measurement>> {
+) -> Result<(Vec<v1::Measurement>, Option<v1::NormReport>)> {
     fits(adapter, row)?;
     job.progress.report(0.0, "reading the adapter")?;
     let model = job.wait(job.store.open_any_version(row))?;
@@ -85,7 +87,19 @@ fn with_adapter(
         max_length: lineage.training.and_then(|t| t.max_length).map(|length| length as usize),
         disk_bytes: row.total_bytes.unsigned_abs(),
     };
-    job.measure_adapted(&adapted, base.as_ref().map(eval::Base::Model), options, &job.progress)
+    let (first, second) = halves(options, &job.progress);
+    let base = base.as_ref().map(eval::Base::Model);
+    let measurements = job.measure_adapted(&adapted, base, options, &first)?;
+    Ok((measurements, job.norms(row, &model, options, &second)?))
+}
+
+/// Shares of the measurements and of the sizes of queries and keys, equal ones where there is both: how they
+/// compare is not known beforehand.
+fn halves(options: &v1::Evaluation, progress: &Progress) -> (Progress, Progress) {
+    match options.norm_bounds {
+        Some(_) => (progress.part(0.0, 0.5), progress.part(0.5, 1.0)),
+        None => (progress.clone(), progress.clone()),
+    }
 }
 
 /// A model to measure, see [`eval::Subject`].
@@ -219,7 +233,7 @@ impl Job<'_> {
         progress: &Progress,
     ) -> Result<Vec<v1::Measurement>> {
         let model = adapted.model;
-        if matches!(model, AnyModel::Encoder(_)) && adapted.head.is_empty() {
+        if matches!(model, AnyModel::Encoder(_)) && !adapted.head.contains_key(HEAD_WEIGHT) {
             return Err(Error::at(
                 Reason::ModelUnsuitable,
                 "evaluation.task",
@@ -239,6 +253,27 @@ impl Job<'_> {
         task::measure(&subject, &records, &asked.dataset, progress)
     }
 
+    /// Sizes of queries and keys, where asked for.
+    fn norms(
+        &self,
+        row: &VersionRow,
+        model: &AnyModel,
+        options: &v1::Evaluation,
+        progress: &Progress,
+    ) -> Result<Option<v1::NormReport>> {
+        match (&options.norm_bounds, model) {
+            (None, _) => Ok(None),
+            (Some(bounds), AnyModel::Decoder(model)) => {
+                norms::measure(self, row, model, bounds, progress).map(Some)
+            }
+            (Some(_), AnyModel::Encoder(_)) => Err(Error::at(
+                Reason::ModelUnsuitable,
+                "evaluation.norm_bounds",
+                "is measured of decoders; of an encoder sizes and a task are",
+            )),
+        }
+    }
+
     /// Measures a stored version.
     pub fn measure_version(
         &self,
@@ -252,10 +287,11 @@ impl Job<'_> {
         let base = base.map(|base| self.open(base)).transpose()?;
         let base = base.as_ref().map(eval::Base::Model);
         let disk_bytes = row.total_bytes.unsigned_abs();
+        let (first, second) = halves(options, progress);
         let measurements = match &model {
             AnyModel::Decoder(model) => {
                 let subject = Measured { model, states: None, base, disk_bytes };
-                self.measure(&subject, options, progress)?
+                self.measure(&subject, options, &first)?
             }
             AnyModel::Encoder(_) => {
                 let adapted = Adapted {
@@ -266,13 +302,14 @@ impl Job<'_> {
                     max_length: None,
                     disk_bytes,
                 };
-                self.measure_adapted(&adapted, base, options, progress)?
+                self.measure_adapted(&adapted, base, options, &first)?
             }
         };
         Ok(v1::EvaluationReport {
             version: row.name(),
             digest: row.digest.clone(),
             measurements,
+            norms: self.norms(row, &model, options, &second)?,
             seconds: start.elapsed().as_secs_f64(),
             ..Default::default()
         })

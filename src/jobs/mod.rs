@@ -11,6 +11,7 @@ pub mod evaluate;
 mod import;
 mod memory;
 mod merge;
+mod norms;
 mod recipe;
 mod runner;
 #[cfg(test)]

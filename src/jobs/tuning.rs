@@ -5,6 +5,7 @@ mod files;
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 pub use self::data::{Data, task};
@@ -25,6 +26,7 @@ use crate::recipe::adapt::Plan;
 use crate::seed::Stream;
 use crate::store::adapters::{AdapterRow, NewAdapter};
 use crate::store::models::VersionRow;
+use crate::train::attention::Watched;
 use crate::train::head;
 use crate::train::hooks::{Hooks, Plain as NoHooks};
 use crate::train::network::Network;
@@ -85,19 +87,18 @@ impl Work<'_> {
             training: &data.training,
             validation: &data.validation,
             padding: data.padding,
-            masking: None,
+            masking: data.masking.clone(),
             random: self.random.clone(),
             folder: self.kept,
             progress: &progress,
             needs: Memory { weights: plan.held(self.model.bytes()), activations: &activations },
         };
         let updates = run.updates()?;
+        let (rate, stream) = (plan.settings.head_rate, self.random.child("head"));
         let head = match data.outputs {
+            None if data.masking.is_some() => head::hidden_tokens(plan.hidden, rate, &stream)?,
             None => Parameters::new(),
-            Some(outputs) => {
-                let rate = plan.settings.head_rate;
-                head::head(outputs, plan.hidden, rate, &self.random.child("head"))?
-            }
+            Some(outputs) => head::head(outputs, plan.hidden, rate, &stream)?,
         };
         let method = plan.method()?;
         let start = Instant::now();
@@ -113,7 +114,18 @@ impl Work<'_> {
         };
         let start = Instant::now();
         let mut learner = Learner::new(network.pass(&tuned), &tuned);
-        let report = run.train(&mut learner, &mut parameters, hooks.as_mut())?;
+        let report = match network.attention() {
+            None => run.train(&mut learner, &mut parameters, hooks.as_mut())?,
+            Some(choosing) => {
+                // What was seen before training is not of it.
+                choosing.take();
+                let attention = &plan.settings.attention;
+                let mut watched = Watched::new(hooks, Arc::clone(choosing), attention);
+                let mut report = run.train(&mut learner, &mut parameters, &mut watched)?;
+                report.warnings.extend(watched.warnings());
+                report
+            }
+        };
         drop(learner);
         let tuned = method.finish(tuned)?;
         let rank = |name: &String| tuned.modules.get(name).map_or(0, |module| module.rank);
@@ -246,11 +258,16 @@ impl Work<'_> {
 /// The beginning of a sequence.
 fn cut(sequence: &Sequence, most: usize) -> Sequence {
     let mut sequence = sequence.clone();
+    if let Target::Pair { .. } = sequence.target {
+        // Both halves are as long as a row may be.
+        return sequence;
+    }
     sequence.tokens.truncate(most);
     match &mut sequence.target {
         Target::Next(counts) => counts.truncate(most),
         Target::Tags(tags) => tags.truncate(most),
-        Target::Class(_) | Target::Value(_) => {}
+        Target::Hidden(tokens) => tokens.truncate(most),
+        Target::Class(_) | Target::Value(_) | Target::Labels(_) | Target::Pair { .. } => {}
     }
     sequence
 }
@@ -261,7 +278,10 @@ pub fn network<'a>(model: &'a AnyModel, plan: &Plan) -> Result<Network<'a>> {
         settings::Precision::F32 => Precision::F32,
         settings::Precision::Bf16 => Precision::Bf16,
     };
-    Network::new(model, precision, plan.settings.checkpoint_activations)
+    let settings = &plan.settings;
+    let choosing = settings.attention.choosing();
+    let network = Network::choosing(model, precision, settings.checkpoint_activations, choosing)?;
+    Ok(network.with_beta(settings.beta as f32))
 }
 
 /// The tensors of a head by their names in the task's model.

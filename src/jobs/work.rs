@@ -119,6 +119,8 @@ pub fn uses(new: &NewOperation) -> Result<Vec<String>> {
         Kind::Evaluate => {
             let request = v1::EvaluateRequest::decode(request).map_err(bad)?;
             uses.extend([request.model, request.base, request.adapter]);
+            let norms = request.evaluation.iter().filter_map(|e| e.norm_bounds.as_ref());
+            uses.extend(norms.map(|norms| norms.adapter.clone()));
             uses.extend(request.evaluation.iter().flat_map(crate::recipe::evaluation_datasets));
         }
         Kind::Compare => {

@@ -23,6 +23,7 @@ pub mod limits;
 pub mod lowrank;
 pub mod memory;
 mod multiversion;
+pub mod nf4;
 pub mod norm;
 pub mod packed;
 pub mod philox;

@@ -52,6 +52,7 @@ rows![
     Awq: Awq,
     LowRank: LowRank,
     Dgq: Dgq,
+    NormalFloat: NormalFloat,
 ];
 
 /// The card called `name`.
@@ -109,6 +110,7 @@ mod tests {
             step::Method::Awq(v1::Awq::default()),
             step::Method::LowRank(v1::LowRank::default()),
             step::Method::Dgq(v1::Dgq::default()),
+            step::Method::NormalFloat(v1::NormalFloat::default()),
         ] {
             let step = v1::Step { method: Some(message) };
             let once = resolve(&step);

@@ -130,6 +130,11 @@ impl AnyModel {
         each!(self, model => &model.weights)
     }
 
+    /// The weights, to be changed in memory.
+    pub fn weights_mut(&mut self) -> &mut BTreeMap<String, Arc<Weight>> {
+        each!(self, model => &mut model.weights)
+    }
+
     /// The tokenizer, if the model came with one.
     pub fn tokenizer(&self) -> Option<&Arc<Tokenizer>> {
         each!(self, model => model.tokenizer.as_ref())

@@ -198,7 +198,7 @@ mod tests {
     use crate::models::decoder::random;
     use crate::nn::dtype::Dtype;
     use crate::nn::weight::{
-        Dense, DualGrained, Factored, Ggml, GgmlType, Grouped, GroupedSpec, RowGroupValues,
+        Dense, DualGrained, Factored, Ggml, GgmlType, Grouped, GroupedSpec, Nf4, RowGroupValues,
         RowGroups, Sparse, Sum, ValueFormat,
     };
     use crate::seed::Stream;
@@ -261,6 +261,7 @@ mod tests {
                     let base = Weight::Grouped(grouped(spec(4, true)));
                     Weight::Sum(Sum::new(base, factored(shape, &values)).unwrap())
                 }
+                11 => Weight::Nf4(Nf4::round(shape, &values).unwrap()),
                 _ => continue,
             };
             model.weights.insert(name, Arc::new(weight));

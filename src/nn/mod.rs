@@ -2,6 +2,7 @@
 
 pub mod adapter;
 pub mod dtype;
+pub mod limits;
 pub mod linalg;
 pub mod ops;
 pub mod tuning;

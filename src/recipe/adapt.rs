@@ -9,7 +9,7 @@ use crate::methods::adapt::{Adapt, Cost, registry};
 use crate::models::{decoder, encoder};
 use crate::proto::v1;
 use crate::train::memory::{Estimate, Transformer};
-use crate::train::settings::{self, Precision, Settings};
+use crate::train::settings::{self, Objective, Precision, Settings};
 
 /// Outputs of a decoder's head that are computed at once, at most.
 const HEAD_ROWS: usize = 256;
@@ -93,11 +93,24 @@ impl Plan {
                 format!("{} is more than the {seen} that the model sees", settings.max_length);
             return Err(Error::option("training.max_length", problem));
         }
-        if settings.objective == Some(settings::Objective::MaskedLm) {
-            return Err(Error::option(
-                "training.objective",
-                "the model has no head that tells hidden tokens",
-            ));
+        let (dim, causal) = config.heads();
+        let suits = settings.attention.suits(settings.max_length, dim, causal);
+        suits.map_err(|e| e.within("training"))?;
+        let encodes = matches!(config, Config::Encoder(_));
+        match settings.objective {
+            Some(Objective::MaskedLm) if !encodes => {
+                return Err(Error::option(
+                    "training.objective",
+                    "a decoder has no head that tells hidden tokens; take an encoder",
+                ));
+            }
+            Some(Objective::CausalLm | Objective::Preferences) if encodes => {
+                return Err(Error::option(
+                    "training.objective",
+                    "an encoder does not continue text; take a decoder, or masked_lm",
+                ));
+            }
+            _ => {}
         }
         let matrices = shapes.tensors.values().filter(|shape| shape.len() == 2);
         let matrices = matrices.map(|shape| shape.iter().product::<usize>() as u64).sum();
@@ -115,9 +128,14 @@ impl Plan {
         self.shapes.family == encoder::FAMILY
     }
 
+    /// Whether hidden tokens are learnt.
+    pub fn hides(&self) -> bool {
+        self.settings.objective == Some(Objective::MaskedLm)
+    }
+
     /// Refuses data that the model cannot learn from. `field` names the data set.
     pub fn suits(&self, field: &str, kind: Kind) -> Result<()> {
-        suits(self.is_encoder(), field, kind)
+        suits(Learner::of(self.is_encoder(), self.hides()), field, kind)
     }
 
     /// Resource names of all data sets, in the order of the lineage.
@@ -163,21 +181,49 @@ impl Plan {
 ///
 /// # Errors
 /// `DATASET_UNSUITABLE`.
-pub fn suits(encoder: bool, field: &str, kind: Kind) -> Result<()> {
-    let fits = match kind {
-        Kind::Text | Kind::Chat => !encoder,
-        Kind::Classification | Kind::Regression | Kind::Tagging => encoder,
-        Kind::Choices | Kind::Preferences => false,
+pub fn suits(learner: Learner, field: &str, kind: Kind) -> Result<()> {
+    let fits = match (learner, kind) {
+        (_, Kind::Choices) => false,
+        (Learner::Decoder, Kind::Text | Kind::Chat | Kind::Preferences) => true,
+        (Learner::HiddenTokens, kind) => kind == Kind::Text,
+        (
+            Learner::Encoder,
+            Kind::Classification | Kind::Regression | Kind::Tagging | Kind::MultiLabel,
+        ) => true,
+        (Learner::Decoder | Learner::Encoder, _) => false,
     };
     if fits {
         return Ok(());
     }
-    let wanted = match encoder {
-        true => "an encoder learns classes, numbers or tags",
-        false => "a decoder learns from texts or conversations",
+    let wanted = match learner {
+        Learner::HiddenTokens => "hidden tokens are learnt from texts",
+        Learner::Encoder => {
+            "an encoder learns classes, numbers or tags, or with the objective masked_lm from texts"
+        }
+        Learner::Decoder => "a decoder learns from texts or conversations, or from preferences",
     };
     let problem = format!("the data set holds {}, and {wanted}; name another one", kind.name());
     Err(Error::at(Reason::DatasetUnsuitable, field, problem))
+}
+
+/// What learns from data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Learner {
+    Decoder,
+    /// An encoder with a head for what its records hold.
+    Encoder,
+    /// An encoder that tells tokens that were hidden.
+    HiddenTokens,
+}
+
+impl Learner {
+    pub fn of(encoder: bool, hides: bool) -> Self {
+        match (encoder, hides) {
+            (true, true) => Self::HiddenTokens,
+            (true, false) => Self::Encoder,
+            (false, _) => Self::Decoder,
+        }
+    }
 }
 
 /// The same with every default written out that does not depend on the model.
@@ -225,6 +271,14 @@ impl Config {
         match self {
             Self::Decoder(config) => config.max_positions,
             Self::Encoder(config) => config.max_tokens,
+        }
+    }
+
+    /// Channels of a head, and whether positions see only what came before.
+    fn heads(&self) -> (usize, bool) {
+        match self {
+            Self::Decoder(config) => (config.head_dim, true),
+            Self::Encoder(config) => (config.head_dim(), false),
         }
     }
 
@@ -337,11 +391,28 @@ mod tests {
             let both =
                 [&decoder, &encoder].map(|plan| plan.suits("training.dataset", kind).is_ok());
             let wanted = match kind {
-                Kind::Text | Kind::Chat => [true, false],
-                Kind::Choices | Kind::Preferences => [false, false],
+                Kind::Text | Kind::Chat | Kind::Preferences => [true, false],
+                Kind::Choices => [false, false],
                 _ => [false, true],
             };
             assert_eq!(both, wanted, "{kind:?}");
         }
+        let objective =
+            |name: &str, family| plan(json!({"lora": {}}), json!({ "objective": name }), family);
+        let masked = objective("TRAINING_OBJECTIVE_MASKED_LM", encoder::FAMILY).unwrap();
+        assert!(masked.hides() && masked.suits("d", Kind::Text).is_ok());
+        assert!(masked.suits("d", Kind::Classification).is_err());
+        for (name, family) in [
+            ("TRAINING_OBJECTIVE_MASKED_LM", "decoder"),
+            ("TRAINING_OBJECTIVE_CAUSAL_LM", encoder::FAMILY),
+            ("TRAINING_OBJECTIVE_PREFERENCES", encoder::FAMILY),
+        ] {
+            assert_eq!(field(objective(name, family)), "training.objective");
+        }
+        let fast = json!({"attention": {"factored": {}}});
+        assert_eq!(
+            field(plan(json!({"lora": {}}), fast, "decoder")),
+            "training.attention.factored"
+        );
     }
 }

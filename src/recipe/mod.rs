@@ -79,7 +79,8 @@ pub fn datasets(recipe: &v1::Recipe) -> Vec<String> {
 pub fn evaluation_datasets(evaluation: &v1::Evaluation) -> Vec<String> {
     let choices = evaluation.choice.iter().map(|choice| choice.dataset.clone());
     let tasks = evaluation.task.iter().map(|task| task.dataset.clone());
-    choices.chain(tasks).chain([evaluation.dataset.clone()]).collect()
+    let norms = evaluation.norm_bounds.iter().map(|norms| norms.dataset.clone());
+    choices.chain(tasks).chain(norms).chain([evaluation.dataset.clone()]).collect()
 }
 
 fn unique(names: impl Iterator<Item = String>) -> Vec<String> {

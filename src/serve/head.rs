@@ -7,6 +7,8 @@ use crate::error::{Error, Reason, Result};
 pub enum Task {
     /// A class of each text.
     Classification,
+    /// Any number of classes of each text: those whose scores are positive.
+    MultiLabel,
     /// A number of each text.
     Regression,
     /// A tag of each word, by its first token.
@@ -56,7 +58,7 @@ impl Head {
         }
         let wanted = match task {
             Task::Regression => 1,
-            Task::Classification | Task::Tagging => labels.len(),
+            Task::Classification | Task::MultiLabel | Task::Tagging => labels.len(),
         };
         let held = outputs.checked_mul(width);
         if outputs == 0 || outputs != wanted || bias.len() != outputs || held != Some(weight.len())

@@ -10,7 +10,7 @@ use crate::jobs;
 use crate::methods::Estimate;
 use crate::models::encoder;
 use crate::proto::v1::{self, ComparisonView, render_comparison_request::Source};
-use crate::recipe::adapt;
+use crate::recipe::adapt::{self, Learner};
 use crate::recipe::compare::{self, picture, plan::Plan, table};
 use crate::store::datasets::DatasetKind;
 use crate::store::models::VersionRow;
@@ -83,24 +83,28 @@ async fn base(state: &State, row: &VersionRow) -> Result<compare::Base> {
 /// Checks the data that arms learn from, and that tasks are of what they learn.
 async fn check_tasks(state: &State, given: &v1::Comparison, encoder: bool) -> Result<()> {
     if let Some(task) = given.evaluation.as_ref().and_then(|e| e.task.as_ref()) {
-        labelled(state, encoder, "evaluation.task.dataset", &task.dataset).await?;
+        labelled(state, Learner::of(encoder, false), "evaluation.task.dataset", &task.dataset)
+            .await?;
     }
     for (i, arm) in given.arms.iter().enumerate() {
         let measured = compare::evaluation_of(given, arm).and_then(|e| e.task.as_ref());
         let mut kinds = Vec::new();
         let place = format!("arms[{i}].evaluation.task.dataset");
         if let Some(task) = measured {
-            kinds.push((labelled(state, encoder, &place, &task.dataset).await?, place));
+            let learner = Learner::of(encoder, false);
+            kinds.push((labelled(state, learner, &place, &task.dataset).await?, place));
         }
         let Some(training) = arm.tuning.as_ref().and_then(|t| t.training.as_ref()) else {
             continue;
         };
         let validation = training.validation.as_ref().map_or("", |v| v.dataset.as_str());
+        let hides = training.objective() == v1::TrainingObjective::MaskedLm;
+        let learner = Learner::of(encoder, hides);
         let place = format!("arms[{i}].tuning.training");
         let learnt = [("dataset", training.dataset.as_str()), ("validation.dataset", validation)];
         for (field, name) in learnt.into_iter().filter(|(_, name)| !name.is_empty()) {
             let place = format!("{place}.{field}");
-            kinds.push((labelled(state, encoder, &place, name).await?, place));
+            kinds.push((labelled(state, learner, &place, name).await?, place));
         }
         // A decoder can learn from texts and be measured on answers; heads are for one kind.
         if let Some((other, place)) = kinds.iter().find(|(kind, _)| encoder && *kind != kinds[0].0)
@@ -116,13 +120,13 @@ async fn check_tasks(state: &State, given: &v1::Comparison, encoder: bool) -> Re
 /// The kind of a data set to learn from, or to be measured on as a task.
 pub(super) async fn labelled(
     state: &State,
-    encoder: bool,
+    learner: Learner,
     field: &str,
     name: &str,
 ) -> Result<DatasetKind> {
     let id = names::dataset(name).map_err(|e| at(field, e))?;
     let row = state.store.dataset(id).await.map_err(|e| at(field, e))?;
-    adapt::suits(encoder, field, row.kind)?;
+    adapt::suits(learner, field, row.kind)?;
     Ok(row.kind)
 }
 

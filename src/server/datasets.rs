@@ -132,6 +132,7 @@ fn file(header: &v1::DatasetHeader) -> Result<DatasetFile> {
         v1::DatasetKind::Regression => DatasetKind::Regression,
         v1::DatasetKind::Tagging => DatasetKind::Tagging,
         v1::DatasetKind::Preferences => DatasetKind::Preferences,
+        v1::DatasetKind::MultiLabel => DatasetKind::MultiLabel,
     };
     let layout = asked(header.layout.clone().unwrap_or_default());
     layout.check(kind)?;
@@ -152,6 +153,7 @@ pub fn asked(layout: v1::DatasetLayout) -> Layout {
             messages: given(layout.messages_column),
             chosen: given(layout.chosen_column),
             rejected: given(layout.rejected_column),
+            second: given(layout.second_text_column),
         },
         header: layout.has_header,
         labels: layout.labels,
@@ -171,6 +173,7 @@ pub fn kind(kind: DatasetKind) -> v1::DatasetKind {
         DatasetKind::Regression => v1::DatasetKind::Regression,
         DatasetKind::Tagging => v1::DatasetKind::Tagging,
         DatasetKind::Preferences => v1::DatasetKind::Preferences,
+        DatasetKind::MultiLabel => v1::DatasetKind::MultiLabel,
     }
 }
 
@@ -187,6 +190,7 @@ pub fn layout(layout: Layout) -> v1::DatasetLayout {
         messages_column: columns.messages.unwrap_or_default(),
         chosen_column: columns.chosen.unwrap_or_default(),
         rejected_column: columns.rejected.unwrap_or_default(),
+        second_text_column: columns.second.unwrap_or_default(),
         has_header: header,
         labels,
         skip_unusable,

@@ -16,6 +16,7 @@ use crate::proto::google::longrunning::Operation;
 use crate::proto::v1;
 use crate::proto::v1::job_service_server::JobService;
 use crate::recipe;
+use crate::recipe::adapt::Learner;
 use crate::store::datasets::DatasetKind;
 use crate::store::models::VersionRow;
 use crate::store::names;
@@ -107,6 +108,13 @@ impl JobService for Jobs {
         self.check_datasets(&evaluation).await.map_err(|e| e.within("evaluation"))?;
         let row = self.0.store.version(&request.model).await?;
         self.check_subject(&row, &evaluation, &request.adapter).await?;
+        if let Some(norms) = &evaluation.norm_bounds
+            && !norms.adapter.is_empty()
+        {
+            let at =
+                |e: Error| Error::at(e.reason(), "evaluation.norm_bounds.adapter", e.message());
+            self.0.store.adapter(names::adapter(&norms.adapter).map_err(at)?).await.map_err(at)?;
+        }
         if evaluation.compare_with_base {
             if request.base.is_empty() {
                 return Err(Error::field("base", "missing; compare_with_base needs it").into());
@@ -229,7 +237,8 @@ impl Jobs {
             ));
         }
         let place = "evaluation.task.dataset";
-        comparisons::labelled(&self.0, is_encoder, place, &task.dataset).await.map(|_| ())
+        let learner = Learner::of(is_encoder, false);
+        comparisons::labelled(&self.0, learner, place, &task.dataset).await.map(|_| ())
     }
 }
 
@@ -320,6 +329,10 @@ pub(super) fn check_evaluation(field: &str, evaluation: &v1::Evaluation) -> Resu
     }
     if evaluation.compare_with_base && evaluation.dataset.is_empty() {
         return at("dataset", "missing; compare_with_base needs a text".to_owned());
+    }
+    if let Some(norms) = &evaluation.norm_bounds {
+        eval::norms::check(norms, usize::MAX)
+            .map_err(|e| e.within(&format!("{field}.norm_bounds")))?;
     }
     Ok(())
 }

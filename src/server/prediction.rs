@@ -195,7 +195,7 @@ fn read(embedder: &Embedder, head: &Head, request: v1::PredictRequest) -> Result
                 words.iter().map(|word| word.text.clone()).collect(),
                 (0..u32::try_from(words.len()).unwrap_or(u32::MAX)).collect(),
             ),
-            Task::Classification | Task::Regression => Record::Class(text, 0),
+            Task::Classification | Task::MultiLabel | Task::Regression => Record::Class(text, 0),
         };
         let at = |e: Error| Error::at(e.reason(), field.as_str(), e.message());
         let sequence = tokeniser.record(0, &record).map_err(at)?.pop();
@@ -228,7 +228,11 @@ fn read(embedder: &Embedder, head: &Head, request: v1::PredictRequest) -> Result
 fn size(head: &Head, texts: &[Text], all_scores: bool, most: u64) -> Result<()> {
     let labels: u64 = head.labels.iter().map(|label| label.len() as u64 + SLACK).sum();
     let longest = head.labels.iter().map(|label| label.len() as u64).max().unwrap_or(0);
-    let each = SLACK + longest + if all_scores { labels } else { 0 };
+    // Several classes may all be given twice.
+    let each = match head.task {
+        Task::MultiLabel => SLACK + labels * if all_scores { 2 } else { 1 },
+        _ => SLACK + longest + if all_scores { labels } else { 0 },
+    };
     let total = texts.iter().fold(0u64, |sum, text| {
         let places = if head.of_tokens() { text.words.len() as u64 } else { 1 };
         let words: u64 = text.words.iter().map(|(word, _)| word.text.len() as u64).sum();
@@ -254,6 +258,7 @@ fn predicted(head: &Head, text: Text, scores: &[f32], all: bool) -> v1::Predicti
             let (label, score, scores) = likeliest(head, scores, all);
             Kind::Classification(v1::ClassPrediction { label, score, scores })
         }
+        Task::MultiLabel => Kind::Labels(several(head, scores, all)),
         Task::Tagging => {
             let outputs = head.outputs();
             let words = words.into_iter().map(|(word, place)| {
@@ -288,6 +293,18 @@ fn likeliest(head: &Head, scores: &[f32], all: bool) -> (String, f32, Vec<v1::La
     (label, score, scores)
 }
 
+/// The labels whose scores are positive, and the probabilities of all where they are wanted.
+fn several(head: &Head, scores: &[f32], all: bool) -> v1::LabelsPrediction {
+    let named = head.labels.iter().zip(scores).map(|(label, score)| v1::LabelScore {
+        label: label.clone(),
+        score: (1.0 / (1.0 + (-f64::from(*score)).exp())) as f32,
+    });
+    let scores_of = named.collect::<Vec<_>>();
+    let has = scores_of.iter().zip(scores).filter(|(_, score)| **score > 0.0);
+    let labels = has.map(|(label, _)| label.clone()).collect();
+    v1::LabelsPrediction { labels, scores: if all { scores_of } else { Vec::new() } }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -311,6 +328,19 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(field(&long), "words[1]");
+    }
+
+    #[test]
+    fn several_labels_are_those_likelier_than_not() {
+        let labels = ["x", "y", "z"].map(str::to_owned).to_vec();
+        let weight = (&[3, 1][..], vec![0.0; 3]);
+        let head = Head::new(Task::MultiLabel, labels, weight, vec![0.0; 3], 1).unwrap();
+        let found = several(&head, &[3f32.ln(), 0.0, -(3f32.ln())], true);
+        let names: Vec<&str> = found.labels.iter().map(|l| &l.label[..]).collect();
+        assert_eq!(names, ["x"]);
+        let all: Vec<f32> = found.scores.iter().map(|l| l.score).collect();
+        assert!(all.iter().zip([0.75, 0.5, 0.25]).all(|(a, b)| (a - b).abs() < 1e-6), "{all:?}");
+        assert!(several(&head, &[-1.0; 3], false).labels.is_empty());
     }
 
     #[test]

@@ -28,6 +28,11 @@ pub enum Targets {
     Classes(Vec<u32>),
     /// For each row a number: `[rows]`.
     Values(Vec<f32>),
+    /// For each row any number of classes: `[rows]`.
+    Labels(Vec<Vec<u32>>),
+    /// For each position the token that follows it, or [`NO_LABEL`]; a row holds two documents, of which the
+    /// first is preferred.
+    Pairs(Vec<u32>),
 }
 
 /// Rows that go through the model together.
@@ -54,6 +59,8 @@ impl Batch {
             Targets::Next(labels) | Targets::Masked(labels) | Targets::Tags(labels) => labels,
             Targets::Classes(rows) => return rows.len() as u64,
             Targets::Values(rows) => return rows.len() as u64,
+            Targets::Labels(rows) => return rows.len() as u64,
+            Targets::Pairs(_) => return self.rows as u64,
         };
         labels.iter().filter(|label| **label != NO_LABEL).count() as u64
     }
@@ -147,6 +154,14 @@ impl Maker<'_> {
                 for (position, place) in (0..).zip(places.clone()) {
                     batch.positions[place] = position;
                 }
+                if let Target::Pair { chosen, .. } = &sequence.target {
+                    // Such a row has one piece: the second document of it begins within.
+                    let second = (places.start + chosen).min(places.end)..places.end;
+                    batch.segments[second.clone()].fill(segment + 1);
+                    for (position, place) in (0..).zip(second) {
+                        batch.positions[place] = position;
+                    }
+                }
                 self.label(&mut batch.targets, row, at, piece)?;
                 at = places.end;
             }
@@ -166,6 +181,9 @@ impl Maker<'_> {
             Target::Tags(_) => Targets::Tags(vec![NO_LABEL; size]),
             Target::Class(_) => Targets::Classes(Vec::with_capacity(rows.len())),
             Target::Value(_) => Targets::Values(Vec::with_capacity(rows.len())),
+            Target::Labels(_) => Targets::Labels(Vec::with_capacity(rows.len())),
+            Target::Pair { .. } => Targets::Pairs(vec![NO_LABEL; size]),
+            Target::Hidden(_) => return Err(Error::internal("tokens are hidden by the loop")),
         })
     }
 
@@ -191,6 +209,17 @@ impl Maker<'_> {
             }
             (Targets::Values(values), Target::Value(value)) if values.len() == row => {
                 values.push(*value);
+            }
+            (Targets::Labels(all), Target::Labels(classes)) if all.len() == row => {
+                all.push(classes.clone());
+            }
+            (Targets::Pairs(labels), Target::Pair { chosen, counts }) => {
+                for i in piece.start + 1..piece.end {
+                    // Nothing before the second document predicts its first token.
+                    if counts[i] && i != *chosen {
+                        labels[at + i - 1 - piece.start] = sequence.tokens[i];
+                    }
+                }
             }
             _ => {
                 let line = sequence.line;

@@ -36,9 +36,45 @@ pub fn head(outputs: usize, hidden: usize, rate: f64, random: &Stream) -> Result
     ]))
 }
 
+/// Names of a head that tells hidden tokens: a linear layer's weight and bias, a norm's weight and bias, as
+/// models for masked language modelling call them. Its outputs are the model's own table of embeddings.
+pub const HIDDEN_TOKENS: [&str; 4] = [
+    "cls.predictions.transform.dense.weight",
+    "cls.predictions.transform.dense.bias",
+    "cls.predictions.transform.LayerNorm.weight",
+    "cls.predictions.transform.LayerNorm.bias",
+];
+
+/// A new head that tells hidden tokens from states of width `hidden`.
+pub fn hidden_tokens(hidden: usize, rate: f64, random: &Stream) -> Result<Parameters> {
+    let mut layer = head(hidden, hidden, rate, random)?;
+    let [weight, bias, scale, shift] = HIDDEN_TOKENS.map(str::to_owned);
+    let mut take = |name: &str| {
+        layer.remove(name).ok_or_else(|| crate::error::Error::internal("a head lacks a part"))
+    };
+    let (own_weight, own_bias) = (take(HEAD_WEIGHT)?, take(HEAD_BIAS)?);
+    let ones = Var::ones(hidden, DType::F32, &Device::Cpu)?;
+    let zeros = Var::zeros(hidden, DType::F32, &Device::Cpu)?;
+    Ok(Parameters::from([
+        (weight, own_weight),
+        (bias, own_bias),
+        (scale, Parameter { var: ones, rate, decay: false }),
+        (shift, Parameter { var: zeros, rate, decay: false }),
+    ]))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn heads_for_hidden_tokens_have_four_parts() {
+        let head = hidden_tokens(6, 1.0, &Stream::root(1)).unwrap();
+        let shapes = HIDDEN_TOKENS.map(|name| head[name].var.dims().to_vec());
+        assert_eq!(shapes, [vec![6, 6], vec![6], vec![6], vec![6]]);
+        assert_eq!(head[HIDDEN_TOKENS[2]].var.to_vec1::<f32>().unwrap(), [1.0; 6]);
+        assert!(head[HIDDEN_TOKENS[0]].decay && !head[HIDDEN_TOKENS[2]].decay);
+    }
 
     #[test]
     fn heads_follow_their_stream() {

@@ -24,6 +24,7 @@
 //! - Packed documents do not see each other, and every token that counts is predicted once an epoch, however
 //!   texts are cut and packed.
 
+pub mod attention;
 pub mod batch;
 mod checkpoint;
 pub mod distillation;

@@ -195,7 +195,10 @@ fn cut(
     let labels = match &sequence.target {
         Target::Next(counts) => counts.len(),
         Target::Tags(tags) => tags.len(),
-        Target::Class(_) | Target::Value(_) => length,
+        Target::Hidden(tokens) => tokens.len(),
+        Target::Pair { chosen, counts } if *chosen < length => counts.len(),
+        Target::Pair { .. } => 0,
+        Target::Class(_) | Target::Value(_) | Target::Labels(_) => length,
     };
     if labels != length {
         return Err(Error::internal(format!(
@@ -204,6 +207,9 @@ fn cut(
         )));
     }
     let Target::Next(counts) = &sequence.target else {
+        // A pair is two sequences.
+        let two = matches!(sequence.target, Target::Pair { .. });
+        let max_length = if two { max_length.saturating_mul(2) } else { max_length };
         if length == 0 || length > max_length {
             return Err(Error::new(
                 Reason::DatasetUnsuitable,

@@ -1,20 +1,21 @@
 //! A pass through a network: the loss of some sequences, and its gradient for what is trained.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Tensor, TensorId, Var};
 
 use super::distillation::Distillation;
-use super::head::{HEAD_BIAS, HEAD_WEIGHT};
+use super::head::{HEAD_BIAS, HEAD_WEIGHT, HIDDEN_TOKENS};
 use super::loss::LossSums;
 use super::parameters::{Gradients, Parameters};
 use crate::data::sequence::{Sequence, Target};
 use crate::error::{Error, Reason, Result};
 use crate::models::encoder::Pooling;
 use crate::models::{decoder, encoder};
-use crate::nn::ops::{Loss, Network, Pool, Run, Sequences, Shared, Tape, Value};
-use crate::nn::tuning::Tuning;
+use crate::nn::ops::{Loss, Network, Pool, Preferred, Run, Sequences, Shared, Tape, Value};
+use crate::nn::tuning::{Frozen, Tuning};
 
 /// The weight of an encoder's head, `[outputs, hidden]`, and its bias.
 pub const CLASSIFIER: [&str; 2] = [HEAD_WEIGHT, HEAD_BIAS];
@@ -27,11 +28,15 @@ pub struct Options {
     pub checkpoint_activations: bool,
     /// What of an encoder's states its head sees, for targets that belong to whole texts.
     pub pooling: Pooling,
+    /// The token of an encoder behind which, if anything follows, a second text begins.
+    pub separator: Option<u32>,
+    /// How strongly preferences hold to the model that is not tuned.
+    pub beta: f32,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { checkpoint_activations: false, pooling: Pooling::Mean }
+        Self { checkpoint_activations: false, pooling: Pooling::Mean, separator: None, beta: 0.1 }
     }
 }
 
@@ -65,6 +70,10 @@ enum Wanted {
     Classes(Vec<u32>),
     /// A number for each sequence.
     Values(Vec<f32>),
+    /// Any number of classes for each sequence.
+    Labels(Vec<Vec<u32>>),
+    /// Rows, what each is to predict, and the rows of each pair; what the reference says comes later.
+    Pairs(Vec<u32>, Arc<[u32]>, Vec<Preferred>),
 }
 
 /// What rows predict.
@@ -72,6 +81,7 @@ enum Wanted {
 enum Rows {
     Next,
     Tags,
+    Hidden,
 }
 
 impl<'a> Pass<'a> {
@@ -112,10 +122,11 @@ impl<'a> Pass<'a> {
     /// INVALID_FIELD for ids or lengths that the model has no rows for, MODEL_UNSUITABLE for targets that its
     /// family has no head for, INTERNAL for targets of mixed kinds or other lengths than their tokens.
     pub fn loss(&self, sequences: &[&Sequence], parameters: &Parameters) -> Result<LossSums> {
-        let batch = Batch::new(sequences)?;
+        let mut batch = Batch::new(sequences, self.options.separator)?;
         if batch.wanted.count() == 0 {
             return Ok(LossSums::default());
         }
+        self.refer(&mut batch)?;
         let tape = Tape::forgetful(&self.pool);
         let run = self.run(&tape, &batch, false);
         let hidden = self.network().start(&run, &batch.tokens)?;
@@ -133,11 +144,12 @@ impl<'a> Pass<'a> {
         sequences: &[&Sequence],
         parameters: &Parameters,
     ) -> Result<(LossSums, Gradients)> {
-        let batch = Batch::new(sequences)?;
+        let mut batch = Batch::new(sequences, self.options.separator)?;
         let mut gradients = Gradients::new();
         if batch.wanted.count() == 0 {
             return Ok((LossSums::default(), gradients));
         }
+        self.refer(&mut batch)?;
         let names = parameters.iter().map(|(name, p)| (p.var.id(), (&name[..], &p.var)));
         let names = names.collect();
         let sums = match self.options.checkpoint_activations {
@@ -153,7 +165,7 @@ impl<'a> Pass<'a> {
     /// # Errors
     /// As of [`Pass::loss`].
     pub fn scores(&self, sequences: &[&Sequence], parameters: &Parameters) -> Result<Vec<f32>> {
-        let batch = Batch::new(sequences)?;
+        let batch = Batch::new(sequences, self.options.separator)?;
         if batch.wanted.count() == 0 {
             return Ok(Vec::new());
         }
@@ -169,10 +181,16 @@ impl<'a> Pass<'a> {
         let hidden = self.network().through(&run, hidden)?;
         let states = match &batch.wanted {
             Wanted::Rows(rows, _, Rows::Tags) => tape.rows(&hidden, &rows[..].into())?,
-            Wanted::Classes(_) | Wanted::Values(_) => {
+            Wanted::Classes(_) | Wanted::Values(_) | Wanted::Labels(_) => {
                 graph.pool(&run, &hidden, self.options.pooling)?
             }
-            Wanted::Rows(_, _, Rows::Next) => {
+            Wanted::Rows(_, _, Rows::Hidden) => {
+                return Err(Error::new(
+                    Reason::ModelUnsuitable,
+                    "a head for hidden tokens has no classes, numbers or tags",
+                ));
+            }
+            Wanted::Rows(_, _, Rows::Next) | Wanted::Pairs(..) => {
                 return Err(Error::new(
                     Reason::ModelUnsuitable,
                     "an encoder does not predict the next token; name a decoder",
@@ -286,6 +304,26 @@ impl<'a> Pass<'a> {
                 let rows = tape.rows(hidden, &rows[..].into())?;
                 tape.cross_entropy_of(head(&rows)?, targets, None)
             }
+            (Family::Decoder(graph), Wanted::Pairs(rows, targets, pairs)) => {
+                let rows = tape.rows(hidden, &rows[..].into())?;
+                let losses = graph.row_losses(run, &graph.normed(run, &rows)?, targets)?;
+                tape.preferences(&losses, pairs, self.options.beta)
+            }
+            (Family::Encoder(graph), Wanted::Rows(rows, targets, Rows::Hidden)) => {
+                let rows = tape.rows(hidden, &rows[..].into())?;
+                let part = |name: &str| -> Result<Value> {
+                    let missing = || Error::internal(format!("the parameters have no '{name}'"));
+                    tape.leaf(parameters.get(name).ok_or_else(missing)?.var.as_tensor())
+                };
+                let [weight, bias, scale, shift] = HIDDEN_TOKENS;
+                let (weight, bias) = (part(weight)?, part(bias)?);
+                let (scale, shift) = (part(scale)?, part(shift)?);
+                graph.hidden_loss(run, &rows, [&weight, &bias, &scale, &shift], targets)
+            }
+            (Family::Encoder(graph), Wanted::Labels(classes)) => {
+                let pooled = graph.pool(run, hidden, self.options.pooling)?;
+                tape.sigmoid_cross_entropy(head(&pooled)?, classes)
+            }
             (Family::Encoder(graph), Wanted::Classes(classes)) => {
                 let pooled = graph.pool(run, hidden, self.options.pooling)?;
                 tape.cross_entropy_of(head(&pooled)?, classes, None)
@@ -304,6 +342,28 @@ impl<'a> Pass<'a> {
                  numbers or tags",
             )),
         }
+    }
+
+    /// Lets the model that is not tuned say what it thinks of the answers of pairs.
+    fn refer(&self, batch: &mut Batch) -> Result<()> {
+        let Wanted::Pairs(rows, targets, pairs) = &batch.wanted else { return Ok(()) };
+        let Family::Decoder(graph) = &self.family else { return Ok(()) };
+        let tape = Tape::forgetful(&self.pool);
+        let run = Run { tuning: &Frozen, ..self.run(&tape, batch, false) };
+        let hidden = graph.through(&run, graph.start(&run, &batch.tokens)?)?;
+        let rows = tape.rows(&hidden, &rows[..].into())?;
+        drop(hidden);
+        let losses = graph.row_losses(&run, &graph.normed(&run, &rows)?, targets)?;
+        let all = losses.read();
+        let sum =
+            |rows: &Range<usize>| -> f64 { all[rows.clone()].iter().map(|v| f64::from(*v)).sum() };
+        let found: Vec<[f64; 2]> =
+            pairs.iter().map(|pair| pair.rows.each_ref().map(&sum)).collect();
+        drop(all);
+        if let Wanted::Pairs(_, _, pairs) = &mut batch.wanted {
+            pairs.iter_mut().zip(found).for_each(|(pair, found)| pair.reference = found);
+        }
+        Ok(())
     }
 
     fn network(&self) -> &dyn Network {
@@ -343,11 +403,12 @@ fn head(tape: &Tape, x: &Value, parameters: &Parameters) -> Result<Value> {
 type Names<'a> = HashMap<TensorId, (&'a str, &'a Var)>;
 
 impl Batch {
-    fn new(sequences: &[&Sequence]) -> Result<Self> {
+    fn new(sequences: &[&Sequence], separator: Option<u32>) -> Result<Self> {
         let mixed = || Error::internal("sequences of a batch have targets of different kinds");
-        let tokens = sequences.iter().flat_map(|s| s.tokens.iter().copied()).collect();
+        let tokens: Vec<u32> = sequences.iter().flat_map(|s| s.tokens.iter().copied()).collect();
         let (mut rows, mut targets, mut kind) = (Vec::new(), Vec::new(), None);
         let (mut classes, mut values) = (Vec::new(), Vec::new());
+        let (mut several, mut pairs, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
         let mut start = 0;
         for sequence in sequences {
             let length = sequence.tokens.len();
@@ -377,26 +438,73 @@ impl Batch {
                     }
                     kind.get_or_insert(Rows::Tags);
                 }
+                Target::Hidden(hidden) => {
+                    fits(hidden.len())?;
+                    for (i, token) in hidden.iter().enumerate() {
+                        if let Some(token) = token {
+                            rows.push((start + i) as u32);
+                            targets.push(*token);
+                        }
+                    }
+                    kind.get_or_insert(Rows::Hidden);
+                }
+                Target::Pair { chosen, counts } => {
+                    fits(counts.len())?;
+                    if *chosen == 0 || *chosen >= length {
+                        return Err(Error::internal("a pair without two sides"));
+                    }
+                    let mut side = |places: Range<usize>| {
+                        let first = rows.len();
+                        for i in (places.start + 1..places.end).filter(|i| counts[*i]) {
+                            rows.push((start + i - 1) as u32);
+                            targets.push(sequence.tokens[i]);
+                        }
+                        first..rows.len()
+                    };
+                    let both = [side(0..*chosen), side(*chosen..length)];
+                    pairs.push(Preferred { rows: both, reference: [0.0; 2] });
+                    lengths.extend([*chosen, length - chosen]);
+                }
                 Target::Class(class) => classes.push(*class),
                 Target::Value(value) => values.push(*value),
+                Target::Labels(classes) => several.push(classes.clone()),
             }
             let of_rows = matches!(
                 (&sequence.target, &kind),
-                (Target::Next(_), Some(Rows::Next)) | (Target::Tags(_), Some(Rows::Tags))
+                (Target::Next(_), Some(Rows::Next))
+                    | (Target::Tags(_), Some(Rows::Tags))
+                    | (Target::Hidden(_), Some(Rows::Hidden))
             );
-            let of_texts = matches!(&sequence.target, Target::Class(_) | Target::Value(_));
+            let of_texts = matches!(
+                &sequence.target,
+                Target::Class(_) | Target::Value(_) | Target::Labels(_) | Target::Pair { .. }
+            );
             if !of_rows && !of_texts || kind.is_some() && of_texts {
                 return Err(mixed());
             }
             start += length;
+            if !matches!(sequence.target, Target::Pair { .. }) {
+                lengths.push(length);
+            }
         }
-        let wanted = match (kind, classes.is_empty(), values.is_empty()) {
-            (Some(kind), true, true) => Wanted::Rows(rows, targets, kind),
-            (None, false, true) => Wanted::Classes(classes),
-            (None, true, _) => Wanted::Values(values),
+        let kinds =
+            [!classes.is_empty(), !values.is_empty(), !several.is_empty(), !pairs.is_empty()];
+        let wanted = match (kind, kinds) {
+            (Some(kind), [false, false, false, false]) => Wanted::Rows(rows, targets, kind),
+            (None, [true, false, false, false]) => Wanted::Classes(classes),
+            (None, [false, _, false, false]) => Wanted::Values(values),
+            (None, [false, false, true, false]) => Wanted::Labels(several),
+            (None, [false, false, false, true]) => Wanted::Pairs(rows, targets.into(), pairs),
             _ => return Err(mixed()),
         };
-        let sequences = Sequences::of(sequences.iter().map(|s| s.tokens.len()));
+        let sequences = Sequences::of(lengths);
+        let sequences = match separator {
+            None => sequences,
+            Some(separator) => {
+                let types = types(&tokens, &sequences, separator);
+                sequences.with_types(types)
+            }
+        };
         Ok(Self { tokens, sequences, wanted })
     }
 
@@ -412,9 +520,22 @@ impl Wanted {
             Self::Rows(rows, _, _) => rows.len(),
             Self::Classes(classes) => classes.len(),
             Self::Values(values) => values.len(),
+            Self::Labels(classes) => classes.len(),
+            Self::Pairs(_, _, pairs) => pairs.len(),
         };
         count as u64
     }
+}
+
+/// 1 for the tokens behind the first separator of a sequence, 0 for the others.
+fn types(tokens: &[u32], sequences: &Sequences, separator: u32) -> Arc<[u32]> {
+    let mut types = vec![0; tokens.len()];
+    for range in sequences.ranges().iter() {
+        if let Some(at) = tokens[range.clone()].iter().position(|token| *token == separator) {
+            types[range.start + at + 1..range.end].fill(1);
+        }
+    }
+    types.into()
 }
 
 /// Parameters that stand in place of stored tensors of the same name: training of whole tensors.

@@ -207,6 +207,17 @@ fn digest(hash: &mut Sha256, record: &Sequence) {
         Target::Tags(tags) => {
             tags.iter().for_each(|tag| hash.update(tag.unwrap_or(u32::MAX).to_le_bytes()));
         }
+        Target::Hidden(tokens) => {
+            tokens.iter().for_each(|token| hash.update(token.unwrap_or(u32::MAX).to_le_bytes()));
+        }
+        Target::Labels(classes) => {
+            hash.update((classes.len() as u64).to_le_bytes());
+            classes.iter().for_each(|class| hash.update(class.to_le_bytes()));
+        }
+        Target::Pair { chosen, counts } => {
+            hash.update((*chosen as u64).to_le_bytes());
+            counts.iter().for_each(|count| hash.update([u8::from(*count)]));
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Options of a run: the message of the API, its defaults and its limits.
 
+use super::attention::{self, Attention};
 use super::optimizer::{AdamW, Rule, Sgd};
 use super::schedule::{Schedule, Shape};
 use crate::data::sequence::{Sequence, Target};
@@ -21,6 +22,8 @@ pub enum Objective {
     Classification,
     Regression,
     Tagging,
+    Preferences,
+    MultiLabel,
 }
 
 impl Objective {
@@ -31,12 +34,15 @@ impl Objective {
             Target::Class(_) => Self::Classification,
             Target::Value(_) => Self::Regression,
             Target::Tags(_) => Self::Tagging,
+            Target::Hidden(_) => Self::MaskedLm,
+            Target::Labels(_) => Self::MultiLabel,
+            Target::Pair { .. } => Self::Preferences,
         }
     }
 
     /// Whether right and wrong answers can be counted against chance.
     pub fn classifies(self) -> bool {
-        matches!(self, Self::Classification | Self::Tagging)
+        matches!(self, Self::Classification | Self::Tagging | Self::Preferences | Self::MultiLabel)
     }
 
     fn name(self) -> &'static str {
@@ -46,6 +52,8 @@ impl Objective {
             Self::Classification => "classification",
             Self::Regression => "regression",
             Self::Tagging => "tagging",
+            Self::Preferences => "learning preferences",
+            Self::MultiLabel => "classification with several classes",
         }
     }
 }
@@ -107,6 +115,9 @@ pub struct Settings {
     pub memory_bytes: Option<u64>,
     /// Multiplies the learning rate of a new head.
     pub head_rate: f64,
+    pub attention: Attention,
+    /// How far preferences may lead from the reference: smaller is farther.
+    pub beta: f64,
 }
 
 /// Writes every default out. `learning_rate` is the method's.
@@ -139,6 +150,7 @@ pub fn resolve(training: &mut v1::Training, learning_rate: f64) {
             options.momentum.get_or_insert(0.0);
         }
     }
+    attention::resolve(training);
     training.weight_decay.get_or_insert(0.0);
     training.clip_norm.get_or_insert(1.0);
     training.head_rate.get_or_insert(1.0);
@@ -151,6 +163,9 @@ pub fn resolve(training: &mut v1::Training, learning_rate: f64) {
     }
     if validation.patience.is_some() {
         validation.min_delta.get_or_insert(0.0);
+    }
+    if training.objective() == v1::TrainingObjective::Preferences {
+        training.beta.get_or_insert(0.1);
     }
     if training.objective() == v1::TrainingObjective::MaskedLm {
         training.mask_share.get_or_insert(0.15);
@@ -227,6 +242,11 @@ impl Settings {
             checkpoint_every: at_least_one("checkpoint_every", given.checkpoint_every)?,
             memory_bytes: given.memory_bytes,
             head_rate: positive("head_rate", given.head_rate)?,
+            attention: Attention::read(given)?,
+            beta: match given.beta {
+                None => 0.1,
+                beta => positive("beta", beta)?,
+            },
         })
     }
 
@@ -299,6 +319,8 @@ fn objective(given: &v1::Training) -> Result<Option<Objective>> {
         Ok(Given::Classification) => Some(Objective::Classification),
         Ok(Given::Regression) => Some(Objective::Regression),
         Ok(Given::Tagging) => Some(Objective::Tagging),
+        Ok(Given::Preferences) => Some(Objective::Preferences),
+        Ok(Given::MultiLabel) => Some(Objective::MultiLabel),
         Err(_) => return Err(unknown("objective", given.objective)),
     })
 }

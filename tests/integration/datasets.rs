@@ -331,6 +331,7 @@ fn layout(found: &serde_json::Value) -> Layout {
             messages: text("messages_column"),
             chosen: text("chosen_column"),
             rejected: text("rejected_column"),
+            second: text("second_text_column"),
         },
         header: found.get("has_header").and_then(serde_json::Value::as_bool),
         labels: labels.iter().map(|label| label.as_str().unwrap().to_owned()).collect(),

@@ -24,4 +24,5 @@ mod structured;
 mod support;
 mod telemetry;
 mod tuned;
+mod tuning;
 mod tunings;

@@ -3,6 +3,7 @@
 //! All but `serve` measure inside this process and need no running server. What each number means is said in
 //! `docs/performance.md`.
 
+mod attention;
 mod serve;
 mod wire;
 
@@ -39,6 +40,10 @@ pub enum Command {
     Train(TrainArgs),
     /// The products of every weight layout
     Kernels(KernelsArgs),
+    /// Exact and factored gradients of attention as entries grow
+    AttentionGradient(attention::GradientArgs),
+    /// A small decoder trained with exact and with factored attention
+    AttentionTraining(attention::TrainingArgs),
     /// Load on a running server
     Serve(serve::Args),
     /// What gRPC adds to a request of one token
@@ -281,6 +286,14 @@ impl Command {
             Self::Embed(args) => args.run(context.output).await,
             Self::Train(args) => args.run(context.output).await,
             Self::Kernels(args) => {
+                let form = context.output;
+                blocking(move || args.run(form)).await
+            }
+            Self::AttentionGradient(args) => {
+                let form = context.output;
+                blocking(move || args.run(form)).await
+            }
+            Self::AttentionTraining(args) => {
                 let form = context.output;
                 blocking(move || args.run(form)).await
             }

@@ -41,11 +41,14 @@ pub struct Columns {
     /// The worse answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rejected: Option<String>,
+    /// A second text that is read together with the first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub second: Option<String>,
 }
 
 impl Columns {
     /// Every column with its name in the API.
-    pub fn fields(&self) -> [(&'static str, &Option<String>); 9] {
+    pub fn fields(&self) -> [(&'static str, &Option<String>); 10] {
         [
             ("text_column", &self.text),
             ("label_column", &self.label),
@@ -56,6 +59,7 @@ impl Columns {
             ("messages_column", &self.messages),
             ("chosen_column", &self.chosen),
             ("rejected_column", &self.rejected),
+            ("second_text_column", &self.second),
         ]
     }
 }
@@ -104,7 +108,7 @@ impl Layout {
                 return Err(Error::field(field, what));
             }
         }
-        let labelled = matches!(kind, Kind::Classification | Kind::Tagging);
+        let labelled = matches!(kind, Kind::Classification | Kind::Tagging | Kind::MultiLabel);
         if !labelled && !self.labels.is_empty() {
             return Err(Error::field("labels", format!("{} have no labels", kind.name())));
         }
@@ -222,12 +226,27 @@ impl Present<'_> {
         match kind {
             Kind::Text => columns.text = Some(self.need("text_column", &asked.text, TEXT)?),
             Kind::Choices => {}
-            Kind::Classification | Kind::Regression => {
-                let labels = if kind == Kind::Classification { CLASS } else { NUMBER };
+            Kind::Classification | Kind::Regression | Kind::MultiLabel => {
+                let labels = if kind == Kind::Regression { NUMBER } else { CLASS };
                 // A table of two columns without names: a text and its label.
                 let bare = self.header == Some(false) && self.names.len() == 2;
                 let (text, label) = if bare { (&["1"][..], &["2"][..]) } else { (TEXT, labels) };
-                columns.text = Some(self.need("text_column", &asked.text, text)?);
+                columns.second = self.pick("second_text_column", &asked.second, &[])?;
+                columns.text = self.pick("text_column", &asked.text, text)?;
+                if columns.text.is_none() && columns.second.is_none() {
+                    // Two texts with the usual names of two.
+                    let find = |name: &str| self.pick("text_column", &None, &[name]);
+                    for (first, second) in PAIRS {
+                        let both = (find(first)?, find(second)?);
+                        if both.0.is_some() && both.1.is_some() {
+                            (columns.text, columns.second) = both;
+                            break;
+                        }
+                    }
+                }
+                if columns.text.is_none() {
+                    columns.text = Some(self.need("text_column", &asked.text, text)?);
+                }
                 columns.label = Some(self.need("label_column", &asked.label, label)?);
             }
             Kind::Tagging => {
@@ -343,6 +362,12 @@ impl Present<'_> {
 
 const TEXT: &[&str] =
     &["text", "sentence", "content", "review", "comment", "utterance", "document", "question"];
+const PAIRS: &[(&str, &str)] = &[
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("text1", "text2"),
+    ("question1", "question2"),
+];
 const CLASS: &[&str] = &["label", "labels", "class", "category", "intent", "sentiment", "target"];
 const NUMBER: &[&str] = &["label", "score", "value", "rating", "target"];
 const WORDS: &[&str] = &["tokens", "words", "form"];

@@ -38,10 +38,12 @@ pub enum Kind {
     Tagging,
     /// Prompts with a better and a worse answer.
     Preferences,
+    /// Texts with any number of classes each.
+    MultiLabel,
 }
 
 impl Kind {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Text,
         Self::Choices,
         Self::Chat,
@@ -49,6 +51,7 @@ impl Kind {
         Self::Regression,
         Self::Tagging,
         Self::Preferences,
+        Self::MultiLabel,
     ];
 
     /// Name in the database and in messages.
@@ -61,6 +64,7 @@ impl Kind {
             Self::Regression => "regression",
             Self::Tagging => "tagging",
             Self::Preferences => "preferences",
+            Self::MultiLabel => "multi_label",
         }
     }
 
@@ -76,9 +80,10 @@ impl Kind {
                 "answer_column",
                 "system_column",
             ],
-            Self::Classification | Self::Regression | Self::Tagging => {
-                &["text_column", "label_column"]
+            Self::Classification | Self::Regression | Self::MultiLabel => {
+                &["text_column", "second_text_column", "label_column"]
             }
+            Self::Tagging => &["text_column", "label_column"],
             Self::Preferences => &[
                 "prompt_column",
                 "input_column",
@@ -103,6 +108,10 @@ pub enum Record {
     /// Words, and the index of a tag for each.
     Tagged(Vec<String>, Vec<u32>),
     Preference(Preference),
+    /// A text and the indices of its classes, rising.
+    Labels(String, Vec<u32>),
+    /// A record of a text with a label, and a second text.
+    Two(Box<Record>, String),
 }
 
 impl Record {
@@ -110,6 +119,7 @@ impl Record {
     pub fn class(&self) -> Option<u32> {
         match self {
             Self::Class(_, class) => Some(*class),
+            Self::Two(first, _) => first.class(),
             _ => None,
         }
     }
@@ -166,7 +176,7 @@ pub fn check(source: &Source) -> Result<Checked> {
             format!("{}: there is no record in it; choose another file", source.file_name),
         ));
     }
-    if matches!(source.kind, Kind::Classification | Kind::Tagging) {
+    if matches!(source.kind, Kind::Classification | Kind::Tagging | Kind::MultiLabel) {
         if labels.len() < 2 {
             let names = labels.into_names();
             return Err(Error::new(
@@ -354,7 +364,7 @@ fn record(
         let name = column.as_deref().unwrap_or_default();
         fields.get(name).ok_or_else(|| Problem::Wrong(format!("there is no '{name:.60}'")))
     };
-    Ok(match kind {
+    let found = match kind {
         Kind::Text | Kind::Choices => Record::Text(text(fields, columns.text.as_ref())?.to_owned()),
         Kind::Chat => Record::Chat(conversation::conversation(fields, columns)?),
         Kind::Preferences => Record::Preference(conversation::preference(fields, columns)?),
@@ -383,7 +393,41 @@ fn record(
                 tags.iter().map(|tag| labels.class(tag)).collect();
             Record::Tagged(words, tags?)
         }
+        Kind::MultiLabel => {
+            let text = text(fields, columns.text.as_ref())?;
+            Record::Labels(text.to_owned(), classes(value(&columns.label)?, labels)?)
+        }
+    };
+    Ok(match &columns.second {
+        None => found,
+        second => Record::Two(Box::new(found), text(fields, second.as_ref())?.to_owned()),
     })
+}
+
+/// Classes of a record: a list, or in tables one text with `|` between them; none where it is blank.
+fn classes(value: &Value, labels: &mut Labels) -> Result<Vec<u32>, Problem> {
+    let mut found = match value {
+        Value::Null => Vec::new(),
+        Value::Array(list) if list.len() <= MAX_WORDS => {
+            list.iter().map(|label| labels.class(label)).collect::<Result<Vec<_>, _>>()?
+        }
+        Value::Array(list) => {
+            return Err(Problem::Wrong(format!(
+                "a record has {} labels, more than {MAX_WORDS}",
+                list.len()
+            )));
+        }
+        Value::String(text) => text
+            .split('|')
+            .map(str::trim)
+            .filter(|name| !name.is_empty())
+            .map(|name| labels.class(&Value::from(name)))
+            .collect::<Result<_, _>>()?,
+        one => vec![labels.class(one)?],
+    };
+    found.sort_unstable();
+    found.dedup();
+    Ok(found)
 }
 
 /// A text that must be there.

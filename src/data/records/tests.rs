@@ -100,6 +100,56 @@ fn classes_are_found_in_tables_with_and_without_names() {
 }
 
 #[test]
+fn records_may_have_several_classes_or_none() {
+    let labels = |text: &str, classes: &[u32]| Record::Labels(text.into(), classes.to_vec());
+    let lines = "{\"text\":\"a\",\"labels\":[\"x\",\"y\",\"x\"]}\n{\"text\":\"b\",\"labels\":[]}\n\
+                 {\"text\":\"c\",\"labels\":\"y\"}";
+    let (checked, records) = file("a.jsonl", Kind::MultiLabel, lines).read().unwrap();
+    assert_eq!(checked.layout.labels, ["x", "y"]);
+    let expected = [labels("a", &[0, 1]), labels("b", &[]), labels("c", &[1])];
+    assert_eq!(records.iter().map(|(_, r)| r.clone()).collect::<Vec<_>>(), expected);
+    // In tables names are between bars; numbers are put in their order.
+    let table = "text,label\na,2|0\nb,\nc,1\n";
+    let (checked, records) = file("a.csv", Kind::MultiLabel, table).read().unwrap();
+    assert_eq!(checked.layout.labels, ["0", "1", "2"]);
+    let expected = [labels("a", &[0, 2]), labels("b", &[]), labels("c", &[1])];
+    assert_eq!(records.iter().map(|(_, r)| r.clone()).collect::<Vec<_>>(), expected);
+    let one = "{\"text\":\"a\",\"labels\":[\"x\"]}\n{\"text\":\"b\",\"labels\":[]}";
+    assert_eq!(file("a.jsonl", Kind::MultiLabel, one).refusal().0, Reason::DatasetUnsuitable);
+    let bad = "{\"text\":\"a\",\"labels\":{\"x\":1}}";
+    let (reason, message) = file("a.jsonl", Kind::MultiLabel, bad).refusal();
+    assert_eq!(reason, Reason::MalformedFile);
+    assert!(message.contains("line 1"), "{message}");
+}
+
+#[test]
+fn second_texts_are_found_by_name_and_by_what_is_usual() {
+    let two = |first: Record, second: &str| Record::Two(Box::new(first), second.to_owned());
+    let usual = "premise\thypothesis\tlabel\na\tb\tno\nc\td\tyes\n";
+    let (checked, records) = file("a.tsv", Kind::Classification, usual).read().unwrap();
+    assert_eq!(records, [(2, two(class("a", 0), "b")), (3, two(class("c", 1), "d"))]);
+    assert_eq!(records[1].1.class(), Some(1));
+    assert_eq!(checked.layout.columns.second, name("hypothesis"));
+    let lines = "{\"text\":\"a\",\"other\":\"b\",\"score\":0.5}";
+    let plain = file("a.jsonl", Kind::Regression, lines).read().unwrap().1;
+    assert_eq!(plain, [(1, Record::Value("a".into(), 0.5))]);
+    let asked = |layout: &mut Layout| layout.columns.second = name("other");
+    let (_, records) = file("a.jsonl", Kind::Regression, lines).with(asked).read().unwrap();
+    assert_eq!(records, [(1, two(Record::Value("a".into(), 0.5), "b"))]);
+    let asked = |layout: &mut Layout| layout.columns.second = name("nowhere");
+    let (reason, message) = file("a.jsonl", Kind::Regression, lines).with(asked).refusal();
+    assert_eq!(reason, Reason::InvalidField);
+    assert!(message.starts_with("second_text_column"), "{message}");
+    // A blank one is of no use.
+    let blank = "{\"text\":\"a\",\"other\":\" \",\"score\":0.5}";
+    let asked = |layout: &mut Layout| layout.columns.second = name("other");
+    let (reason, _) = file("a.jsonl", Kind::Regression, blank).with(asked).refusal();
+    assert_eq!(reason, Reason::DatasetUnsuitable);
+    let tagging = file("a.jsonl", Kind::Tagging, lines).with(asked).refusal();
+    assert_eq!(tagging.0, Reason::InvalidField);
+}
+
+#[test]
 fn labels_of_another_data_set_give_their_indices() {
     let text = "{\"text\":\"a\",\"label\":1}\n{\"text\":\"b\",\"label\":\"Sports\"}";
     let names: Vec<String> = ["World", "Sports", "Business"].map(str::to_owned).into();

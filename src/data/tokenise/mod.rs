@@ -82,6 +82,8 @@ pub struct Tokeniser<'t> {
     template: Option<(Template, bool)>,
     before: Vec<u32>,
     after: Vec<u32>,
+    /// What stands between two texts, once that was asked for.
+    between: Option<Vec<u32>>,
     words: Words,
     report: Report,
 }
@@ -115,6 +117,7 @@ impl<'t> Tokeniser<'t> {
             template: None,
             before,
             after,
+            between: None,
             words: Words::default(),
             report: Report::default(),
         })
@@ -136,8 +139,23 @@ impl<'t> Tokeniser<'t> {
         let within = |error: Error| error.within(&format!("line {line}"));
         let sequences = match record {
             Record::Text(text) => self.text(text),
-            Record::Class(text, class) => self.labelled(line, text, Target::Class(*class)),
-            Record::Value(text, value) => self.labelled(line, text, Target::Value(*value)),
+            Record::Class(text, class) => self.labelled(line, text, None, Target::Class(*class)),
+            Record::Value(text, value) => self.labelled(line, text, None, Target::Value(*value)),
+            Record::Labels(text, classes) => {
+                self.labelled(line, text, None, Target::Labels(classes.clone()))
+            }
+            Record::Two(first, second) => match &**first {
+                Record::Class(text, class) => {
+                    self.labelled(line, text, Some(second), Target::Class(*class))
+                }
+                Record::Value(text, value) => {
+                    self.labelled(line, text, Some(second), Target::Value(*value))
+                }
+                Record::Labels(text, classes) => {
+                    self.labelled(line, text, Some(second), Target::Labels(classes.clone()))
+                }
+                _ => Err(Error::internal("a second text beside a record that has no label")),
+            },
             Record::Tagged(words, tags) => self.tagged(line, words, tags),
             Record::Chat(messages) => self
                 .conversation(messages, 0)
@@ -208,22 +226,58 @@ impl<'t> Tokeniser<'t> {
             .collect())
     }
 
-    fn labelled(&mut self, line: u64, text: &str, target: Target) -> Result<Vec<Sequence>> {
+    fn labelled(
+        &mut self,
+        line: u64,
+        text: &str,
+        second: Option<&String>,
+        target: Target,
+    ) -> Result<Vec<Sequence>> {
         let mut tokens = self.encode(text)?;
-        let room = self.options.max_length - self.before.len() - self.after.len();
-        if tokens.len() > room {
+        let mut other = second.map(|second| self.encode(second)).transpose()?;
+        let between = match &other {
+            Some(_) => self.between()?,
+            None => Vec::new(),
+        };
+        let around = self.before.len() + self.after.len() + between.len();
+        let room = self.options.max_length.checked_sub(around);
+        let Some(room) = room.filter(|room| *room > usize::from(second.is_some())) else {
+            return Err(Error::field("max_length", "leaves no room for two texts"));
+        };
+        let second = other.as_ref().map_or(0, Vec::len);
+        if tokens.len() + second > room {
             if !self.overlong(line) {
                 return Ok(Vec::new());
             }
-            tokens.truncate(room);
+            let (first, second) = shares(tokens.len(), second, room);
+            tokens.truncate(first);
+            if let Some(other) = &mut other {
+                other.truncate(second);
+            }
         }
-        let tokens = [&self.before, tokens.as_slice(), &self.after].concat();
+        let other = other.unwrap_or_default();
+        let tokens =
+            [&self.before, tokens.as_slice(), &between, other.as_slice(), &self.after].concat();
         if tokens.is_empty() {
             // A text of characters that the tokenizer takes away.
             self.dropped(line);
             return Ok(Vec::new());
         }
         Ok(vec![sequence(tokens, target)])
+    }
+
+    /// What stands between two texts.
+    fn between(&mut self) -> Result<Vec<u32>> {
+        if self.options.form == Form::Decoder {
+            return Err(Error::new(
+                Reason::ModelUnsuitable,
+                "two texts are joined by the separator of an encoder; choose an encoder",
+            ));
+        }
+        if self.between.is_none() {
+            self.between = Some(self.tokenizer.between()?.0);
+        }
+        Ok(self.between.clone().unwrap_or_default())
     }
 
     fn tagged(&mut self, line: u64, words: &[String], tags: &[u32]) -> Result<Vec<Sequence>> {
@@ -336,7 +390,8 @@ impl<'t> Tokeniser<'t> {
         report.targets += match &sequence.target {
             Target::Next(wanted) => wanted.iter().filter(|wanted| **wanted).count() as u64,
             Target::Tags(tags) => tags.iter().flatten().count() as u64,
-            Target::Class(_) | Target::Value(_) => 1,
+            Target::Hidden(tokens) => tokens.iter().flatten().count() as u64,
+            Target::Class(_) | Target::Value(_) | Target::Labels(_) | Target::Pair { .. } => 1,
         };
         if report.tokens > self.options.max_tokens {
             return Err(Error::new(
@@ -406,6 +461,16 @@ fn some(empty: bool, report: Report) -> Result<Report> {
         return Err(Error::new(Reason::DatasetUnsuitable, what));
     }
     Ok(report)
+}
+
+/// Tokens of two texts that fit into `room`: the longer one is cut first.
+fn shares(first: usize, second: usize, room: usize) -> (usize, usize) {
+    let half = room / 2;
+    match (first > half, second > half) {
+        (true, true) => (room - half, half),
+        (true, false) => (room - second, second),
+        (false, _) => (first, room - first),
+    }
 }
 
 /// The line is set by the caller.

@@ -198,6 +198,38 @@ fn pairs_learn_what_follows_their_prompt() {
 }
 
 #[test]
+fn two_texts_stand_between_separators_and_the_longer_one_is_cut() {
+    let tokenizer = testing::word_pieces();
+    assert_eq!(tokenizer.between().unwrap(), (vec![3], 1));
+    assert_eq!(tokenizer.mask(), Some(4));
+    let two = |first: &str, second: &str| {
+        let first = Record::Labels(first.to_owned(), vec![0, 2]);
+        Record::Two(Box::new(first), second.to_owned())
+    };
+    let records = vec![two("a run", "cafe"), two("a a a a a", "run run"), two("a", "a a a a a")];
+    let (sequences, report) = run(&tokenizer, options(Form::Encoder, 9), records.clone()).unwrap();
+    let tokens: Vec<_> = sequences.iter().map(|s| s.tokens.clone()).collect();
+    assert_eq!(tokens[0], [2, 5, 9, 3, 12, 3]);
+    assert_eq!(tokens[1], [2, 5, 5, 5, 5, 3, 9, 9, 3]);
+    assert_eq!(tokens[2], [2, 5, 3, 5, 5, 5, 5, 5, 3]);
+    assert!(sequences.iter().all(|s| s.target == Target::Labels(vec![0, 2])));
+    assert_eq!((report.cut, report.first_cut, report.targets), (1, Some(2), 3));
+    let error = run(&tokenizer, options(Form::Encoder, 3), records.clone()).unwrap_err();
+    assert!(error.violations().iter().any(|v| v.field.ends_with("max_length")), "{error}");
+    let error = run(&ending(), options(Form::Decoder, 9), records).unwrap_err();
+    assert_eq!(error.reason(), Reason::ModelUnsuitable);
+    for (first, second, room, kept) in [
+        (9, 9, 5, (3, 2)),
+        (9, 1, 5, (4, 1)),
+        (1, 9, 5, (1, 4)),
+        (9, 9, 0, (0, 0)),
+        (0, 9, 4, (0, 4)),
+    ] {
+        assert_eq!(shares(first, second, room), kept);
+    }
+}
+
+#[test]
 fn limits_and_cancellation_end_the_work() {
     let tokenizer = testing::word_pieces();
     for length in [0, 1, 2, 1 << 21] {

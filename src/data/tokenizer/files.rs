@@ -162,6 +162,38 @@ impl Tokenizer {
         }
     }
 
+    /// What `tokenizer.json` itself puts between two texts that are read together, and the type of the second
+    /// one's tokens. Where its template has nothing for two texts, what it puts after one, and type 1: as BERT
+    /// was trained.
+    ///
+    /// # Errors
+    /// MALFORMED_FILE for a template that does more than that.
+    pub fn between(&self) -> Result<(Vec<u32>, u32)> {
+        let (before, after) = self.around()?;
+        let plain = contained(|| Ok(self.inner.encode_fast("a", false)?.get_ids().to_vec()))?;
+        let (ids, types) = contained(|| {
+            let pair = self.inner.encode_fast(("a", "a"), true)?;
+            Ok((pair.get_ids().to_vec(), pair.get_type_ids().to_vec()))
+        })?;
+        let fixed = before.len() + 2 * plain.len() + after.len();
+        let start = before.len() + plain.len();
+        let whole = ids.len() > fixed
+            && ids.len() <= fixed + MAX_AROUND
+            && ids.starts_with(&[before.as_slice(), &plain].concat())
+            && ids.ends_with(&[plain.as_slice(), &after].concat());
+        if !whole || types.len() != ids.len() {
+            return Ok((after, 1));
+        }
+        let second = ids.len() - after.len() - plain.len();
+        Ok((ids[start..second].to_vec(), types[second]))
+    }
+
+    /// The token that the tokenizer says stands for a hidden one.
+    pub fn mask(&self) -> Option<u32> {
+        let named = token_name(&self.config, "mask_token").and_then(|name| self.id(name));
+        named.or_else(|| self.id("[MASK]")).or_else(|| self.id("<mask>"))
+    }
+
     /// The token that `tokenizer.json` itself puts in front of texts.
     fn template_start(&self) -> Result<Option<u32>> {
         let ids = contained(|| Ok(self.inner.encode_fast("a", true)?.get_ids().to_vec()))?;

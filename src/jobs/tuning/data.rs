@@ -3,16 +3,20 @@
 use crate::data::records::{Kind, Records};
 use crate::data::sequence::{Sequence, Target};
 use crate::data::split::{Choice, split};
-use crate::data::tokenise::{Form, Options, Overlong, TagPieces, Tokeniser, tokenise};
+use crate::data::tokenise::{
+    Form, Options, Overlong, Pair, TagPieces, Tokeniser, tokenise, tokenise_pairs,
+};
+use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Reason, Result};
 use crate::jobs::recipe::signed;
 use crate::jobs::work::Job;
 use crate::models::AnyModel;
 use crate::progress::Progress;
 use crate::proto::v1;
-use crate::recipe::adapt::{self, Plan};
+use crate::recipe::adapt::{self, Learner, Plan};
 use crate::seed::Stream;
 use crate::store::names;
+use crate::train::batch::Masking;
 
 /// Tokens of a data set, at most: they are held in memory.
 const MAX_TOKENS: u64 = 1 << 27;
@@ -32,6 +36,8 @@ pub struct Data {
     /// Names of the classes or tags.
     pub labels: Vec<String>,
     pub kind: Kind,
+    /// How tokens are hidden, where that is learnt.
+    pub masking: Option<Masking>,
     pub training_facts: v1::AdaptData,
     pub validation_facts: Option<v1::AdaptData>,
     pub warnings: Vec<String>,
@@ -58,8 +64,9 @@ impl Data {
             job,
             model,
             max_length: plan.settings.max_length,
-            // The loop cuts texts itself, so that each of their tokens is predicted.
-            text_length: MAX_TEXT,
+            // The loop cuts texts of decoders itself, so that each of their tokens is predicted.
+            text_length: if plan.is_encoder() { plan.settings.max_length } else { MAX_TEXT },
+            hides: plan.hides(),
             progress,
         };
         let named = &plan.training.dataset;
@@ -87,12 +94,17 @@ impl Data {
             training_facts = count(&training_facts, &sequences);
         }
         let tokenizer = model.tokenizer().ok_or_else(no_tokenizer)?;
+        let masking = match plan.hides() {
+            true => Some(masking(tokenizer, plan.settings.mask_share)?),
+            false => None,
+        };
         Ok(Self {
+            masking,
             training: sequences,
             validation,
             padding: tokenizer.pad.or(tokenizer.eos.first().copied()).unwrap_or(0),
             outputs: match kind {
-                Kind::Classification | Kind::Tagging => Some(labels.len()),
+                Kind::Classification | Kind::Tagging | Kind::MultiLabel => Some(labels.len()),
                 Kind::Regression => Some(1),
                 _ => None,
             },
@@ -137,7 +149,8 @@ pub fn task(
     (labels, max_length): (&[String], usize),
     progress: &Progress,
 ) -> Result<Vec<Sequence>> {
-    let reading = Reading { job, model, max_length, text_length: max_length, progress };
+    let reading =
+        Reading { job, model, max_length, text_length: max_length, hides: false, progress };
     let field = ("evaluation.task.dataset", asked.dataset.as_str());
     let most = asked.max_records.map(u64::from);
     // Cut records are as they were in training.
@@ -156,6 +169,8 @@ struct Reading<'a> {
     max_length: usize,
     /// Tokens of a text before it is learnt in pieces.
     text_length: usize,
+    /// Whether hidden tokens are learnt.
+    hides: bool,
     progress: &'a Progress,
 }
 
@@ -187,18 +202,18 @@ impl Reading<'_> {
         most: Option<u64>,
         warnings: &mut Vec<String>,
     ) -> Result<Part> {
-        let Self { job, model, max_length: length, text_length, progress } = self;
+        let Self { job, model, max_length: length, text_length, hides, progress } = self;
         let at = |e: Error| Error::at(e.reason(), field, e.message());
         let (row, mut source) =
             job.wait(job.store.dataset_source(names::dataset(name).map_err(at)?)).map_err(at)?;
         let encoder = matches!(model, AnyModel::Encoder(_));
-        adapt::suits(encoder, field, row.kind)?;
+        adapt::suits(Learner::of(encoder, *hides), field, row.kind)?;
         if let Some(most) = most {
             let before = source.layout.max_records.unwrap_or(u64::MAX);
             source.layout.max_records = Some(before.min(most));
         }
         if let Some(labels) = labels
-            && matches!(row.kind, Kind::Classification | Kind::Tagging)
+            && matches!(row.kind, Kind::Classification | Kind::Tagging | Kind::MultiLabel)
         {
             source.layout.labels = labels.to_vec();
         }
@@ -217,8 +232,14 @@ impl Reading<'_> {
         };
         let tokeniser = Tokeniser::new(tokenizer, options).map_err(|e| e.within("training"))?;
         let records = Records::open(&source)?;
-        let (sequences, report) =
-            tokenise(records, tokeniser, progress).map_err(|e| e.within(name))?;
+        let (sequences, report) = match row.kind {
+            Kind::Preferences => {
+                let (pairs, report) =
+                    tokenise_pairs(records, tokeniser, progress).map_err(|e| e.within(name))?;
+                (pairs.into_iter().map(joined).collect::<Result<Vec<_>>>()?, report)
+            }
+            _ => tokenise(records, tokeniser, progress).map_err(|e| e.within(name))?,
+        };
         let line =
             |line: Option<u64>| line.map_or(String::new(), |l| format!(", the first in line {l}"));
         if report.cut > 0 {
@@ -247,6 +268,31 @@ impl Reading<'_> {
         };
         Ok(Part { sequences, labels, kind: row.kind, facts })
     }
+}
+
+/// A pair as one sequence.
+fn joined(pair: Pair) -> Result<Sequence> {
+    let Pair { chosen, rejected } = pair;
+    let (Target::Next(mut counts), Target::Next(more)) = (chosen.target, rejected.target) else {
+        return Err(Error::internal("sides of a pair without answers"));
+    };
+    let length = chosen.tokens.len();
+    counts.extend(more);
+    let tokens = [chosen.tokens, rejected.tokens].concat();
+    Ok(Sequence { tokens, target: Target::Pair { chosen: length, counts }, line: chosen.line })
+}
+
+/// How tokens of this tokenizer are hidden.
+fn masking(tokenizer: &Tokenizer, share: f64) -> Result<Masking> {
+    let token = tokenizer.mask().ok_or_else(|| {
+        Error::new(
+            Reason::ModelUnsuitable,
+            "the model's tokenizer has no token that stands for a hidden one; choose another objective",
+        )
+    })?;
+    let vocabulary = u32::try_from(tokenizer.vocab_size()).unwrap_or(u32::MAX);
+    let special = (0..vocabulary).filter(|id| tokenizer.is_special(*id)).collect();
+    Ok(Masking { share, token, vocabulary, special })
 }
 
 fn no_tokenizer() -> Error {

@@ -70,21 +70,27 @@ pub fn read_own(written: &Written, folder: &Path, work: &Work<'_>) -> Result<Opt
 pub fn write(made: &Made, work: &Work<'_>, model: &str, folder: &Path) -> Result<Written> {
     let tuned = &made.tuned;
     let head = &super::plain(&made.head)?;
-    let method = stored::method(tuned, !head.is_empty());
     let plan = work.plan;
     let mut names = Vec::new();
     let base = work.model.config().get("_name_or_path").and_then(serde_json::Value::as_str);
     let task = match work.data.kind {
-        Kind::Classification => Task::Classification,
-        Kind::Tagging => Task::Tagging,
-        _ => Task::Regression,
+        Kind::Classification => Some(Task::Classification),
+        Kind::MultiLabel => Some(Task::MultiLabel),
+        Kind::Tagging => Some(Task::Tagging),
+        Kind::Regression => Some(Task::Regression),
+        // Hidden tokens, where there is a head.
+        _ => None,
     };
+    // A head for hidden tokens predicts nothing, and is all there is where nothing else was tuned.
+    let predicts = task.is_some() || tuned.modules.is_empty() && tuned.whole.is_empty();
+    let method = stored::method(tuned, predicts && !head.is_empty());
     let about = About {
         shapes: &plan.shapes,
         base: base.filter(|name| !name.is_empty()).unwrap_or(model),
         task: match (head.is_empty(), task) {
             (true, _) => "CAUSAL_LM",
-            (false, task) => stored::task_type(task),
+            // PEFT has no name for telling hidden tokens.
+            (false, task) => task.map_or("", stored::task_type),
         },
         inside: if head.is_empty() { "" } else { stored::INSIDE },
         heads: head,

@@ -224,6 +224,8 @@ pub trait Simd: Integer {
 
     /// Fields of `bits <= 4` bits as f32: eight from the low end of `lo`, then eight from `hi`.
     unsafe fn fields(lo: u32, hi: u32, bits: u32) -> Self::F;
+    /// Lanes of `table` by fields of 4 bits: eight from the low end of `lo`, then eight from `hi`.
+    unsafe fn lookup(table: Self::F, lo: u32, hi: u32) -> Self::F;
     /// `v` where the mask's bit is set, else 0.
     unsafe fn masked(mask: u16, v: Self::F) -> Self::F;
     /// The leading lanes of `v` moved to where the mask's bits are set, in order; 0 elsewhere.
@@ -369,6 +371,13 @@ impl Simd for Arrays {
         })
     }
     #[inline(always)]
+    unsafe fn lookup(table: Self::F, lo: u32, hi: u32) -> Self::F {
+        std::array::from_fn(|i| {
+            let word = if i < 8 { lo } else { hi };
+            table[(word >> (4 * (i as u32 % 8)) & 15) as usize]
+        })
+    }
+    #[inline(always)]
     unsafe fn masked(mask: u16, v: Self::F) -> Self::F {
         std::array::from_fn(|i| if mask >> i & 1 == 1 { v[i] } else { 0.0 })
     }
@@ -418,6 +427,8 @@ mod tests {
             for bits in [2, 3, 4] {
                 put(S::fields(0x9e37_79b9, 0x85eb_ca6b, bits));
             }
+            put(S::lookup(v, 0x0123_4567, 0x89ab_cdef));
+            put(S::lookup(v, 0x9e37_79b9, 0x85eb_ca6b));
             for mask in [0, 0xffff, 0x8001, 0x00ff, 0xa53c, 0xfffe] {
                 put(S::masked(mask, v));
                 put(S::expand(mask, v));

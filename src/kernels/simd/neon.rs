@@ -167,6 +167,24 @@ impl<const DOT: bool> Simd for Neon<DOT> {
         })
     }
     #[inline(always)]
+    unsafe fn lookup(table: Self::F, lo: u32, hi: u32) -> Self::F {
+        let [a, b, c, d] = table;
+        let table = uint8x16x4_t(
+            vreinterpretq_u8_f32(a),
+            vreinterpretq_u8_f32(b),
+            vreinterpretq_u8_f32(c),
+            vreinterpretq_u8_f32(d),
+        );
+        each(|i| {
+            let words = vdupq_n_u32(if i < 2 { lo } else { hi });
+            let shifts = vmulq_n_s32(vreinterpretq_s32_u32(lanes(i % 2, |n| n)), -4);
+            let index = vandq_u32(vshlq_u32(words, shifts), vdupq_n_u32(15));
+            // The four bytes of each element.
+            let bytes = vmlaq_n_u32(vdupq_n_u32(0x0302_0100), index, 0x0404_0404);
+            vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_u32(bytes)))
+        })
+    }
+    #[inline(always)]
     unsafe fn masked(mask: u16, v: Self::F) -> Self::F {
         let mask = vdupq_n_u32(mask.into());
         each(|i| {

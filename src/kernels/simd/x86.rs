@@ -202,6 +202,13 @@ impl<const VNNI: bool, const EXPANDS: bool> Simd for Avx512<VNNI, EXPANDS> {
         _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(words, shifts), mask))
     }
     #[inline(always)]
+    unsafe fn lookup(table: Self::F, lo: u32, hi: u32) -> Self::F {
+        let words = _mm512_mask_set1_epi32(_mm512_set1_epi32(lo as i32), 0xff00, hi as i32);
+        let shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+        // Only the low four bits of an index count.
+        _mm512_permutexvar_ps(_mm512_srlv_epi32(words, shifts), table)
+    }
+    #[inline(always)]
     unsafe fn masked(mask: u16, v: Self::F) -> Self::F {
         _mm512_maskz_mov_ps(mask, v)
     }
@@ -228,6 +235,19 @@ unsafe fn fields8(word: u32, bits: u32) -> __m256 {
     let mask = _mm256_set1_epi32((1 << bits) - 1);
     let words = _mm256_srlv_epi32(_mm256_set1_epi32(word as i32), shifts);
     _mm256_cvtepi32_ps(_mm256_and_si256(words, mask))
+}
+
+#[inline(always)]
+unsafe fn lookup8(table: [__m256; 2], word: u32) -> __m256 {
+    let shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    let index = _mm256_srlv_epi32(_mm256_set1_epi32(word as i32), shifts);
+    // Only the low three bits of an index count; the fourth says which half, as a sign.
+    let half = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index));
+    _mm256_blendv_ps(
+        _mm256_permutevar8x32_ps(table[0], index),
+        _mm256_permutevar8x32_ps(table[1], index),
+        half,
+    )
 }
 
 impl Simd for Avx2 {
@@ -331,6 +351,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn fields(lo: u32, hi: u32, bits: u32) -> Self::F {
         [fields8(lo, bits), fields8(hi, bits)]
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: Self::F, lo: u32, hi: u32) -> Self::F {
+        [lookup8(table, lo), lookup8(table, hi)]
     }
     #[inline(always)]
     unsafe fn masked(mask: u16, v: Self::F) -> Self::F {

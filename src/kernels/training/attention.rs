@@ -90,18 +90,38 @@ pub fn forward(
     out: &mut [f32],
     sums: &mut [f32],
 ) {
+    forward_where(shape, sequences, &|_| true, (q, k, v), out, sums);
+}
+
+/// As [`forward`], for some of the heads: `wanted` is asked for each key head of each sequence, counted in
+/// this order. The others are left alone.
+///
+/// # Panics
+/// If sizes do not fit.
+pub fn forward_where(
+    shape: &Shape,
+    sequences: &[Range<usize>],
+    wanted: &(dyn Fn(usize) -> bool + Sync),
+    (q, k, v): (&[f32], &[f32], &[f32]),
+    out: &mut [f32],
+    sums: &mut [f32],
+) {
     shape.check(sequences, q.len(), k.len());
     let rows = q.len() / shape.query_width();
     assert!(v.len() == k.len() && out.len() == q.len() && sums.len() == rows * shape.heads);
     let blocks: Vec<_> = sequences
         .iter()
-        .flat_map(|s| shape.blocks(s.len()).map(move |(queries, keys)| (s, queries, keys)))
+        .enumerate()
+        .flat_map(|(i, s)| shape.blocks(s.len()).map(move |(queries, keys)| (i, s, queries, keys)))
         .collect();
     let (out, sums) = (Shared::new(out), Shared::new(sums));
     threads::for_ranges(blocks.len() * shape.kv_heads, 1, |tasks| {
         for task in tasks {
             // The longest of a sequence first.
-            let (rows, queries, keys) = &blocks[blocks.len() - 1 - task / shape.kv_heads];
+            let (index, rows, queries, keys) = &blocks[blocks.len() - 1 - task / shape.kv_heads];
+            if !wanted(index * shape.kv_heads + task % shape.kv_heads) {
+                continue;
+            }
             let head = Head { shape, start: rows.start, head: task % shape.kv_heads };
             let (r, n) = (queries.len() * shape.group(), keys.len());
             with_scratch(r * (2 * shape.dim + n), |scratch| {
@@ -150,6 +170,21 @@ pub fn backward(
     g: &[f32],
     (dq, dk, dv): (&mut [f32], &mut [f32], &mut [f32]),
 ) {
+    backward_where(shape, sequences, &|_| true, kept, g, (dq, dk, dv));
+}
+
+/// As [`backward`], for some of the heads, see [`forward_where`]; the gradients of the others become 0.
+///
+/// # Panics
+/// If sizes do not fit.
+pub fn backward_where(
+    shape: &Shape,
+    sequences: &[Range<usize>],
+    wanted: &(dyn Fn(usize) -> bool + Sync),
+    kept: Kept<'_>,
+    g: &[f32],
+    (dq, dk, dv): (&mut [f32], &mut [f32], &mut [f32]),
+) {
     let Kept { q, k, v, out, sums } = kept;
     shape.check(sequences, q.len(), k.len());
     let rows = q.len() / shape.query_width();
@@ -163,6 +198,9 @@ pub fn backward(
     let group = shape.group();
     threads::for_ranges(sequences.len() * shape.kv_heads, 1, |tasks| {
         for task in tasks {
+            if !wanted(task) {
+                continue;
+            }
             let rows = &sequences[task / shape.kv_heads];
             let head = Head { shape, start: rows.start, head: task % shape.kv_heads };
             let (n, d) = (rows.len(), shape.dim);

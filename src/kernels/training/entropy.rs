@@ -56,6 +56,30 @@ pub fn cross_entropy(
     })
 }
 
+/// `-ln softmax(row)[target]` of each row, capped as in [`cross_entropy`]; the logits are left in an
+/// unspecified state.
+///
+/// # Panics
+/// If there is not one target below `width` and one place for each row.
+pub fn losses(
+    logits: &mut [f32],
+    width: usize,
+    targets: &[u32],
+    cap: Option<f32>,
+    losses: &mut [f32],
+) {
+    assert_eq!(logits.len(), targets.len() * width, "one target a row");
+    assert_eq!(losses.len(), targets.len(), "one loss a row");
+    assert!(targets.iter().all(|t| (*t as usize) < width), "a target outside the logits");
+    threads::for_row_pairs(logits, width, losses, 1, (1 << 13) / width + 1, |i, row, loss| {
+        if let Some(cap) = cap {
+            soft_cap(row, cap);
+        }
+        let own = row[targets[i] as usize];
+        loss[0] = (softmax::log_sum_exp(row) - f64::from(own)) as f32;
+    });
+}
+
 multiversion! {
     fn soft_cap(row: &mut [f32], cap: f32) {
         row.iter_mut().for_each(|v| *v = cap * tanh::<FMA>(*v / cap));

@@ -6,6 +6,7 @@ pub mod attention;
 pub mod distillation;
 pub mod elementwise;
 pub mod entropy;
+pub mod factored;
 pub mod norm;
 
 /// Elements that are worth a task of their own.

@@ -134,7 +134,7 @@ pub fn adalora(tuned: &Tuned, about: &About<'_>) -> Result<Folder> {
         "rank_pattern": left,
         "target_modules": targets(tuned, about),
         "target_r": first,
-        "task_type": about.task,
+        "task_type": if about.task.is_empty() { Value::Null } else { json!(about.task) },
         "tfinal": 0,
         "tinit": 0,
         // PEFT wants a schedule; who trains on sets another.
@@ -217,7 +217,7 @@ fn config(
         "r": rank,
         "rank_pattern": ranks,
         "target_modules": targets(tuned, about),
-        "task_type": about.task,
+        "task_type": if about.task.is_empty() { Value::Null } else { json!(about.task) },
         "use_dora": dora,
         "use_rslora": rslora,
     });

@@ -3,7 +3,7 @@
 use super::basis;
 use super::tuned::Tuned;
 use crate::data::sequence::{Sequence, Target};
-use crate::error::{Error, Reason, Result};
+use crate::error::{Error, Result};
 use crate::train::batch::{Batch, NO_LABEL, Targets};
 use crate::train::loss::{LossAndGradients, LossSums};
 use crate::train::parameters::{Gradients, Parameters};
@@ -48,6 +48,22 @@ impl LossAndGradients for Learner<'_> {
 fn documents(batch: &Batch) -> Result<Vec<Sequence>> {
     let short = || Error::internal("a batch has fewer targets than rows");
     let mut all = Vec::with_capacity(batch.rows);
+    if let Targets::Pairs(labels) = &batch.targets {
+        for pair in batch.documents().chunks(2) {
+            let [chosen, rejected] = pair else { return Err(short()) };
+            let counts = |places: &std::ops::Range<usize>| {
+                let start = places.start;
+                places.clone().map(move |i| i > start && labels[i - 1] != NO_LABEL)
+            };
+            let target = Target::Pair {
+                chosen: chosen.len(),
+                counts: counts(chosen).chain(counts(rejected)).collect(),
+            };
+            let tokens = batch.tokens[chosen.start..rejected.end].to_vec();
+            all.push(Sequence { tokens, target, line: 0 });
+        }
+        return Ok(all);
+    }
     for (row, places) in batch.documents().into_iter().enumerate() {
         let target = match &batch.targets {
             Targets::Next(labels) => {
@@ -61,12 +77,12 @@ fn documents(batch: &Batch) -> Result<Vec<Sequence>> {
             }
             Targets::Classes(classes) => Target::Class(*classes.get(row).ok_or_else(short)?),
             Targets::Values(values) => Target::Value(*values.get(row).ok_or_else(short)?),
-            Targets::Masked(_) => {
-                return Err(Error::new(
-                    Reason::ModelUnsuitable,
-                    "the model has no head that tells hidden tokens; choose another objective",
-                ));
+            Targets::Labels(classes) => Target::Labels(classes.get(row).ok_or_else(short)?.clone()),
+            Targets::Masked(labels) => {
+                let token = |label: &u32| (*label != NO_LABEL).then_some(*label);
+                Target::Hidden(labels[places.clone()].iter().map(token).collect())
             }
+            Targets::Pairs(_) => return Err(short()),
         };
         all.push(Sequence { tokens: batch.tokens[places].to_vec(), target, line: 0 });
     }
@@ -112,7 +128,17 @@ mod tests {
         assert_eq!(classes[1].tokens, [12, 13]);
         assert_eq!(classes[1].target, Target::Class(1));
         assert!(documents(&batch(&[1, 1], Targets::Classes(vec![0]), 2)).is_err());
-        let masked = documents(&batch(&[1], Targets::Masked(vec![4]), 1)).unwrap_err();
-        assert_eq!(masked.reason(), Reason::ModelUnsuitable);
+        let masked = documents(&batch(&[1, 1], Targets::Masked(vec![n, 4]), 1)).unwrap();
+        assert_eq!(masked[0].target, Target::Hidden(vec![None, Some(4)]));
+        let labels = vec![vec![1, 2], vec![]];
+        let several = documents(&batch(&[1, 1], Targets::Labels(labels), 2)).unwrap();
+        assert_eq!(several[1].target, Target::Labels(vec![]));
+        // Two tokens are preferred to three; the first of each is never predicted.
+        let labels = vec![11, n, 13, 14, n];
+        let pairs = documents(&batch(&[1, 1, 2, 2, 2], Targets::Pairs(labels), 1)).unwrap();
+        assert_eq!(pairs[0].tokens, [10, 11, 12, 13, 14]);
+        let counts = vec![false, true, false, true, true];
+        assert_eq!(pairs[0].target, Target::Pair { chosen: 2, counts });
+        assert!(documents(&batch(&[1, 1], Targets::Pairs(vec![n, n]), 1)).is_err());
     }
 }

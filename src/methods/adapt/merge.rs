@@ -9,7 +9,7 @@ use super::find;
 use super::tuned::Tuned;
 use crate::error::{Error, Reason, Result};
 use crate::methods::compress::round_to_nearest;
-use crate::nn::weight::{Dense, DualGrained, Ggml, Grouped, Weight};
+use crate::nn::weight::{Dense, DualGrained, Ggml, Grouped, Nf4, Weight};
 use crate::progress::Progress;
 
 /// What rounding to the layout of the base cost.
@@ -139,6 +139,7 @@ fn laid_out(name: &str, like: &Weight, values: &[f32], requantise: bool) -> Resu
             Weight::DualGrained(DualGrained::round(matrix(), dual.group(), values)?)
         }
         Weight::Ggml(ggml) => Weight::Ggml(Ggml::quantize(matrix(), ggml.kind(), values)?),
+        Weight::Nf4(_) => Weight::Nf4(Nf4::round(matrix(), values)?),
         Weight::Sparse(_) | Weight::RowGroups(_) | Weight::Factored(_) | Weight::Sum(_) => {
             like.clone()
         }
@@ -238,6 +239,26 @@ mod tests {
                 .sqrt();
             assert!((error / wide - drift.of_weight).abs() < 1e-9);
             assert!(drift.of_weight > 0.0 && drift.of_weight < 0.1, "{drift:?}");
+        }
+    }
+
+    #[test]
+    fn normal_floats_are_rounded_anew_and_say_what_that_cost() {
+        let case = Case::decoder();
+        let mut weights = case.weights().clone();
+        let method = v1::Qlora { adapter: Some(all_linear(4)), quantise_base: true };
+        let shapes = super::super::shapes::Shapes::of(case.model()).unwrap();
+        super::super::Adapt::prepare(&method, &mut weights, &shapes).unwrap();
+        let case = Case::with(weights);
+        let tuned = lora(&case);
+        let error = merge(&tuned, case.weights(), false, &Progress::silent()).unwrap_err();
+        assert_eq!(error.reason(), Reason::ModelUnsuitable);
+        let merged = merge(&tuned, case.weights(), true, &Progress::silent()).unwrap();
+        assert_eq!(merged.drift.len(), 21);
+        for drift in &merged.drift {
+            let after = &merged.weights[&drift.tensor];
+            assert_eq!(after.record(), case.weights()[&drift.tensor].record());
+            assert!(drift.of_weight > 0.0 && drift.of_weight < 0.15, "{drift:?}");
         }
     }
 

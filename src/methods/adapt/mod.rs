@@ -110,6 +110,15 @@ pub trait Adapt: Send + Sync {
     fn datasets(&self) -> Vec<&str>;
     /// Refuses bad options, and counts.
     fn check(&self, shapes: &Shapes) -> Result<Cost>;
+    /// Changes the weights that are trained on, which are a copy of the stored base; gives what the user
+    /// should know of that. Most methods train on the base as it is.
+    fn prepare(
+        &self,
+        _weights: &mut BTreeMap<String, Arc<Weight>>,
+        _shapes: &Shapes,
+    ) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
     /// What has to be run before [`Adapt::start`].
     fn needs(&self) -> Result<Needs>;
     /// What is trained, as it stands before the first step.

@@ -8,16 +8,20 @@
 //! precision f32; bf16 trades memory for speed, it packs every weight once for each direction.
 //!
 //! Decided here: the base may be in any quantised layout, the blocks of GGUF files or what the quantising
-//! methods make; the paper's own number format is not among them.
+//! methods make, the paper's own 4-bit normal floats among them. A base that is not quantised is rounded to
+//! those for the time of the training where that is asked for.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::lora::{cost, fresh};
 use super::options::{self, Usual};
 use super::shapes::Shapes;
 use super::tuned::Tuned;
-use super::{Adapt, Cost, Needs, Setup, build, find};
+use super::{Adapt, Cost, Needs, Setup, build, find, finite_values};
 use crate::error::{Error, Reason, Result};
 use crate::methods::Card;
-use crate::nn::weight::Weight;
+use crate::nn::weight::{Nf4, Weight};
 use crate::proto::v1::{self, LoraStart};
 use crate::train::hooks::Hooks;
 
@@ -52,6 +56,40 @@ impl Adapt for v1::Qlora {
         Ok(cost(options::plan(self.adapter.as_ref(), &USUAL, shapes)?, shapes))
     }
 
+    fn prepare(
+        &self,
+        weights: &mut BTreeMap<String, Arc<Weight>>,
+        shapes: &Shapes,
+    ) -> Result<Vec<String>> {
+        if !self.quantise_base {
+            return Ok(Vec::new());
+        }
+        let plan = options::plan(self.adapter.as_ref(), &USUAL, shapes)?;
+        let (mut error, mut norm, mut rounded) = (0.0, 0.0, 0);
+        for site in &plan.sites {
+            let stored = find(weights, &site.linear)?;
+            if !matches!(**stored, Weight::Dense(_)) {
+                continue;
+            }
+            let values = finite_values(site, stored)?;
+            let new = Weight::Nf4(Nf4::round(site.shape, &values)?);
+            for (a, b) in new.to_f32().iter().zip(&values) {
+                error += f64::from(a - b).powi(2);
+                norm += f64::from(*b).powi(2);
+            }
+            weights.insert(site.linear.clone(), Arc::new(new));
+            rounded += 1;
+        }
+        Ok(match rounded {
+            0 => vec!["the base is quantised already; it was trained on as it is".to_owned()],
+            n => vec![format!(
+                "{n} linears were rounded to 4-bit normal floats for the training (relative error {:.3}); \
+                 quantise the base with normal_float to serve the adapter on what it was trained on",
+                (error / norm.max(f64::MIN_POSITIVE)).sqrt()
+            )],
+        })
+    }
+
     fn needs(&self) -> Result<Needs> {
         Ok(Needs::Nothing)
     }
@@ -63,8 +101,8 @@ impl Adapt for v1::Qlora {
                 return Err(Error::new(
                     Reason::ModelUnsuitable,
                     format!(
-                        "'{}' is not quantised; quantise the model first (round_to_nearest, gptq), or \
-                         take lora",
+                        "'{}' is not quantised; quantise the model first (normal_float, gptq), set \
+                         quantise_base, or take lora",
                         site.linear
                     ),
                 ));
@@ -89,10 +127,32 @@ mod tests {
 
     #[test]
     fn wants_a_quantised_base_and_keeps_it() {
-        let method = v1::Qlora { adapter: Some(all_linear(4)) };
+        let method = v1::Qlora { adapter: Some(all_linear(4)), ..Default::default() };
         let error = Case::decoder().try_start(&method).unwrap_err();
         assert_eq!(error.reason(), Reason::ModelUnsuitable);
         let case = Case::quantised();
         case.contract(&method, &["lora_A", "lora_B"]);
+    }
+
+    #[test]
+    fn rounds_a_dense_base_for_the_training_where_asked() {
+        let method = v1::Qlora { adapter: Some(all_linear(4)), quantise_base: true };
+        let case = Case::decoder();
+        let mut weights = case.weights().clone();
+        let shapes = Shapes::of(case.model()).unwrap();
+        let said = method.prepare(&mut weights, &shapes).unwrap();
+        assert!(said.len() == 1 && said[0].starts_with("21 linears"), "{said:?}");
+        for (name, weight) in &weights {
+            let is_linear = name.contains("_proj");
+            assert_eq!(matches!(**weight, Weight::Nf4(_)), is_linear, "{name}");
+        }
+        let before = weights.clone();
+        let said = method.prepare(&mut weights, &shapes).unwrap();
+        assert!(said[0].contains("already"));
+        assert!(before.iter().all(|(name, weight)| Arc::ptr_eq(weight, &weights[name])));
+        let plain = v1::Qlora { adapter: Some(all_linear(4)), quantise_base: false };
+        assert!(plain.prepare(&mut weights, &shapes).unwrap().is_empty());
+        let on = Case::with(weights);
+        on.contract(&method, &["lora_A", "lora_B"]);
     }
 }

@@ -24,7 +24,7 @@ use crate::nn::weight::Weight;
 use crate::proto::v1;
 use crate::serve::head::{Head, Task};
 use crate::store::adapters::Facts;
-use crate::train::head::{HEAD_BIAS, HEAD_WEIGHT};
+use crate::train::head::{HEAD_BIAS, HEAD_WEIGHT, HIDDEN_TOKENS};
 
 /// Names of the files of a head.
 pub const HEAD_CONFIG: &str = "head_config.json";
@@ -50,23 +50,30 @@ struct HeadFile {
     base_model_name_or_path: String,
     #[serde(default)]
     labels: Vec<String>,
-    /// `single_label_classification`, `regression` or `token_classification`.
+    /// `single_label_classification`, `multi_label_classification`, `regression`, `token_classification` or
+    /// `masked_language_modeling`.
     problem_type: String,
     #[serde(default)]
     task_type: String,
 }
 
 /// Names of the tasks of heads in their files.
-const TASKS: [(Task, &str); 3] = [
+const TASKS: [(Task, &str); 4] = [
     (Task::Classification, "single_label_classification"),
+    (Task::MultiLabel, "multi_label_classification"),
     (Task::Regression, "regression"),
     (Task::Tagging, "token_classification"),
 ];
+
+/// What heads for hidden tokens are for, in their files. They go with an adapter for those who train it on;
+/// nothing here predicts with them.
+const HIDDEN: &str = "masked_language_modeling";
 
 /// An adapter that was read.
 #[derive(Debug)]
 pub struct Stored {
     pub tuned: Tuned,
+    /// None of a head for hidden tokens, too.
     pub head: Option<Head>,
     /// The method that made it, where our own files say it.
     pub adaptation: Option<v1::Adaptation>,
@@ -96,9 +103,10 @@ impl Stored {
         let pair = |names: [&str; 2]| Some((paths.get(names[0])?, paths.get(names[1])?));
         let own = pair([native::HEADER, native::TENSORS]);
         let others = pair([peft::CONFIG, peft::WEIGHTS]);
-        let head = match pair([HEAD_CONFIG, HEAD_WEIGHTS]) {
+        let files = pair([HEAD_CONFIG, HEAD_WEIGHTS]);
+        let head = match files {
             None => None,
-            Some((config, weights)) => Some(read_head(config, weights, model)?),
+            Some((config, weights)) => read_head(config, weights, model)?,
         };
         let weights = model.weights();
         let (tuned, adaptation) = match (base, own, others) {
@@ -107,13 +115,13 @@ impl Stored {
                 (read.tuned, Some(read.adaptation))
             }
             (_, _, Some((config, tensors))) => {
-                (read_peft(config, tensors, head.as_ref(), shapes, weights)?, None)
+                (read_peft(config, tensors, files.is_some(), shapes, weights)?, None)
             }
             (Base::Any, Some((header, tensors)), None) => {
                 let read = native::open([header, tensors], None, shapes, weights)?;
                 (read.tuned, Some(read.adaptation))
             }
-            (_, None, None) if head.is_some() => (Tuned::default(), None),
+            (_, None, None) if files.is_some() => (Tuned::default(), None),
             (_, None, None) => {
                 return Err(Error::new(
                     Reason::SourceUnavailable,
@@ -199,7 +207,7 @@ pub fn method(tuned: &Tuned, head: bool) -> v1::AdapterMethod {
 fn read_peft(
     config: &Path,
     tensors: &Path,
-    head: Option<&Head>,
+    head: bool,
     shapes: &Shapes,
     weights: &BTreeMap<String, Arc<Weight>>,
 ) -> Result<Tuned> {
@@ -209,8 +217,10 @@ fn read_peft(
         contents.modules.keys().chain(contents.tables.keys()).chain(contents.whole.keys());
     let inside = if names.any(|name| name.starts_with(INSIDE)) { INSIDE } else { "" };
     // Written beside the adapter too, for those who load it into a model for the task.
-    if head.is_some() {
-        contents.whole.retain(|name, _| name != HEAD_WEIGHT && name != HEAD_BIAS);
+    if head {
+        let of_head =
+            |name: &str| name == HEAD_WEIGHT || name == HEAD_BIAS || HIDDEN_TOKENS.contains(&name);
+        contents.whole.retain(|name, _| !of_head(name));
     }
     let (tuned, others) = export::load(&contents, inside, shapes, weights)?;
     match others.keys().next() {
@@ -234,7 +244,8 @@ fn read_peft(
     }
 }
 
-fn read_head(config: &Path, weights: &Path, model: &AnyModel) -> Result<Head> {
+/// None of a head for hidden tokens, whose parts are looked at only.
+fn read_head(config: &Path, weights: &Path, model: &AnyModel) -> Result<Option<Head>> {
     let AnyModel::Encoder(model) = model else {
         return Err(Error::new(
             Reason::ModelUnsuitable,
@@ -247,6 +258,10 @@ fn read_head(config: &Path, weights: &Path, model: &AnyModel) -> Result<Head> {
     }
     let file: HeadFile = serde_json::from_slice(&std::fs::read(config)?)
         .map_err(|e| malformed(format!("{HEAD_CONFIG} cannot be read: {e}")))?;
+    if file.problem_type == HIDDEN {
+        check_hidden(weights, model.family.hidden)?;
+        return Ok(None);
+    }
     let task = TASKS.iter().find(|(_, name)| *name == file.problem_type).ok_or_else(|| {
         Error::new(
             Reason::UnsupportedFormat,
@@ -261,14 +276,37 @@ fn read_head(config: &Path, weights: &Path, model: &AnyModel) -> Result<Head> {
     };
     let (weight, bias) = (take(HEAD_WEIGHT)?, take(HEAD_BIAS)?);
     let weight = (&weight.shape[..], weight.values);
-    Head::new(task.0, file.labels, weight, bias.values, model.family.hidden)
+    Head::new(task.0, file.labels, weight, bias.values, model.family.hidden).map(Some)
+}
+
+/// Refuses a head for hidden tokens that does not fit states of this width.
+fn check_hidden(weights: &Path, hidden: usize) -> Result<()> {
+    let tensors = safetensors::open(weights)?.tensors;
+    for (name, shape) in
+        HIDDEN_TOKENS.iter().zip([vec![hidden; 2], vec![hidden], vec![hidden], vec![hidden]])
+    {
+        let tensor = tensors.get(*name);
+        let tensor = tensor.ok_or_else(|| malformed(format!("{HEAD_WEIGHTS} lacks {name}")))?;
+        let plain = Plain::of(name, tensor)?;
+        if plain.shape != shape {
+            return Err(Error::new(
+                Reason::ModelUnsuitable,
+                format!(
+                    "'{name}' of {HEAD_WEIGHTS} has the shape {:?}, and states of the model have {hidden} \
+                     values; name the model that it was trained on",
+                    plain.shape
+                ),
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// PEFT's name of a head's task.
 pub fn task_type(task: Task) -> &'static str {
     match task {
         Task::Tagging => "TOKEN_CLS",
-        Task::Classification | Task::Regression => "SEQ_CLS",
+        Task::Classification | Task::MultiLabel | Task::Regression => "SEQ_CLS",
     }
 }
 
@@ -311,22 +349,24 @@ pub fn facts(tuned: &Tuned, head: u64, resident_bytes: u64) -> Result<Facts> {
     })
 }
 
-/// The files of a head: its tensors as they are named in the task's model, its labels and what it is for.
+/// The files of a head: its tensors as they are named in the task's model, its labels and what it is for, which
+/// is to tell hidden tokens where no task is named.
 ///
 /// # Errors
 /// IO.
 pub fn write_head(
     tensors: &BTreeMap<String, Plain>,
-    (task, labels): (Task, &[String]),
+    (task, labels): (Option<Task>, &[String]),
     base: &str,
     folder: &Path,
 ) -> Result<()> {
-    let name = TASKS.iter().find(|(known, _)| *known == task).map_or("", |(_, name)| name);
+    let known = TASKS.iter().find(|(known, _)| Some(*known) == task);
+    let name = known.map_or(HIDDEN, |(_, name)| name);
     let config = serde_json::to_value(HeadFile {
         base_model_name_or_path: base.to_owned(),
         labels: labels.to_vec(),
         problem_type: name.to_owned(),
-        task_type: task_type(task).to_owned(),
+        task_type: task.map_or("", task_type).to_owned(),
     });
     let Ok(serde_json::Value::Object(config)) = config else {
         return Err(Error::internal("the settings of a head are no object"));

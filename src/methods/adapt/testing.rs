@@ -104,6 +104,12 @@ impl Case {
         Self::of(model.into())
     }
 
+    /// The tiny decoder with these weights.
+    pub fn with(weights: BTreeMap<String, Arc<Weight>>) -> Self {
+        let model = decoder::random::model(decoder::random::tiny("llama"), 11).unwrap();
+        Self::of(Model { weights, ..model }.into())
+    }
+
     fn of(model: AnyModel) -> Self {
         let shapes = Shapes::of(&model).unwrap();
         let decoder = model.clone().decoder().ok();

@@ -27,6 +27,7 @@ pub mod mag_sp;
 pub mod magnitude;
 pub mod mask;
 mod named_choice;
+pub mod normal_float;
 mod options;
 pub mod regrow;
 mod report;

@@ -8,8 +8,9 @@ use super::rotary::{Rotary, Table};
 use super::{Activation, Config, LayerKind, plan};
 use crate::error::Result;
 use crate::models::Model;
+use crate::nn::ops::attend::{Attend, Attended};
 use crate::nn::ops::{
-    Angles, Attention, Function, Linear, Loss, Matrix, Network, Precision, Run, Stored, Value,
+    Angles, Attention, Function, Head, Linear, Loss, Matrix, Network, Precision, Run, Stored, Value,
 };
 
 /// A decoder whose forward can be taken back.
@@ -19,6 +20,7 @@ pub struct Graph<'a> {
     rope: Rotary,
     local_rope: Option<Rotary>,
     stored: Stored,
+    attend: Option<Box<dyn Attend>>,
 }
 
 impl Angles for Table {
@@ -43,7 +45,14 @@ impl<'a> Graph<'a> {
             rope: rotary(&config.rope),
             local_rope: config.local_rope.as_ref().map(rotary),
             stored: Stored::new(tensors, precision, |name| norm_offset(config, name)),
+            attend: None,
         })
+    }
+
+    /// The same with attention that is computed by `attend`.
+    #[must_use]
+    pub fn with_attention(self, attend: Box<dyn Attend>) -> Self {
+        Self { attend: Some(attend), ..self }
     }
 
     pub fn config(&self) -> &'a Config {
@@ -85,6 +94,21 @@ impl<'a> Graph<'a> {
         run.tape.cross_entropy(normed, &Matrix::Frozen(head), targets, cap)
     }
 
+    /// The cross-entropies of the logits of normed states, one target a row, each for itself: `[rows, 1]`.
+    pub fn row_losses(&self, run: &Run<'_>, normed: &Value, targets: &Arc<[u32]>) -> Result<Value> {
+        let (name, cap) = (self.config.head_name(), self.config.final_softcap);
+        if let Some(trained) = self.stored.trained(run, name)? {
+            return run.tape.row_losses(normed, &Head::Trained(trained), targets, cap);
+        }
+        if run.tuning.low_rank(name)?.is_some() || run.tuning.computes(name) {
+            let logits =
+                self.stored.linear(run, normed, name.trim_end_matches(".weight"), false)?;
+            return run.tape.row_losses_of(&logits, targets, cap);
+        }
+        let head = Head::Frozen(Arc::clone(self.stored.matrix(name)?));
+        run.tape.row_losses(normed, &head, targets, cap)
+    }
+
     /// Attention of normed states, before the output projection.
     fn attention(&self, run: &Run<'_>, x: &Value, layer: usize) -> Result<Value> {
         let config = self.config;
@@ -97,17 +121,27 @@ impl<'a> Graph<'a> {
             _ => &self.rope,
         };
         let angles: Arc<dyn Angles> = rotary.upto(run.sequences.longest());
-        let turned = |which: &str| -> Result<Value> {
-            let mut y = project(which)?;
-            if config.qk_norm {
-                let width = y.width();
-                let heads = y.in_rows_of(config.head_dim);
-                y = self.norm(run, &heads, &name(&format!("{which}_norm.weight")))?;
-                y = y.in_rows_of(width);
+        let normed = |which: &str| -> Result<Value> {
+            let y = project(which)?;
+            if !config.qk_norm {
+                return Ok(y);
             }
-            run.tape.rotate(y, &angles, run.sequences.positions())
+            let width = y.width();
+            let heads = y.in_rows_of(config.head_dim);
+            let y = self.norm(run, &heads, &name(&format!("{which}_norm.weight")))?;
+            Ok(y.in_rows_of(width))
         };
-        let (q, k, v) = (turned("q")?, turned("k")?, project("v")?);
+        let turn = |y: Value| run.tape.rotate(y, &angles, run.sequences.positions());
+        // Turning is in place where nothing else holds what is turned.
+        let (mut unturned, mut turned) = (Vec::new(), Vec::new());
+        for which in ["q", "k"] {
+            let y = normed(which)?;
+            if self.attend.is_some() {
+                unturned.push(y.clone());
+            }
+            turned.push(turn(y)?);
+        }
+        let (q, k, v) = (&turned[0], &turned[1], project("v")?);
         let shape = Attention {
             heads: config.heads,
             kv_heads: config.kv_heads,
@@ -117,7 +151,13 @@ impl<'a> Graph<'a> {
             causal: true,
             window: config.layer_window(layer),
         };
-        run.tape.attention(&shape, run.sequences.ranges(), &q, &k, &v)
+        match (&self.attend, &unturned[..]) {
+            (Some(attend), [a, b]) => {
+                let (shape, unturned) = (&shape, [a, b]);
+                attend.attend(run, &Attended { layer, shape, input: x, unturned, q, k, v: &v })
+            }
+            _ => run.tape.attention(&shape, run.sequences.ranges(), q, k, &v),
+        }
     }
 
     /// RMS norm of rows.

@@ -5,14 +5,16 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{Activation, Config, Model, Pooling, plan};
-use crate::error::Result;
-use crate::nn::ops::{Attention, Function, Network, Precision, Run, Stored, Value};
+use crate::error::{Error, Result};
+use crate::nn::ops::attend::{Attend, Attended};
+use crate::nn::ops::{Attention, Function, Loss, Matrix, Network, Precision, Run, Stored, Value};
 
 /// An encoder whose forward can be taken back.
 pub struct Graph<'a> {
     model: &'a Model,
     config: &'a Config,
     stored: Stored,
+    attend: Option<Box<dyn Attend>>,
 }
 
 impl<'a> Graph<'a> {
@@ -24,7 +26,14 @@ impl<'a> Graph<'a> {
             .iter()
             .map(|(name, shape)| Ok((&name[..], plan::tensor(model, name, shape)?)))
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self { model, config, stored: Stored::new(tensors, precision, |_| 0.0) })
+        let stored = Stored::new(tensors, precision, |_| 0.0);
+        Ok(Self { model, config, stored, attend: None })
+    }
+
+    /// The same with attention that is computed by `attend`.
+    #[must_use]
+    pub fn with_attention(self, attend: Box<dyn Attend>) -> Self {
+        Self { attend: Some(attend), ..self }
     }
 
     pub fn config(&self) -> &'a Config {
@@ -40,6 +49,30 @@ impl<'a> Graph<'a> {
             Pooling::Cls => {
                 let firsts: Arc<[u32]> = ranges.iter().map(|range| range.start as u32).collect();
                 run.tape.rows(hidden, &firsts)
+            }
+        }
+    }
+
+    /// The cross-entropies of what a head says of hidden tokens, summed: a linear layer, the model's
+    /// activation and a norm, trained, and the table of embeddings as outputs. `parts` are the layer's weight
+    /// and bias and the norm's weight and bias.
+    pub fn hidden_loss(
+        &self,
+        run: &Run<'_>,
+        rows: &Value,
+        parts: [&Value; 4],
+        targets: &[u32],
+    ) -> Result<Loss> {
+        let (tape, [weight, bias, scale, shift]) = (run.tape, parts);
+        let x = tape.add_bias(tape.dense(rows, weight)?, bias)?;
+        let x = tape.activation(function(self.config.activation), &x);
+        let x = tape.layer_norm(&x, scale, shift, self.config.norm_eps)?;
+        let table = "embeddings.word_embeddings.weight";
+        match self.stored.trained(run, table)? {
+            Some(table) => tape.cross_entropy(&x, &Matrix::Trained(&table), targets, None),
+            None => {
+                let table = self.stored.matrix(table)?;
+                tape.cross_entropy(&x, &Matrix::Frozen(table), targets, None)
             }
         }
     }
@@ -69,6 +102,14 @@ impl<'a> Graph<'a> {
     }
 }
 
+fn function(activation: Activation) -> Function {
+    match activation {
+        Activation::Gelu => Function::Gelu,
+        Activation::GeluTanh => Function::GeluTanh,
+        Activation::Relu => Function::Relu,
+    }
+}
+
 impl Network for Graph<'_> {
     fn blocks(&self) -> usize {
         self.config.layers
@@ -79,7 +120,10 @@ impl Network for Graph<'_> {
             plan::check_tokens(self.config, &tokens[*start..*end])
                 .map_err(|error| error.within(&format!("sequences[{i}]")))?;
         }
-        let types: Arc<[u32]> = vec![0; tokens.len()].into();
+        let types = run.sequences.types();
+        if types.len() != tokens.len() || types.iter().any(|t| *t as usize >= self.config.types) {
+            return Err(Error::internal("types of tokens do not fit the model"));
+        }
         let words = self.table(run, "word_embeddings", &tokens.into())?;
         let positions = self.table(run, "position_embeddings", run.sequences.positions())?;
         let sum = run.tape.add(&words, &positions)?;
@@ -105,17 +149,20 @@ impl Network for Graph<'_> {
             causal: false,
             window: None,
         };
-        let attended = tape.attention(&shape, run.sequences.ranges(), &q, &k, &v)?;
+        let attended = match &self.attend {
+            None => tape.attention(&shape, run.sequences.ranges(), &q, &k, &v)?,
+            Some(attend) => {
+                let (shape, input, unturned) = (&shape, hidden, [&q, &k]);
+                let (layer, q, k, v) = (index, &q, &k, &v);
+                attend.attend(run, &Attended { layer, shape, input, unturned, q, k, v })?
+            }
+        };
         drop((q, k, v));
         let delta = linear(&attended, "attention.output.dense")?;
         drop(attended);
         let hidden = self.close(run, hidden, &delta, &name("attention.output"))?;
-        let function = match config.activation {
-            Activation::Gelu => Function::Gelu,
-            Activation::GeluTanh => Function::GeluTanh,
-            Activation::Relu => Function::Relu,
-        };
-        let wide = tape.activation(function, &linear(&hidden, "intermediate.dense")?);
+        let wide =
+            tape.activation(function(config.activation), &linear(&hidden, "intermediate.dense")?);
         let delta = linear(&wide, "output.dense")?;
         drop(wide);
         self.close(run, &hidden, &delta, &name("output"))

@@ -6,6 +6,7 @@
 //! went into a value is trained, nothing is kept and no gradient is taken.
 
 mod activation;
+pub mod attend;
 mod attention;
 mod buffer;
 mod distillation;
@@ -13,6 +14,7 @@ mod head;
 mod linear;
 mod network;
 mod norm;
+mod preference;
 mod rows;
 mod tape;
 #[cfg(test)]
@@ -26,4 +28,5 @@ pub use distillation::{Answers, Distilled, Weights};
 pub use head::{Loss, Matrix, Sums};
 pub use linear::{Linear, Precision};
 pub use network::{Network, Run, Sequences, Stored};
+pub use preference::{Head, Preferred};
 pub use tape::{Read, Shared, Sink, Taken, Tape, Value};

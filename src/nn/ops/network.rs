@@ -16,6 +16,8 @@ use crate::nn::weight::Weight;
 pub struct Sequences {
     ranges: Arc<[Range<usize>]>,
     positions: Arc<[u32]>,
+    /// What kind of token each row is; 0 where absent.
+    types: Option<Arc<[u32]>>,
 }
 
 impl Sequences {
@@ -30,7 +32,21 @@ impl Sequences {
             })
             .collect();
         let positions = ranges.iter().flat_map(|range| 0..range.len() as u32).collect();
-        Self { ranges: ranges.into(), positions }
+        Self { ranges: ranges.into(), positions, types: None }
+    }
+
+    /// The same with a type for each row.
+    #[must_use]
+    pub fn with_types(self, types: Arc<[u32]>) -> Self {
+        Self { types: Some(types), ..self }
+    }
+
+    /// The type of each row: which text of two it belongs to.
+    pub fn types(&self) -> Arc<[u32]> {
+        match &self.types {
+            Some(types) => Arc::clone(types),
+            None => vec![0; self.rows()].into(),
+        }
     }
 
     /// The rows of each.

@@ -11,6 +11,7 @@ mod factored;
 mod ggml;
 mod graph;
 mod grouped;
+mod nf4;
 mod row_groups;
 mod sparse;
 mod sum;
@@ -32,6 +33,7 @@ pub use factored::Factored;
 pub use ggml::{Ggml, GgmlType};
 pub use graph::product;
 pub use grouped::{Grouped, GroupedSpec};
+pub use nf4::Nf4;
 pub use row_groups::{RowGroupValues, RowGroups};
 pub use sparse::{Sparse, SparsePattern, ValueFormat};
 pub use sum::Sum;
@@ -55,6 +57,8 @@ pub enum Weight {
     Factored(Factored),
     /// A weight in another layout and a low-rank correction.
     Sum(Sum),
+    /// 4-bit normal floats.
+    Nf4(Nf4),
 }
 
 /// One plain tensor of a stored weight. The tensor's name in the file is the weight's name, followed
@@ -109,6 +113,9 @@ pub enum Record {
         base: Box<Record>,
         rank: usize,
     },
+    Nf4 {
+        shape: [usize; 2],
+    },
 }
 
 impl Record {
@@ -121,7 +128,8 @@ impl Record {
             | Self::Ggml { shape, .. }
             | Self::Sparse { shape, .. }
             | Self::RowGroups { shape, .. }
-            | Self::Factored { shape, .. } => shape,
+            | Self::Factored { shape, .. }
+            | Self::Nf4 { shape } => shape,
             Self::Sum { base, .. } => base.shape(),
         }
     }
@@ -138,6 +146,7 @@ macro_rules! each {
             Weight::RowGroups($w) => $e,
             Weight::Factored($w) => $e,
             Weight::Sum($w) => $e,
+            Weight::Nf4($w) => $e,
         }
     };
 }
@@ -208,7 +217,11 @@ impl Weight {
             Self::Grouped(weight) => weight.packed(),
             Self::DualGrained(weight) => weight.packed(),
             Self::Sparse(weight) => weight.packed(),
-            Self::Dense(_) | Self::RowGroups(_) | Self::Factored(_) | Self::Sum(_) => None,
+            Self::Dense(_)
+            | Self::RowGroups(_)
+            | Self::Factored(_)
+            | Self::Sum(_)
+            | Self::Nf4(_) => None,
         }
     }
 
@@ -254,6 +267,7 @@ impl Weight {
                 Self::Factored(Factored::from_parts(*shape, *rank, &mut parts)?)
             }
             Record::Sum { base, rank } => Self::Sum(Sum::from_parts(base, *rank, &mut parts)?),
+            Record::Nf4 { shape } => Self::Nf4(Nf4::from_parts(*shape, &mut parts)?),
         };
         match parts.keys().next() {
             None => Ok(weight),

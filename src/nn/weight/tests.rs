@@ -74,6 +74,7 @@ fn all(shape: [usize; 2]) -> Vec<Weight> {
             weights.push(Weight::Factored(low));
         }
     }
+    weights.push(Weight::Nf4(Nf4::round(shape, &values).unwrap()));
     for bits in [2, 3, 4, 8] {
         for symmetric in [false, true] {
             for group in [cols, 16, 32].into_iter().filter(|g| cols % g == 0) {
@@ -247,7 +248,8 @@ fn parts_that_lie_are_refused() {
                 | Record::Ggml { shape: s, .. }
                 | Record::Sparse { shape: s, .. }
                 | Record::RowGroups { shape: s, .. }
-                | Record::Factored { shape: s, .. } => *s = shape,
+                | Record::Factored { shape: s, .. }
+                | Record::Nf4 { shape: s } => *s = shape,
                 Record::Sum { base, .. } => **base = Record::Dense { shape: shape.to_vec() },
             }
             malformed_parts(&absurd, parts.clone(), "an absurd shape");

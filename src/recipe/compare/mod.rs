@@ -70,6 +70,12 @@ impl Base {
     }
 
     fn check_evaluation(&self, evaluation: &v1::Evaluation) -> Result<()> {
+        if evaluation.norm_bounds.is_some() {
+            return Err(Error::field(
+                "norm_bounds",
+                "sizes of queries and keys are not compared; evaluate a version with it",
+            ));
+        }
         match &self.info {
             Some(info) => eval::check(evaluation, info),
             None => eval::check_encoder(evaluation),

@@ -173,6 +173,104 @@ fn with_head(mut parameters: Parameters, outputs: usize) -> Parameters {
     parameters
 }
 
+/// A pair whose answers begin after three tokens.
+fn pair(first: usize, second: usize, seed: usize) -> Sequence {
+    let counts = (0..first).chain(0..second).map(|i| i > 2).collect();
+    let tokens = [tokens(first, seed), tokens(second, seed + 5)].concat();
+    Sequence { tokens, target: Target::Pair { chosen: first, counts }, line: 1 }
+}
+
+#[test]
+fn preferences_of_decoders() {
+    for (architecture, checkpoint_activations) in [("llama", false), ("gemma3_text", true)] {
+        let model = decoder(architecture, true);
+        let config = model.decoder().unwrap();
+        let parameters = adapters(&config.tensors(), |name| name.contains("_proj."));
+        let tuning = Lora { parameters: &parameters, dropout: None };
+        let options = Options { beta: 0.3, checkpoint_activations, ..Options::default() };
+        let graph = decoder::graph::Graph::new(&model, Precision::F32).unwrap();
+        let pass = Pass::decoder(graph, &tuning, options);
+        let (a, b) = (pair(9, 7, 1), pair(5, 8, 2));
+        compare(&pass, &[&a, &b], &parameters, architecture);
+        // What is not tuned prefers nothing.
+        let graph = decoder::graph::Graph::new(&model, Precision::F32).unwrap();
+        let frozen = Pass::decoder(graph, &Frozen, options);
+        let sums = frozen.loss(&[&a, &b], &parameters).unwrap();
+        assert!((sums.loss - 2.0 * std::f64::consts::LN_2).abs() < 1e-6);
+        assert_eq!((sums.count, sums.correct), (2, 0));
+        // A loss of two pairs is the sum of the losses of each.
+        let each = [&a, &b].map(|pair| pass.loss(&[pair], &parameters).unwrap().loss);
+        let both = pass.loss(&[&a, &b], &parameters).unwrap().loss;
+        assert!((each[0] + each[1] - both).abs() < 1e-4);
+    }
+    let model = encoder_model(&json!({}));
+    let graph = encoder::graph::Graph::new(&model, Precision::F32).unwrap();
+    let pass = Pass::encoder(graph, &Frozen, Options::default());
+    let error = pass.loss(&[&pair(5, 5, 1)], &Parameters::new()).unwrap_err();
+    assert_eq!(error.reason(), Reason::ModelUnsuitable);
+}
+
+#[test]
+fn hidden_tokens_and_several_classes_of_encoders() {
+    let model = encoder_model(&json!({}));
+    let on = |name: &str| name.starts_with("encoder.layer") && name.ends_with(".weight");
+    let hidden = |n: usize| {
+        let places = (0..n).map(|i| (i % 3 == 1).then_some((i * 7 % 96) as u32)).collect();
+        Sequence { tokens: tokens(n, n), target: Target::Hidden(places), line: 1 }
+    };
+    let mut parameters = adapters(&model.family.tensors(), on);
+    let head = crate::train::head::hidden_tokens(32, 1.0, &crate::seed::Stream::root(3)).unwrap();
+    parameters.extend(head);
+    let tuning = Lora { parameters: &parameters, dropout: None };
+    let graph = || encoder::graph::Graph::new(&model, Precision::F32).unwrap();
+    for checkpoint_activations in [false, true] {
+        let options = Options { checkpoint_activations, ..Options::default() };
+        let pass = Pass::encoder(graph(), &tuning, options);
+        compare(&pass, &[&hidden(9), &hidden(4)], &parameters, "hidden tokens");
+    }
+    let mut whole = all(&model.family.tensors(), |name| model.weights[name].to_f32());
+    whole
+        .extend(crate::train::head::hidden_tokens(32, 1.0, &crate::seed::Stream::root(3)).unwrap());
+    let tuning = InPlace(&whole);
+    let pass = Pass::encoder(graph(), &tuning, Options::default());
+    // The pooler has no part in it, where there is one.
+    let (_, gradients) = pass.loss_and_gradients(&[&hidden(9)], &whole).unwrap();
+    assert!(gradients.contains_key("embeddings.word_embeddings.weight"));
+
+    let text = |n: usize, classes: &[u32]| Sequence {
+        tokens: tokens(n, n),
+        target: Target::Labels(classes.to_vec()),
+        line: 1,
+    };
+    let parameters = with_head(adapters(&model.family.tensors(), on), 4);
+    let tuning = Lora { parameters: &parameters, dropout: None };
+    let pass = Pass::encoder(graph(), &tuning, Options::default());
+    compare(&pass, &[&text(7, &[0, 3]), &text(4, &[])], &parameters, "classes");
+}
+
+#[test]
+fn the_second_text_of_an_encoder_has_a_type_of_its_own() {
+    let model = encoder_model(&json!({}));
+    let parameters = with_head(Parameters::new(), 3);
+    let options = Options { separator: Some(50), ..Options::default() };
+    let graph = || encoder::graph::Graph::new(&model, Precision::F32).unwrap();
+    let (typed, plain) = (
+        Pass::encoder(graph(), &Frozen, options),
+        Pass::encoder(graph(), &Frozen, Options::default()),
+    );
+    let text =
+        |tokens: &[u32]| Sequence { tokens: tokens.to_vec(), target: Target::Class(1), line: 1 };
+    let loss = |pass: &Pass<'_>, tokens: &[u32]| {
+        pass.loss(&[&text(tokens), &text(&[3, 4])], &parameters).unwrap().loss
+    };
+    // One text ends in its separator.
+    assert_eq!(loss(&typed, &[2, 7, 9, 50]), loss(&plain, &[2, 7, 9, 50]));
+    let two = [2, 7, 50, 9, 50];
+    assert_ne!(loss(&typed, &two), loss(&plain, &two));
+    let sequences = Sequences::of([5, 2]);
+    assert_eq!(types(&[2, 7, 50, 9, 50, 50, 1], &sequences, 50)[..], [0, 0, 0, 1, 1, 0, 1]);
+}
+
 #[test]
 fn heads_and_adapters_of_encoders() {
     let text = |n: usize, target: Target| Sequence { tokens: tokens(n, n), target, line: 1 };

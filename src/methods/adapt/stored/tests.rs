@@ -316,7 +316,7 @@ fn a_head_travels_with_its_labels() {
     // Without its own files nobody knows what the head reads.
     let error = read(case.model(), case.shapes()).unwrap_err();
     assert_eq!(error.reason(), Reason::UnsupportedFormat);
-    write_head(&heads, (Task::Tagging, &labels), "base", path).unwrap();
+    write_head(&heads, (Some(Task::Tagging), &labels), "base", path).unwrap();
     let stored = read(case.model(), case.shapes()).unwrap();
     let head = stored.head.as_ref().unwrap();
     assert_eq!((head.task, &head.labels[..]), (Task::Tagging, &labels[..]));
