@@ -12,7 +12,7 @@ use super::stats::Spread;
 use crate::data::sequence::{Sequence, Target};
 use crate::error::{Error, Result};
 use crate::machine;
-use crate::models::{AnyModel, Family, decoder, encoder};
+use crate::models::{AnyModel, Family, decoder, encoder, not_for_text};
 use crate::nn::ops::Precision;
 use crate::nn::tuning::{LowRank, Tuning};
 use crate::nn::weight::Weight;
@@ -96,6 +96,7 @@ pub fn measure(model: &AnyModel, run: Run) -> Result<Train> {
                 Target::Class((at % CLASSES) as u32)
             })
         }
+        AnyModel::Vision(_) | AnyModel::Lstm(_) => Err(not_for_text(model.family())),
     }
 }
 

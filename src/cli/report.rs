@@ -12,8 +12,8 @@ use crate::eval::{format, metrics};
 use crate::proto::google::longrunning::{Operation, operation};
 use crate::proto::v1::{
     AdaptData, AdaptPlan, AdaptReport, ClaimResult, ComparisonPlan, ComparisonReport,
-    EvaluationReport, Measurement, ModelVersion, RecipePlan, RecipeReport, StepReport, TrainingEnd,
-    TrainingReport,
+    EvaluationReport, Measurement, ModelVersion, PruningReport, RecipePlan, RecipeReport,
+    StepReport, TrainingEnd, TrainingReport,
 };
 use crate::recipe::claim::judge;
 use crate::recipe::compare::table;
@@ -45,6 +45,20 @@ fn imported(version: &ModelVersion) -> Result<()> {
     ))
 }
 
+/// What gradual pruning did, in a line.
+fn pruning(report: &PruningReport) -> String {
+    let share = 1.0 - report.kept as f64 / report.elements.max(1) as f64;
+    format!(
+        "{:.1} % of {} weights are zero after {} masks; {} with a bitmap, {} as compressed rows, {} dense",
+        100.0 * share,
+        report.elements,
+        report.updates.len(),
+        size(report.bitmap_bytes),
+        size(report.csr_bytes),
+        size(report.dense_bytes)
+    )
+}
+
 /// What a recipe made and what that cost.
 pub fn recipe(report: &RecipeReport) -> Result<()> {
     if !report.steps.is_empty() {
@@ -53,6 +67,9 @@ pub fn recipe(report: &RecipeReport) -> Result<()> {
     for step in &report.steps {
         if let Some(report) = &step.training {
             output::line(format!("{}: {}", step.method, training(report)))?;
+        }
+        if let Some(report) = &step.pruning {
+            output::line(format!("{}: {}", step.method, pruning(report)))?;
         }
     }
     let (before, after) = (report.before.as_ref(), report.after.as_ref());

@@ -9,7 +9,9 @@ use super::error::{CliError, Result};
 use super::names::{ModelName, resource};
 use super::{output, report, watch};
 use crate::proto::google::longrunning::Operation;
-use crate::proto::v1::{ChoiceEvaluation, EvaluateRequest, Evaluation, RunRecipeRequest};
+use crate::proto::v1::{
+    ChoiceEvaluation, EvaluateRequest, Evaluation, ImageEvaluation, RunRecipeRequest,
+};
 use crate::recipe;
 
 #[derive(Debug, Args)]
@@ -49,8 +51,11 @@ pub struct EvaluateArgs {
     /// Questions with choices to answer: adds accuracy
     #[arg(long, value_name = "NAME")]
     choices: Option<String>,
-    /// Questions taken from the start [default: all]
-    #[arg(long, requires = "choices")]
+    /// Images to classify: adds the loss and the share of right answers
+    #[arg(long, value_name = "NAME", conflicts_with = "choices")]
+    images: Option<String>,
+    /// Questions or images taken from the start [default: all]
+    #[arg(long)]
     max_items: Option<u32>,
     /// Count the multiplications of a token and the bytes it reads
     #[arg(long)]
@@ -111,6 +116,10 @@ impl EvaluateArgs {
                 }),
                 counts: self.counts,
                 kernels: self.kernels,
+                images: self.images.map(|name| ImageEvaluation {
+                    dataset: resource("datasets", &name),
+                    max_items: self.max_items,
+                }),
             }),
             base: self.base.map(|base| base.resource()).unwrap_or_default(),
             validate_only: self.job.validate_only,

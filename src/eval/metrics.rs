@@ -99,11 +99,21 @@ metrics! {
         "share of questions answered right";
     MACRO_F1 "macro_f1" "" higher Mean "" paired noisy quality
         "mean over classes of the harmonic mean of precision and recall";
+    TASK_ACCURACY "task_accuracy" "" higher Mean "1 for a right answer" paired noisy quality
+        "share of records of a task answered right";
+    TASK_LOSS "task_loss" "nats" lower Mean "nats of a record" paired noisy quality
+        "mean cross-entropy of the right answers of a task";
     DISK_BYTES "disk_bytes" "bytes" lower Mean "" paired exact cost "size of all files";
     WEIGHT_BYTES "weight_bytes" "bytes" lower Mean "" paired exact cost "size of all weights as stored";
     RESIDENT_BYTES "resident_bytes" "bytes" lower Mean "" paired exact cost
         "weights, and keys and values of one sequence";
     PARAMETERS "parameters" "" lower Mean "" paired exact cost "number of elements of all weights";
+    NONZERO_PARAMETERS "nonzero_parameters" "" lower Mean "" paired exact cost
+        "number of elements of all weights that are not zero";
+    BITMAP_BYTES "bitmap_bytes" "bytes" lower Mean "" paired exact cost
+        "elements that are not zero, and one bit an element of the matrices that have zeros";
+    CSR_BYTES "csr_bytes" "bytes" lower Mean "" paired exact cost
+        "elements that are not zero with an index each, for matrices that have zeros";
     ZERO_SHARE "zero_share" "" higher Mean "" paired exact cost "share of zeros among the pruned weights";
     MULTIPLY_ACCUMULATES "multiply_accumulates" "" lower Mean "" paired exact cost
         "products of the weights that a layout stores, for one token";
@@ -163,7 +173,7 @@ impl Metric {
         self.unit.is_empty()
             && (self.name.ends_with("_share")
                 || self.name.ends_with("_agreement")
-                || matches!(self.name, "accuracy" | "macro_f1"))
+                || matches!(self.name, "accuracy" | "macro_f1" | "task_accuracy"))
     }
 }
 

@@ -7,6 +7,7 @@ pub mod counts;
 pub mod format;
 mod likelihood;
 pub mod metrics;
+pub mod nets;
 mod products;
 mod speed;
 
@@ -20,7 +21,7 @@ use crate::calibrate::{encode_prefix, walk};
 use crate::data::choices::Item;
 use crate::error::{Error, Reason, Result};
 use crate::models::decoder::plan::{Cache, CacheFormat};
-use crate::models::{Model, ModelInfo};
+use crate::models::{AnyFamily, AnyInfo, Model, ModelInfo};
 use crate::progress::Progress;
 use crate::proto::v1;
 
@@ -58,6 +59,17 @@ pub fn check(options: &v1::Evaluation, model: &ModelInfo) -> Result<()> {
         return Err(no_tokenizer());
     }
     Ok(())
+}
+
+/// [`check`] for a model of any family.
+pub fn check_any(options: &v1::Evaluation, model: &AnyInfo) -> Result<()> {
+    match &model.family {
+        AnyFamily::Vision(_) | AnyFamily::Lstm(_) => nets::check(options, model),
+        AnyFamily::Decoder(_) | AnyFamily::Encoder(_) => {
+            nets::no_images(options)?;
+            check(options, &model.decoder()?)
+        }
+    }
 }
 
 /// Runs the text of an evaluation through a model once, so that it and others can be measured against
@@ -203,8 +215,8 @@ impl Settings {
 }
 
 /// The tokens of an evaluation and how they are cut.
-fn tokenise(
-    model: &Model,
+fn tokenise<F>(
+    model: &Model<F>,
     text: &str,
     dataset: &str,
     settings: &Settings,

@@ -20,7 +20,7 @@ use crate::formats::peft::Plain;
 use crate::methods::adapt::learner::Learner;
 use crate::methods::adapt::tuned::Tuned;
 use crate::methods::adapt::{Needs, Setup, gradients, moments};
-use crate::models::{AnyModel, decoder, encoder};
+use crate::models::{AnyModel, decoder, encoder, not_for_text};
 use crate::nn::ops::Precision;
 use crate::progress::Progress;
 use crate::proto::v1;
@@ -326,6 +326,7 @@ impl<'m> Network<'m> {
                 options.pooling = model.family.pooling;
                 Graph::Encoder(Arc::new(encoder::graph::Graph::new(model, precision)?))
             }
+            AnyModel::Vision(_) | AnyModel::Lstm(_) => return Err(not_for_text(model.family())),
         };
         Ok(Self { graph, options })
     }

@@ -17,7 +17,7 @@ use crate::calibrate;
 use crate::error::{Error, Reason, Result};
 use crate::eval::metrics::{MAKE_SECONDS, PEAK_MEMORY_BYTES};
 use crate::eval::{self, States};
-use crate::models::Model;
+use crate::models::AnyModel;
 use crate::progress::Progress;
 use crate::proto::v1::{self, KeepVersions};
 use crate::recipe::claim;
@@ -201,7 +201,7 @@ impl Made {
         }
     }
 
-    fn open(&self, job: &Job<'_>) -> Result<Model> {
+    fn open(&self, job: &Job<'_>) -> Result<AnyModel> {
         match &self.place {
             Place::Stored(row) => job.open(row),
             Place::Draft(draft) => draft.open(),
@@ -295,7 +295,7 @@ impl Work<'_> {
         }
         self.states = None;
         let text = self.job.text(&options.dataset)?;
-        let model = self.job.open(self.base)?;
+        let model = self.job.open(self.base)?.decoder()?;
         let states = eval::states(&model, options, &text, self.job.scratch, progress)?;
         self.states = Some((key, states));
         self.facts.shared.base_passes += 1;
@@ -360,7 +360,7 @@ impl Work<'_> {
             return Ok(Made::stored(row, steps));
         }
         progress.report(0.0, step_name(&node.step))?;
-        let step = Step { step: &node.step, index: node.index, seed: node.seed };
+        let step = Step { step: &node.step, index: node.index, seed: node.seed, place: &key };
         let model = parent.open(job)?;
         let taken = take_step(job, &step, (model, &parent.digest), &self.calibrations, &progress)
             .map_err(|e| e.within(&format!("comparison: {}", self.arms_below(index))))?;
@@ -376,13 +376,13 @@ impl Work<'_> {
             job.save(&key, &report)?;
             let (model, scratch) = (names::version(&self.base.name())?.0.to_owned(), job.scratch);
             let written =
-                job.store.write_version(&model, "", &taken.model, (&lineage, place), scratch);
+                job.store.write_version(&model, "", taken.model, (&lineage, place), scratch);
             let row = job.wait(written)?;
             report.version = row.name();
             steps.push(report);
             Made::stored(row, steps)
         } else {
-            let draft = job.wait(job.store.draft(&taken.model, &lineage, job.scratch))?;
+            let draft = job.wait(job.store.draft(taken.model, &lineage, job.scratch))?;
             steps.push(report);
             Made { digest: draft.digest(), place: Place::Draft(draft), steps }
         };

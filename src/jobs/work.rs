@@ -7,11 +7,14 @@ use std::time::Instant;
 use prost::Message;
 use tokio::runtime::Handle;
 
-use super::{adapt, claim, compare, damaged, import, recipe};
+use super::{adapt, claim, compare, create, damaged, import, recipe};
 use crate::data::choices::Item;
+use crate::data::images::Images;
+use crate::data::records::Source;
 use crate::error::{Error, Result};
 use crate::eval;
-use crate::models::Model;
+use crate::methods::Datasets;
+use crate::models::AnyModel;
 use crate::progress::Progress;
 use crate::proto::v1;
 use crate::store::models::VersionRow;
@@ -58,8 +61,8 @@ impl Job<'_> {
     }
 
     /// Opens a stored version.
-    pub fn open(&self, row: &VersionRow) -> Result<Model> {
-        self.wait(self.store.open_version(row))
+    pub fn open(&self, row: &VersionRow) -> Result<AnyModel> {
+        self.wait(self.store.open_any_version(row))
     }
 
     /// Measures a model with the data sets that the options name.
@@ -75,8 +78,22 @@ impl Job<'_> {
         };
         let choices = options.choice.as_ref().map(|choice| self.items(&choice.dataset));
         let choices = choices.transpose()?;
+        let decoder = match subject.model {
+            AnyModel::Decoder(model) => model,
+            other => {
+                let images = options.images.as_ref().map(|images| self.images(&images.dataset));
+                let subject = eval::nets::Subject {
+                    model: other,
+                    text: text.as_ref().map(|text| text.as_str()),
+                    images: images.transpose()?,
+                    disk_bytes: subject.disk_bytes,
+                };
+                return eval::nets::evaluate(&subject, options, progress);
+            }
+        };
+        eval::nets::no_images(options)?;
         let subject = eval::Subject {
-            model: subject.model,
+            model: decoder,
             states: subject.states,
             base: subject.base,
             text: text.as_ref().map(|text| text.as_str()),
@@ -96,7 +113,7 @@ impl Job<'_> {
     ) -> Result<v1::EvaluationReport> {
         let start = Instant::now();
         let model = self.open(row)?;
-        let base = base.map(|base| self.open(base)).transpose()?;
+        let base = base.map(|base| self.open(base)?.decoder()).transpose()?;
         let subject = Measured {
             model: &model,
             states: None,
@@ -130,9 +147,19 @@ impl Job<'_> {
     }
 }
 
+impl Datasets for Job<'_> {
+    fn source(&self, name: &str) -> Result<Source> {
+        Ok(self.wait(self.store.dataset_source(names::dataset(name)?))?.1)
+    }
+
+    fn images(&self, name: &str) -> Result<Images> {
+        self.wait(self.store.dataset_images(names::dataset(name)?))
+    }
+}
+
 /// A model to measure, see [`eval::Subject`].
 pub struct Measured<'a> {
-    pub model: &'a Model,
+    pub model: &'a AnyModel,
     pub states: Option<&'a eval::States>,
     pub base: Option<eval::Base<'a>>,
     pub disk_bytes: u64,
@@ -145,6 +172,7 @@ impl Work for Models {
     fn run(&self, job: &Job<'_>) -> Result<Vec<u8>> {
         match job.operation.kind {
             Kind::Import => import::run(job),
+            Kind::Create => create::run(job),
             Kind::Recipe => recipe::run(job),
             Kind::Evaluate => evaluate(job),
             Kind::Compare => compare::run(job),
@@ -179,6 +207,11 @@ pub fn uses(new: &NewOperation) -> Result<Vec<String>> {
             if let Some(v1::import_model_request::Source::Uploaded(uploaded)) = request.source {
                 uses.extend(uploaded.files.into_iter().map(|file| file.digest));
             }
+        }
+        Kind::Create => {
+            let request = v1::CreateModelRequest::decode(request).map_err(bad)?;
+            uses.push(format!("models/{}", request.model_id));
+            uses.extend(request.tokenizer.map(|tokenizer| tokenizer.dataset));
         }
         Kind::Recipe => {
             let request = v1::RunRecipeRequest::decode(request).map_err(bad)?;

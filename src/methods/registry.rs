@@ -42,6 +42,9 @@ rows![
     Sparsegpt: SparseGpt,
     RoundToNearest: RoundToNearest,
     Gptq: Gptq,
+    Initialise: Initialise,
+    Train: Train,
+    Gradual: Gradual,
 ];
 
 /// The card called `name`.
@@ -89,6 +92,9 @@ mod tests {
             step::Method::Sparsegpt(v1::SparseGpt::default()),
             step::Method::RoundToNearest(v1::RoundToNearest::default()),
             step::Method::Gptq(v1::Gptq::default()),
+            step::Method::Initialise(v1::Initialise::default()),
+            step::Method::Train(v1::Train::default()),
+            step::Method::Gradual(v1::Gradual::default()),
         ] {
             let step = v1::Step { method: Some(message) };
             let once = resolve(&step);

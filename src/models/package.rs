@@ -7,8 +7,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::files::{AnyFamily, Parts};
-use super::{AnyModel, Family, Model, ModelInfo, TensorInfo, files, not_a_decoder};
+use super::{AnyFamily, AnyInfo, AnyModel, Model, ModelInfo, TensorInfo, files};
 use crate::error::{Error, Reason, Result};
 use crate::formats::safetensors::{self, Plan, Tensor};
 use crate::formats::{malformed, quoted};
@@ -92,11 +91,21 @@ pub fn read_any(files: &BTreeMap<String, PathBuf>) -> Result<AnyModel> {
     }
     let tokenizer = files::tokenizer(|name| files.get(name).cloned(), &config)?;
     Ok(match family {
-        AnyFamily::Decoder(family) => {
-            files::assemble(Family::Decoder(family), config, weights, tokenizer)?.into()
-        }
+        AnyFamily::Decoder(family) => files::assemble(family, config, weights, tokenizer)?.into(),
         AnyFamily::Encoder(family) => files::assemble(family, config, weights, tokenizer)?.into(),
+        AnyFamily::Vision(family) => files::assemble(family, config, weights, tokenizer)?.into(),
+        AnyFamily::Lstm(family) => files::assemble(family, config, weights, tokenizer)?.into(),
     })
+}
+
+/// Writes a model of any family; otherwise as [`write`].
+pub fn write_any(model: &AnyModel, lineage: &Value, folder: &Path) -> Result<Vec<String>> {
+    match model {
+        AnyModel::Decoder(model) => write(model, lineage, folder),
+        AnyModel::Encoder(model) => write(model, lineage, folder),
+        AnyModel::Vision(model) => write(model, lineage, folder),
+        AnyModel::Lstm(model) => write(model, lineage, folder),
+    }
 }
 
 /// Reads only headers and configuration.
@@ -104,10 +113,15 @@ pub fn read_any(files: &BTreeMap<String, PathBuf>) -> Result<AnyModel> {
 /// # Errors
 /// As [`read`].
 pub fn read_info(files: &BTreeMap<String, PathBuf>) -> Result<ModelInfo> {
-    let family = match files::config(find(files, files::CONFIG)?)?.1 {
-        AnyFamily::Decoder(family) => Family::Decoder(family),
-        AnyFamily::Encoder(family) => return Err(not_a_decoder(&family.architecture)),
-    };
+    read_any_info(files)?.decoder()
+}
+
+/// Reads only headers and configuration, of a version of any family.
+///
+/// # Errors
+/// As [`read_any`].
+pub fn read_any_info(files: &BTreeMap<String, PathBuf>) -> Result<AnyInfo> {
+    let (config, family) = files::config(find(files, files::CONFIG)?)?;
     let manifest = manifest(files)?;
     let mut tensors = BTreeMap::new();
     for (name, (record, parts)) in stored(files, manifest.tensors)? {
@@ -124,7 +138,7 @@ pub fn read_info(files: &BTreeMap<String, PathBuf>) -> Result<ModelInfo> {
         })?;
         files::check_shape(&name, &tensor.shape, &shape)?;
     }
-    Ok(ModelInfo { family, has_tokenizer: files.contains_key(files::TOKENIZER), tensors })
+    Ok(AnyInfo { family, config, has_tokenizer: files.contains_key(files::TOKENIZER), tensors })
 }
 
 fn find<'a>(files: &'a BTreeMap<String, PathBuf>, name: &str) -> Result<&'a Path> {

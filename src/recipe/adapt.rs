@@ -120,7 +120,7 @@ impl Plan {
         let fits = match kind {
             Kind::Text | Kind::Chat => !self.is_encoder(),
             Kind::Classification | Kind::Regression | Kind::Tagging => self.is_encoder(),
-            Kind::Choices | Kind::Preferences => false,
+            Kind::Choices | Kind::Preferences | Kind::Images => false,
         };
         if fits {
             return Ok(());
@@ -311,7 +311,7 @@ mod tests {
                 [&decoder, &encoder].map(|plan| plan.suits("training.dataset", kind).is_ok());
             let wanted = match kind {
                 Kind::Text | Kind::Chat => [true, false],
-                Kind::Choices | Kind::Preferences => [false, false],
+                Kind::Choices | Kind::Preferences | Kind::Images => [false, false],
                 _ => [false, true],
             };
             assert_eq!(both, wanted, "{kind:?}");

@@ -132,6 +132,7 @@ fn file(header: &v1::DatasetHeader) -> Result<DatasetFile> {
         v1::DatasetKind::Regression => DatasetKind::Regression,
         v1::DatasetKind::Tagging => DatasetKind::Tagging,
         v1::DatasetKind::Preferences => DatasetKind::Preferences,
+        v1::DatasetKind::Images => DatasetKind::Images,
     };
     let layout = header.layout.clone().unwrap_or_default();
     let given = |name: String| Some(name).filter(|name| !name.is_empty());
@@ -165,6 +166,7 @@ pub fn kind(kind: DatasetKind) -> v1::DatasetKind {
         DatasetKind::Regression => v1::DatasetKind::Regression,
         DatasetKind::Tagging => v1::DatasetKind::Tagging,
         DatasetKind::Preferences => v1::DatasetKind::Preferences,
+        DatasetKind::Images => v1::DatasetKind::Images,
     }
 }
 

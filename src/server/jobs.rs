@@ -227,9 +227,19 @@ pub(super) async fn check_datasets(state: &State, message: &impl serde::Serializ
     for (field, name) in found {
         let at = |e: Error| Error::at(e.reason(), field.clone(), e.message());
         // The one place in the API that wants questions is called `choice`.
-        let kind = match field.ends_with("choice.dataset") {
-            true => DatasetKind::Choices,
-            false => DatasetKind::Text,
+        let kind = if field.ends_with("choice.dataset") {
+            DatasetKind::Choices
+        } else if field.ends_with("images.dataset") {
+            DatasetKind::Images
+        } else if ["training.dataset", "training.validation.dataset"]
+            .iter()
+            .any(|end| field.ends_with(end))
+        {
+            // What a training learns from depends on the model; it says so before anything else.
+            state.store.dataset(names::dataset(&name).map_err(at)?).await.map_err(at)?;
+            continue;
+        } else {
+            DatasetKind::Text
         };
         state.store.of_kind(names::dataset(&name).map_err(at)?, kind).await.map_err(at)?;
     }

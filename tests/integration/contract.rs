@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use planish::error::{Error, Reason, Result};
-use planish::methods::{Card, Outcome, docs, registry};
+use planish::methods::{Card, NoDatasets, Outcome, docs, registry};
 use planish::models::decoder::random;
-use planish::models::{Model, package};
+use planish::models::{AnyInfo, Model, package};
 use planish::progress::Progress;
 use planish::proto::v1;
 use planish::recipe;
@@ -66,10 +66,13 @@ fn run_with(
 ) -> Result<Outcome> {
     let no_texts = |name: &str| Err(Error::not_found(name, "there are no data sets here"));
     let calibrations = &planish::calibrate::Shared::default();
-    let environment = Environment { progress, texts: &no_texts, calibrations, scratch };
+    let (datasets, kept) = (&NoDatasets, &scratch.join("kept"));
+    let environment =
+        Environment { progress, texts: &no_texts, calibrations, scratch, datasets, kept };
     let place = (recipe.seed, index);
-    run_step(&recipe.steps[index], place, (model, "a tiny model"), &environment)
-        .map(|(_, outcome)| outcome)
+    run_step(&recipe.steps[index], place, (model.into(), "a tiny model"), &environment)?
+        .outcome
+        .decoder()
 }
 
 fn run(steps: &[v1::Step], mut model: Model) -> Result<Outcome> {
@@ -96,7 +99,8 @@ fn linears(model: &Model) -> Vec<String> {
 }
 
 fn each(mut check: impl FnMut(&'static Card, &'static str)) {
-    for card in registry::cards() {
+    // What trains from data has its own tests.
+    for card in registry::cards().into_iter().filter(|card| card.verb != "train") {
         for architecture in ARCHITECTURES {
             check(card, architecture);
         }
@@ -161,7 +165,7 @@ fn bytes_are_as_estimated() {
         for patch in if prunes(card) { &patterns[..] } else { &patterns[..1] } {
             let steps = [step(card.name, patch)];
             let before = model(architecture);
-            let plan = recipe::check(&recipe(steps.to_vec()), &before.info()).expect("fits");
+            let plan = recipe::check(&recipe(steps.to_vec()), &before.info().into()).expect("fits");
             let got = run(&steps, before).expect("runs").model.bytes() as f64;
             let want = plan.total.weight_bytes as f64;
             assert!((got / want - 1.0).abs() < 0.1, "{} {patch}: {got} for {want}", card.name);
@@ -263,7 +267,7 @@ fn bad_options_are_refused_by_name() {
         ("damp", json!(1.5)),
         ("block_size", json!(0)),
     ];
-    let info = model("llama").info();
+    let info = AnyInfo::from(model("llama").info());
     for card in registry::cards() {
         let options = docs::options(card.name);
         for (name, value) in bad.iter().filter(|(n, _)| options.iter().any(|o| o.name == *n)) {
@@ -292,7 +296,7 @@ fn bad_options_are_refused_by_name() {
 
 #[test]
 fn unknown_enum_numbers_are_refused() {
-    let info = model("llama").info();
+    let info = AnyInfo::from(model("llama").info());
     let sparsity = v1::Sparsity { values: 99, ..Default::default() };
     let calibration = v1::Calibration { sampling: 99, ..Default::default() };
     let method = v1::step::Method::Wanda(v1::Wanda { sparsity: Some(sparsity), calibration: None });
@@ -314,7 +318,7 @@ fn quantising_what_is_pruned_keeps_the_zeros() {
                 let pruned =
                     run(std::slice::from_ref(&first), model("llama")).expect("prunes").model;
                 let steps = [first, step(quantising.name, &json!({"grid.bits": 4}))];
-                let plan = recipe::check(&recipe(steps.to_vec()), &model("llama").info());
+                let plan = recipe::check(&recipe(steps.to_vec()), &model("llama").info().into());
                 let outcome = run(&steps, model("llama")).expect("composes");
                 let both = outcome.model;
                 let after = zeros(&both);
@@ -332,7 +336,7 @@ fn quantising_what_is_pruned_keeps_the_zeros() {
 
 #[test]
 fn what_is_quantised_is_neither_pruned_nor_quantised_again() {
-    let info = model("llama").info();
+    let info = AnyInfo::from(model("llama").info());
     for card in registry::cards() {
         let steps = vec![step("round_to_nearest", &json!({})), step(card.name, &json!({}))];
         let error = recipe::check(&recipe(steps), &info).err().expect("a senseless order");
@@ -350,7 +354,7 @@ fn what_is_quantised_is_neither_pruned_nor_quantised_again() {
 
 #[test]
 fn recipes_have_steps_and_not_too_many() {
-    let info = model("llama").info();
+    let info = AnyInfo::from(model("llama").info());
     for steps in [Vec::new(), vec![step("magnitude", &json!({})); 65]] {
         let error = recipe::check(&recipe(steps), &info).err().expect("refused");
         assert_eq!(error.reason(), Reason::InvalidRecipe);
@@ -361,7 +365,7 @@ fn recipes_have_steps_and_not_too_many() {
 
 #[test]
 fn a_data_set_needs_a_tokenizer() {
-    let info = model("llama").info();
+    let info = AnyInfo::from(model("llama").info());
     let step = step("wanda", &json!({"calibration.dataset": "datasets/wiki"}));
     let error = recipe::check(&recipe(vec![step]), &info).err().expect("refused");
     assert_eq!(error.reason(), Reason::ModelUnsuitable);

@@ -21,3 +21,4 @@ mod soak;
 mod structured;
 mod support;
 mod telemetry;
+mod training;

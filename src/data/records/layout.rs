@@ -98,7 +98,7 @@ impl Layout {
                 return Err(Error::field(field, what));
             }
         }
-        let labelled = matches!(kind, Kind::Classification | Kind::Tagging);
+        let labelled = matches!(kind, Kind::Classification | Kind::Tagging | Kind::Images);
         if !labelled && !self.labels.is_empty() {
             return Err(Error::field("labels", format!("{} have no labels", kind.name())));
         }
@@ -204,7 +204,7 @@ impl Present<'_> {
         let mut columns = Columns::default();
         match kind {
             Kind::Text => columns.text = Some(self.need("text_column", &asked.text, TEXT)?),
-            Kind::Choices => {}
+            Kind::Choices | Kind::Images => {}
             Kind::Classification | Kind::Regression => {
                 let labels = if kind == Kind::Classification { CLASS } else { NUMBER };
                 // A table of two columns without names: a text and its label.

@@ -3,8 +3,11 @@
 
 pub mod activation;
 pub mod attention;
+pub mod batch_norm;
+pub mod convolution;
 pub mod elementwise;
 pub mod entropy;
+pub mod lstm;
 pub mod norm;
 
 /// Elements that are worth a task of their own.

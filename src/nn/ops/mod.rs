@@ -8,8 +8,10 @@
 mod activation;
 mod attention;
 mod buffer;
+mod convolution;
 mod head;
 mod linear;
+mod lstm;
 mod network;
 mod norm;
 mod rows;
@@ -21,6 +23,7 @@ pub use crate::kernels::training::activation::Function;
 pub use crate::kernels::training::attention::Shape as Attention;
 pub use attention::Angles;
 pub use buffer::{Buffer, Pool};
+pub use convolution::{Moments, Window, transposed};
 pub use head::{Loss, Matrix, Sums};
 pub use linear::{Linear, Precision};
 pub use network::{Network, Run, Sequences, Stored};

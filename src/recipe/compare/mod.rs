@@ -24,7 +24,7 @@ use super::{check_steps, evaluation_datasets, step_datasets, unique};
 use crate::error::{Error, Reason, Result};
 use crate::eval::{self, metrics};
 use crate::methods::{Estimate, registry};
-use crate::models::ModelInfo;
+use crate::models::AnyInfo;
 use crate::proto::v1::{self, KeepVersions};
 
 /// Name that stands for the base in contrasts and tables.
@@ -67,7 +67,7 @@ pub fn check_counts(comparison: &v1::Comparison) -> Result<()> {
 /// Checks all of a comparison that its base's header can tell; gives the cost of each arm's steps. Arms
 /// that measure another version are checked against that by who knows it. Errors point into the
 /// comparison (`arms[2].steps[0].wanda.sparsity.share`).
-pub fn check(comparison: &v1::Comparison, base: &ModelInfo) -> Result<Vec<Estimate>> {
+pub fn check(comparison: &v1::Comparison, base: &AnyInfo) -> Result<Vec<Estimate>> {
     check_counts(comparison)?;
     let arms = &comparison.arms;
     if KeepVersions::try_from(comparison.keep).is_err() {
@@ -78,7 +78,7 @@ pub fn check(comparison: &v1::Comparison, base: &ModelInfo) -> Result<Vec<Estima
         metrics::metric(metric).map_err(|e| e.within(&format!("metrics[{i}]")))?;
     }
     let evaluation = comparison.evaluation.clone().unwrap_or_default();
-    eval::check(&evaluation, base).map_err(|e| e.within("evaluation"))?;
+    eval::check_any(&evaluation, base).map_err(|e| e.within("evaluation"))?;
 
     let mut names = BTreeSet::from([BASE]);
     let mut estimates = Vec::with_capacity(arms.len());
@@ -99,7 +99,8 @@ pub fn check(comparison: &v1::Comparison, base: &ModelInfo) -> Result<Vec<Estima
             return Err(bad(place, problem));
         }
         if let Some(evaluation) = &arm.evaluation {
-            eval::check(evaluation, base).map_err(|e| e.within(&format!("{place}.evaluation")))?;
+            eval::check_any(evaluation, base)
+                .map_err(|e| e.within(&format!("{place}.evaluation")))?;
         }
         let estimate = if arm.steps.is_empty() {
             Estimate { memory_bytes: base.bytes(), ..Estimate::default() }
@@ -199,7 +200,7 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_named_by_its_place() {
-        let base = random::model(random::tiny("llama"), 1).expect("a model").info();
+        let base = AnyInfo::from(random::model(random::tiny("llama"), 1).expect("a model").info());
         let good = comparison(vec![arm("a", vec![wanda(0.5)]), arm("b", vec![round(4)])]);
         assert_eq!(check(&good, &base).expect("fits").len(), 2);
         type Change = fn(&mut v1::Comparison);
