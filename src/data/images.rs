@@ -32,8 +32,10 @@ pub struct Images {
 
 /// How a file is written, which its name tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Format {
+pub enum Format {
+    /// IDX: images, then their labels.
     Idx,
+    /// The binary files of CIFAR-10.
     Cifar,
 }
 
@@ -96,9 +98,7 @@ impl Images {
 
 /// Whether a file of this name is read as images.
 pub fn is_images(file_name: &str) -> bool {
-    let name = file_name.to_ascii_lowercase();
-    let stem = name.strip_suffix(".gz").unwrap_or(&name);
-    [".idx", "-ubyte", ".ubyte", ".bin"].iter().any(|end| stem.ends_with(end))
+    format(file_name).is_ok()
 }
 
 /// Reads a file of images. `file_name` is the name that it came with, which tells its format: `.idx` or
@@ -108,29 +108,43 @@ pub fn is_images(file_name: &str) -> bool {
 /// `UNSUPPORTED_FORMAT` for other names, `TOO_LARGE` beyond the limits, `MALFORMED_FILE` with the byte for what
 /// cannot be read, `DATASET_UNSUITABLE` when there is no image.
 pub fn read(path: &Path, file_name: &str, max_bytes: u64) -> Result<Images> {
+    let packed = file_name.to_ascii_lowercase().ends_with(".gz");
+    let format = format(file_name)?;
+    let bytes = read_bytes(path, packed, max_bytes).map_err(|error| error.within(file_name))?;
+    parse(format, &bytes).map_err(|error| error.within(file_name))
+}
+
+/// The format that a file's name tells.
+///
+/// # Errors
+/// `UNSUPPORTED_FORMAT`.
+fn format(file_name: &str) -> Result<Format> {
     let name = file_name.to_ascii_lowercase();
-    let (stem, packed) = match name.strip_suffix(".gz") {
-        Some(stem) => (stem, true),
-        None => (name.as_str(), false),
-    };
-    let format = if [".idx", "-ubyte", ".ubyte"].iter().any(|end| stem.ends_with(end)) {
-        Format::Idx
+    let stem = name.strip_suffix(".gz").unwrap_or(&name);
+    if [".idx", "-ubyte", ".ubyte"].iter().any(|end| stem.ends_with(end)) {
+        Ok(Format::Idx)
     } else if stem.ends_with(".bin") {
-        Format::Cifar
+        Ok(Format::Cifar)
     } else {
-        return Err(Error::new(
+        Err(Error::new(
             Reason::UnsupportedFormat,
             format!(
                 "{file_name:.100}: the name ends in none of .idx, -ubyte and .bin (each also with .gz), which \
                  images are read from; rename or convert the file"
             ),
-        ));
-    };
-    let parse = || match format {
-        Format::Idx => idx(&read_bytes(path, packed, max_bytes)?),
-        Format::Cifar => cifar(&read_bytes(path, packed, max_bytes)?),
-    };
-    parse().map_err(|error| error.within(file_name))
+        ))
+    }
+}
+
+/// Images from the bytes of a file, which are not packed.
+///
+/// # Errors
+/// `MALFORMED_FILE` with the byte, `DATASET_UNSUITABLE` when there is no image.
+pub fn parse(format: Format, bytes: &[u8]) -> Result<Images> {
+    match format {
+        Format::Idx => idx(bytes),
+        Format::Cifar => cifar(bytes),
+    }
 }
 
 /// Images and then their labels, both in the IDX format.

@@ -217,10 +217,11 @@ async fn bad_requests_name_their_fields() {
     images(&service, "bars", "train.idx", &idx(30)).await.unwrap();
     service.dataset("prose", "some text to read").await.unwrap();
     made(&service, create("net", net())).await;
+    let service = &service;
 
-    let bad = images(&service, "bad", "bad.idx", &idx(30)[..500]).await;
+    let bad = images(service, "bad", "bad.idx", &idx(30)[..500]).await;
     assert_error(bad, Code::InvalidArgument, "MALFORMED_FILE", "");
-    let creation = |request| async { service.models().create_model(request).await };
+    let creation = |request| async move { service.models().create_model(request).await };
     let taken = creation(create("net", net())).await;
     assert_error(taken, Code::AlreadyExists, "RESOURCE_EXISTS", "");
     let llama = creation(create("x", json!({ "model_type": "llama" }))).await;
@@ -229,8 +230,8 @@ async fn bad_requests_name_their_fields() {
     let reads = v1::CreateModelRequest { tokenizer: Some(text), ..create("x", net()) };
     assert_error(creation(reads).await, Code::InvalidArgument, "INVALID_FIELD", "tokenizer");
 
-    let refuse = |steps: Value| async {
-        run(&service, "models/net", json!({ "steps": [steps] })).await.map(|_| ())
+    let refuse = |steps: Value| async move {
+        run(service, "models/net", json!({ "steps": [steps] })).await.map(|_| ())
     };
     let training = |dataset: &str| json!({ "dataset": dataset, "steps": 10 });
     let found = refuse(json!({ "gradual": {
@@ -243,7 +244,7 @@ async fn bad_requests_name_their_fields() {
     assert_error(found, Code::FailedPrecondition, "MODEL_UNSUITABLE", "");
     // A text is no data set of images: the job says so, with the field.
     let operation = run(
-        &service,
+        service,
         "models/net",
         json!({ "steps": [{ "train": { "training": training("datasets/prose") } }] }),
     );

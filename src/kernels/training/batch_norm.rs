@@ -1,5 +1,8 @@
 //! Normalisation of each channel over all rows (pixels of all images of a batch).
 
+// Many slices are read side by side; zipped they would be harder to read and no faster.
+#![allow(clippy::needless_range_loop)]
+
 use super::super::multiversion::{mul_add, multiversion};
 use super::super::threads;
 

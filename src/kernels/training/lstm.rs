@@ -1,6 +1,9 @@
 //! The element-wise part of an LSTM cell and its gradient. Gates stand in the order input, forget, cell,
 //! output, as in PyTorch.
 
+// Many slices are read side by side; zipped they would be harder to read and no faster.
+#![allow(clippy::needless_range_loop)]
+
 use super::super::activation::{exp, tanh};
 use super::super::multiversion::multiversion;
 use super::super::threads::{self, Shared};

@@ -177,7 +177,7 @@ impl Config {
     /// each with all input channels; those of depthwise ones are `[channels, taps]`.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let mut all = Vec::new();
-        let mut norm = |all: &mut Vec<_>, place: &str, channels: usize| {
+        let norm = |all: &mut Vec<_>, place: &str, channels: usize| {
             for part in ["weight", "bias", "running_mean", "running_var"] {
                 all.push((format!("{place}.{part}"), vec![channels]));
             }
