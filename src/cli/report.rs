@@ -36,9 +36,11 @@ pub fn operation(operation: &Operation) -> Result<()> {
 }
 
 fn imported(version: &ModelVersion) -> Result<()> {
+    let random = version.lineage.as_ref().is_some_and(|lineage| lineage.source == "random");
     output::line(format!(
-        "{} imported: {} {}, weights {}",
+        "{} {}: {} {}, weights {}",
         short_model(&version.name),
+        if random { "made" } else { "imported" },
         version.family,
         version.architecture,
         size(version.weight_bytes)
