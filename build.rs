@@ -54,6 +54,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 fn write_method_code(out: &Path) -> io::Result<()> {
     println!("cargo:rerun-if-changed=src/methods");
     println!("cargo:rerun-if-changed=src/calibrate");
+    println!("cargo:rerun-if-changed=src/train");
     let digests = digest::of_methods(Path::new("src"))?;
     let rows: Vec<String> = digests
         .iter()

@@ -39,6 +39,19 @@ impl Progress {
         Self { metrics: Some(metrics), ..self }
     }
 
+    /// The same progress whose measured numbers go to `metrics` as well.
+    #[must_use]
+    pub fn and_metrics(&self, metrics: Arc<MetricSink>) -> Self {
+        let both: Arc<MetricSink> = match self.metrics.clone() {
+            None => metrics,
+            Some(first) => Arc::new(move |found| {
+                first(found);
+                metrics(found);
+            }),
+        };
+        Self { metrics: Some(both), ..self.clone() }
+    }
+
     /// Progress that nobody watches and nobody cancels.
     pub fn silent() -> Self {
         Self::new(Arc::new(|_, _| {}), Arc::new(AtomicBool::new(false)))

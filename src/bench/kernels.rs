@@ -151,22 +151,26 @@ pub fn measure<E: From<Error>>(
 /// A weight as the timed product takes it.
 enum Operand<'a> {
     Plain(&'a Weight),
+    Faster(Weight),
     Packed(Packed),
 }
 
 impl<'a> Operand<'a> {
     fn new(weight: &'a Weight, arithmetic: Arithmetic) -> Self {
-        let packed = match arithmetic {
-            Arithmetic::Exact => None,
-            Arithmetic::Integer => weight.packed(),
-        };
-        packed.map_or(Self::Plain(weight), Self::Packed)
+        if arithmetic == Arithmetic::Exact {
+            return Self::Plain(weight);
+        }
+        match weight.packed() {
+            Some(packed) => Self::Packed(packed),
+            None => weight.faster().map_or(Self::Plain(weight), Self::Faster),
+        }
     }
 
     /// The product that is timed, rounding of the activations included.
     fn multiply(&self, x: &[f32], rounded: &mut Activations, y: &mut [f32]) {
         match self {
             Self::Plain(weight) => weight.multiply(x, y),
+            Self::Faster(weight) => weight.multiply(x, y),
             Self::Packed(weight) => {
                 rounded.set(x, weight.cols(), weight.grain());
                 packed::multiply(rounded, &mut [Some(Job { weight, y })]);

@@ -61,6 +61,7 @@ impl Layout {
         for (name, values) in [
             ("f16", ValueFormat::F16),
             ("bf16", ValueFormat::BF16),
+            ("8", ValueFormat::Grouped(grid(8, false))),
             ("4", ValueFormat::Grouped(grid(4, false))),
         ] {
             all.push((format!("sparse-2:4-{name}"), Self::NOfM { keep: 2, of: 4, values }));

@@ -12,23 +12,47 @@ use super::stats::Spread;
 use crate::data::sequence::{Sequence, Target};
 use crate::error::{Error, Result};
 use crate::machine;
-use crate::models::{AnyModel, Family, decoder, encoder, not_for_text};
+use crate::models::{AnyModel, decoder, encoder, not_for_text};
+use crate::nn::dtype::Dtype;
 use crate::nn::ops::Precision;
 use crate::nn::tuning::{LowRank, Tuning};
-use crate::nn::weight::Weight;
+use crate::nn::weight::{Dense, Grouped, GroupedSpec, Weight};
 use crate::seed::Stream;
+use crate::train::optimizer::{AdamW, Optimizer, Rule};
 use crate::train::parameters::{Gradients, Parameter, Parameters};
-use crate::train::pass::{CLASSIFIER, Options, Pass};
+use crate::train::pass::{CLASSIFIER, InPlace, Options, Pass};
 
 /// Most tokens of a batch.
 const MOST_TOKENS: usize = 1 << 20;
 const MOST_RANK: usize = 1 << 10;
+/// Learning rate of AdamW.
+const ADAM_RATE: f64 = 1e-4;
 /// Classes of the head that encoders get.
 const CLASSES: usize = 2;
+
+/// What the frozen linear layers inside the blocks are stored as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Base {
+    /// As the model came.
+    #[default]
+    Stored,
+    /// f32, all other tensors too.
+    Dense,
+    /// Rounded to groups of 64 inputs with codes of so many bits.
+    Grouped(u8),
+    /// The numbers that those codes stand for, in f32.
+    Decoded(u8),
+}
 
 /// What is run, and how often.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Run {
+    pub base: Base,
+    /// All tensors are trained, in the place of adapters.
+    pub full: bool,
+    /// AdamW in the place of plain descent.
+    pub adam: bool,
     /// Sequences of a step.
     pub batch: usize,
     /// Tokens of each.
@@ -68,14 +92,23 @@ pub struct Train {
 ///
 /// # Errors
 /// `INVALID_FIELD` for runs that measure nothing, do not fit the model, or name no linear layer.
-pub fn measure(model: &AnyModel, run: Run) -> Result<Train> {
+pub fn measure(mut model: AnyModel, run: Run) -> Result<Train> {
     check(&run)?;
+    match &mut model {
+        AnyModel::Decoder(model) => store(&mut model.weights, run.base)?,
+        AnyModel::Encoder(model) => store(&mut model.weights, run.base)?,
+        AnyModel::Vision(_) | AnyModel::Lstm(_) => return Err(not_for_text(model.family())),
+    }
+    if run.full {
+        return measure_full(&model, run);
+    }
+    let model = &model;
     let precision = if run.bf16 { Precision::Bf16 } else { Precision::F32 };
     let options =
         Options { checkpoint_activations: run.checkpoint_activations, ..Options::default() };
     match model {
         AnyModel::Decoder(model) => {
-            let Family::Decoder(config) = &model.family;
+            let config = model.decoder()?;
             fits(&run, config.max_positions)?;
             let adapters = Adapters::new(&config.tensors(), &run, |name| name.contains("_proj."))?;
             let graph = decoder::graph::Graph::new(model, precision)?;
@@ -100,7 +133,77 @@ pub fn measure(model: &AnyModel, run: Run) -> Result<Train> {
     }
 }
 
+/// Stores the weights as `base` says, one after the other.
+fn store(weights: &mut BTreeMap<String, Arc<Weight>>, base: Base) -> Result<()> {
+    for (name, weight) in weights {
+        let inside = name.contains("_proj.") || name.starts_with("encoder.layer.");
+        let matrix = weight.shape().len() == 2;
+        let bits = match base {
+            Base::Stored => return Ok(()),
+            Base::Dense => None,
+            Base::Grouped(bits) | Base::Decoded(bits) if inside && matrix => Some(bits),
+            Base::Grouped(_) | Base::Decoded(_) => continue,
+        };
+        let mut new = match bits {
+            None => (**weight).clone(),
+            Some(bits) => grouped(weight, bits)?,
+        };
+        if !matches!(base, Base::Grouped(_)) {
+            let dense = Dense::from_f32(new.shape().to_vec(), &new.to_f32(), Dtype::F32)?;
+            new = Weight::Dense(dense);
+        }
+        *weight = Arc::new(new);
+    }
+    crate::kernels::memory::give_back_freed();
+    Ok(())
+}
+
+/// A weight rounded to the nearest codes, a row at a time.
+fn grouped(weight: &Weight, bits: u8) -> Result<Weight> {
+    let shape = [weight.rows(), weight.cols()];
+    let spec = GroupedSpec { bits, group: 64, symmetric: false };
+    spec.check(shape[1])?;
+    let mut row = vec![0.0; shape[1]];
+    let (mut codes, mut scales, mut zeros) = (Vec::new(), Vec::new(), Vec::new());
+    for r in 0..shape[0] {
+        weight.read_rows(r, &mut row);
+        for values in row.chunks_exact(spec.group) {
+            let (scale, zero) = spec.fit(values);
+            codes.extend(values.iter().map(|v| spec.code(*v, scale, zero)));
+            scales.push(scale);
+            zeros.push(zero);
+        }
+    }
+    Ok(Weight::Grouped(Grouped::pack(shape, spec, &codes, &scales, &zeros)?))
+}
+
+/// The same steps with every tensor of a decoder trained.
+fn measure_full(model: &AnyModel, run: Run) -> Result<Train> {
+    let AnyModel::Decoder(model) = model else {
+        return Err(Error::field("full", "all tensors of a decoder are trained; name one"));
+    };
+    let config = model.decoder()?;
+    fits(&run, config.max_positions)?;
+    let mut parameters = Parameters::new();
+    for (name, _) in config.tensors() {
+        let weight = model.weight(&name)?;
+        let var = Var::from_vec(weight.to_f32(), weight.shape(), &Device::Cpu)?;
+        parameters.insert(name, Parameter { var, rate: 1.0, decay: false });
+    }
+    let options =
+        Options { checkpoint_activations: run.checkpoint_activations, ..Options::default() };
+    let graph = decoder::graph::Graph::new(model, Precision::F32)?;
+    let tuning = InPlace(&parameters);
+    let pass = Pass::decoder(graph, &tuning, options);
+    steps(&pass, &parameters, run, config.vocab, &|length, _| Target::Next(vec![true; length]))
+}
+
 fn check(run: &Run) -> Result<()> {
+    if let Base::Grouped(bits) | Base::Decoded(bits) = run.base
+        && ![2, 3, 4, 8].contains(&bits)
+    {
+        return Err(Error::field("base", format!("{bits} bits; take 2, 3, 4 or 8")));
+    }
     let tokens = run.batch.checked_mul(run.length);
     if run.repetitions == 0 || tokens.is_none_or(|tokens| tokens == 0 || tokens > MOST_TOKENS) {
         let message = format!("between 1 and {MOST_TOKENS} tokens and one repetition are needed");
@@ -136,12 +239,21 @@ fn steps(
         })
         .collect();
     let sequences: Vec<&Sequence> = sequences.iter().collect();
-    let step = || -> Result<f64> {
+    let mut optimizer = Optimizer::new(Rule::AdamW(AdamW::default()), 0.0, false);
+    let mut step = || -> Result<f64> {
         let sums = if run.forward_only {
             pass.loss(&sequences, parameters)?
         } else {
             let (sums, gradients) = pass.loss_and_gradients(&sequences, parameters)?;
-            descend(parameters, &gradients, sums.count)?;
+            if run.adam {
+                let mut mean = gradients;
+                for gradient in mean.values_mut() {
+                    *gradient = (&*gradient * (1.0 / sums.count.max(1) as f64))?;
+                }
+                optimizer.update(parameters, &mean, ADAM_RATE)?;
+            } else {
+                descend(parameters, &gradients, sums.count)?;
+            }
             sums
         };
         Ok(sums.loss / sums.count.max(1) as f64)
@@ -255,6 +367,9 @@ mod tests {
 
     fn run() -> Run {
         Run {
+            base: Base::Stored,
+            full: false,
+            adam: false,
             batch: 2,
             length: 9,
             rank: 2,
@@ -273,7 +388,7 @@ mod tests {
         // Rank 2 on three layers of [64, 32], and of [32, 32] beside a head of two classes.
         let models = [(AnyModel::Decoder(decoder), 3 * 2 * 96), (AnyModel::Encoder(encoder), 450)];
         for (model, trained) in models {
-            let found = measure(&model, run()).expect("numbers");
+            let found = measure(model.clone(), run()).expect("numbers");
             let rate = 18.0 / found.seconds_per_step.median;
             assert!((found.tokens_per_second.median / rate - 1.0).abs() < 1e-9);
             assert_eq!(found.trained, trained);
@@ -283,10 +398,32 @@ mod tests {
                 Run { forward_only: true, ..run() },
                 Run { bf16: true, ..run() },
             ] {
-                let other = measure(&model, other).expect("numbers");
+                let other = measure(model.clone(), other).expect("numbers");
                 assert!((other.first_loss - found.first_loss).abs() < 0.05);
             }
         }
+    }
+
+    #[test]
+    fn bases_and_ways_to_train() {
+        let mut config = decoder::random::tiny("llama");
+        config["hidden_size"] = serde_json::json!(64);
+        config["intermediate_size"] = serde_json::json!(128);
+        let model: AnyModel = decoder::random::model(config, 1).expect("a model").into();
+        let with =
+            |base, adam| measure(model.clone(), Run { base, adam, ..run() }).expect("numbers");
+        let (stored, dense) = (with(Base::Stored, false), with(Base::Dense, false));
+        assert_eq!(stored.first_loss, dense.first_loss);
+        let (packed, decoded) = (with(Base::Grouped(2), true), with(Base::Decoded(2), true));
+        assert!((packed.first_loss - stored.first_loss).abs() > 1e-4);
+        assert!((packed.first_loss - decoded.first_loss).abs() < 1e-5);
+        assert!((packed.last_loss - decoded.last_loss).abs() < 1e-4);
+        let full =
+            measure(model.clone(), Run { full: true, adam: true, ..run() }).expect("numbers");
+        assert_eq!(full.trained as u64, model.parameters());
+        assert!(full.last_loss < full.first_loss);
+        let encoder = encoder::random::model(encoder::random::tiny(), 1).expect("a model");
+        assert!(measure(encoder.into(), Run { full: true, ..run() }).is_err());
     }
 
     #[test]
@@ -298,10 +435,11 @@ mod tests {
             Run { length: 1 << 15, ..run() },
             Run { batch: usize::MAX, ..run() },
             Run { rank: 0, ..run() },
+            Run { base: Base::Grouped(5), ..run() },
             Run { targets: vec!["nothing".to_owned()], ..run() },
             Run { repetitions: 0, ..run() },
         ] {
-            assert!(measure(&model, bad.clone()).is_err(), "{bad:?}");
+            assert!(measure(model.clone(), bad.clone()).is_err(), "{bad:?}");
         }
     }
 }

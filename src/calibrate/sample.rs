@@ -4,8 +4,8 @@ use rand::Rng as _;
 use rayon::prelude::*;
 
 use crate::error::{Error, Reason, Result};
-use crate::models::Model;
 use crate::models::decoder::plan::{Cache, CacheFormat, Chunk, Decoder};
+use crate::models::{Family, Model};
 use crate::progress::Progress;
 use crate::seed::Stream;
 
@@ -13,7 +13,7 @@ use crate::seed::Stream;
 const CACHE_BYTES: usize = 256 << 20;
 
 /// `sequences` sequences of `length` tokens: the start token, then tokens drawn at temperature 1.
-/// Sequence `i` draws from the stream's child `i`.
+/// Sequence `i` draws from the stream's child `i`. An encoder writes no text: its tokens are drawn evenly.
 pub fn sample(
     model: &Model,
     sequences: usize,
@@ -21,6 +21,11 @@ pub fn sample(
     stream: &Stream,
     progress: &Progress,
 ) -> Result<Vec<u32>> {
+    if let Family::Encoder(config) = &model.family {
+        let mut rng = stream.rng();
+        let vocab = u32::try_from(config.vocab).unwrap_or(u32::MAX);
+        return Ok((0..sequences * length).map(|_| rng.random_range(0..vocab)).collect());
+    }
     let config = model.decoder()?;
     let mut decoder = Decoder::new(model)?;
     let start = start_token(model, config.vocab);

@@ -13,7 +13,7 @@ use super::Windows;
 use super::inputs::Inputs;
 use crate::error::{Error, Reason, Result};
 use crate::models::decoder::{self, plan};
-use crate::models::{Family, Model};
+use crate::models::{Family, Model, encoder};
 use crate::nn::dtype::Dtype;
 use crate::nn::weight::{Dense, Weight};
 use crate::progress::Progress;
@@ -53,6 +53,7 @@ pub trait Run {
 pub fn of(family: &Family) -> &dyn Walk {
     match family {
         Family::Decoder(config) => config,
+        Family::Encoder(config) => config,
     }
 }
 
@@ -80,16 +81,7 @@ impl Walk for decoder::Config {
     fn embed(&self, weights: &Weights, tokens: &[u32], out: &mut [f32]) -> Result<()> {
         const NAME: &str = "model.embed_tokens.weight";
         let embedding = weights.get(NAME).ok_or_else(|| missing(NAME))?;
-        if let Some(token) = tokens.iter().find(|t| **t as usize >= self.vocab) {
-            return Err(Error::new(
-                Reason::DatasetUnsuitable,
-                format!(
-                    "the text holds token {token}, but the model knows {}; its tokenizer belongs to \
-                     another model",
-                    self.vocab
-                ),
-            ));
-        }
+        check_vocabulary(tokens, self.vocab)?;
         plan::embed(self, embedding, tokens, out);
         Ok(())
     }
@@ -102,6 +94,62 @@ impl Walk for decoder::Config {
 impl Run for plan::Block {
     fn forward(&self, hidden: &mut [f32], length: usize, tap: Option<&mut plan::Tap<'_>>) {
         plan::Block::forward(self, hidden, length, tap);
+    }
+}
+
+impl Walk for encoder::Config {
+    fn blocks(&self) -> usize {
+        self.layers
+    }
+
+    fn width(&self) -> usize {
+        self.hidden
+    }
+
+    fn inner_width(&self) -> usize {
+        5 * self.hidden + self.intermediate
+    }
+
+    fn max_length(&self) -> usize {
+        self.max_tokens
+    }
+
+    fn linears(&self, block: usize) -> Vec<Vec<String>> {
+        encoder::Config::linears(self, block)
+    }
+
+    /// Of the words alone: the first block, which knows where sequences begin, adds their places.
+    fn embed(&self, weights: &Weights, tokens: &[u32], out: &mut [f32]) -> Result<()> {
+        check_vocabulary(tokens, self.vocab)?;
+        let words = find(weights, encoder::WORDS)?;
+        for (token, row) in tokens.iter().zip(out.chunks_exact_mut(self.hidden)) {
+            words.read_rows(*token as usize, row);
+        }
+        Ok(())
+    }
+
+    fn block(&self, weights: &Weights, block: usize) -> Result<Box<dyn Run>> {
+        Ok(Box::new(encoder::plan::Block::new(self, weights, block)?))
+    }
+}
+
+impl Run for encoder::plan::Block {
+    fn forward(&self, hidden: &mut [f32], length: usize, tap: Option<&mut plan::Tap<'_>>) {
+        encoder::plan::Block::forward(self, hidden, length, tap);
+    }
+}
+
+/// Refuses tokens that a model has no embedding for.
+fn check_vocabulary(tokens: &[u32], vocab: usize) -> Result<()> {
+    match tokens.iter().find(|t| **t as usize >= vocab) {
+        None => Ok(()),
+        Some(token) => Err(Error::new(
+            Reason::DatasetUnsuitable,
+            format!(
+                "the text holds token {token}, but the model knows {vocab}; its tokenizer belongs to \
+                 another model"
+            ),
+        )),
     }
 }
 

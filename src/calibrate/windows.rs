@@ -7,7 +7,7 @@ use rand::Rng as _;
 use super::{sample, walk};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Reason, Result};
-use crate::models::{Model, ModelInfo};
+use crate::models::{Family, Model, ModelInfo};
 use crate::progress::Progress;
 use crate::proto::v1::{self, CalibrationSampling};
 use crate::seed::Stream;
@@ -137,7 +137,14 @@ pub(super) fn windows(
     let Sources { model, stream, progress, .. } = from;
     let Some(dataset) = &options.dataset else {
         let tokens = sample::sample(model, options.sequences, options.length, stream, progress)?;
-        return Ok(Windows { tokens, length: options.length, warnings: Vec::new() });
+        let warnings = match &model.family {
+            Family::Decoder(_) => Vec::new(),
+            Family::Encoder(_) => vec![
+                "encoders write no text: the calibration tokens were drawn evenly; give a data set"
+                    .into(),
+            ],
+        };
+        return Ok(Windows { tokens, length: options.length, warnings });
     };
     let tokenizer = model.tokenizer.as_deref().ok_or_else(no_tokenizer)?;
     let text = (from.texts)(dataset)?;

@@ -10,20 +10,20 @@ use super::error::{CliError, Result};
 use super::names::{ModelName, id_from, resource, short, short_model};
 use super::output::{self, facts, size, table};
 use super::report;
+use super::run::JobArgs;
 use super::transfer::{self, Destination, bytes_bar};
+use super::watch;
+use crate::methods::adapt::stored::FILES;
 use crate::proto::v1::import_adapter_request::Source;
 use crate::proto::v1::{
-    Adapter, AdapterUse, DeleteAdapterRequest, ExportAdapterRequest, GetAdapterRequest,
-    ImportAdapterRequest, ListAdaptersRequest, LoadAdapterRequest, UnloadAdapterRequest,
-    UploadedFiles,
+    Adapter, AdapterForm, AdapterMethod, AdapterUse, DeleteAdapterRequest, ExportAdapterRequest,
+    GetAdapterRequest, ImportAdapterRequest, ListAdaptersRequest, LoadAdapterRequest,
+    MergeAdapterRequest, UnloadAdapterRequest, UploadedFiles,
 };
-
-/// The files of an adapter.
-const FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Import a LoRA adapter from a folder that PEFT wrote
+    /// Import an adapter from a folder that PEFT or an export wrote
     Import(ImportArgs),
     /// List adapters
     List {
@@ -42,6 +42,9 @@ pub enum Command {
         /// Replace files that exist
         #[arg(long)]
         force: bool,
+        /// Form of the files [default: as they are kept]
+        #[arg(long, value_enum, value_name = "FORM")]
+        form: Option<Form>,
     },
     /// Delete an adapter; running requests keep it
     Delete {
@@ -54,11 +57,64 @@ pub enum Command {
     Load { adapter: String },
     /// Drop an adapter from memory; running requests keep it
     Unload { adapter: String },
+    /// Put an adapter into the weights of a version, as a new version
+    Merge(MergeArgs),
+}
+
+/// Forms of the files of an adapter.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum Form {
+    /// PEFT's LORA
+    PeftLora,
+    /// PEFT's ADALORA
+    PeftAdalora,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct MergeArgs {
+    adapter: String,
+    /// Version to merge into: `name` (its newest) or `name@3` [default: the one it was trained on]
+    #[arg(long, value_name = "MODEL")]
+    into: Option<ModelName>,
+    /// Multiplies what the adapter changes
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
+    weight: Option<f32>,
+    /// Round quantised weights anew; the report says what that loses
+    #[arg(long)]
+    allow_requantise: bool,
+    #[command(flatten)]
+    job: JobArgs,
+}
+
+impl MergeArgs {
+    async fn run(self, context: &Context) -> Result<()> {
+        let request = MergeAdapterRequest {
+            name: resource("adapters", &self.adapter),
+            model: self.into.map(|m| m.resource()).unwrap_or_default(),
+            weight: self.weight,
+            allow_requantise: self.allow_requantise,
+            validate_only: self.job.validate_only,
+            request_id: self.job.request_id.unwrap_or_default(),
+        };
+        let client = context.connect().await?;
+        let operation = client.adapters().merge_adapter(request).await?.into_inner();
+        let detach = self.job.detach || self.job.validate_only;
+        let operation = watch::settle(context, &client, operation, detach).await?;
+        if context.output.is_json() {
+            return output::json(&output::operation_json(&operation)?);
+        }
+        if self.job.validate_only {
+            watch::check(&operation)?;
+        } else if self.job.detach {
+            return watch::detached(&operation);
+        }
+        report::operation(&operation)
+    }
 }
 
 #[derive(Debug, clap::Args)]
 pub struct ImportArgs {
-    /// Folder with adapter_config.json and adapter_model.safetensors
+    /// Folder with adapter_config.json and adapter_model.safetensors, or what an export wrote
     folder: PathBuf,
     /// Model it was made for: `name` (checked against the newest version) or `name@3`
     #[arg(long, value_name = "MODEL")]
@@ -90,8 +146,14 @@ impl Command {
                 let request = GetAdapterRequest { name: resource("adapters", &adapter) };
                 show(context, &client.adapters().get_adapter(request).await?.into_inner())
             }
-            Self::Export { adapter, to, force } => {
-                let request = ExportAdapterRequest { name: resource("adapters", &adapter) };
+            Self::Export { adapter, to, force, form } => {
+                let form = match form {
+                    None => AdapterForm::Unspecified,
+                    Some(Form::PeftLora) => AdapterForm::PeftLora,
+                    Some(Form::PeftAdalora) => AdapterForm::PeftAdalora,
+                };
+                let name = resource("adapters", &adapter);
+                let request = ExportAdapterRequest { name, form: form.into() };
                 let to = Destination { path: to, single: false, force };
                 let bar = bytes_bar(context.output, 0);
                 let files = transfer::download_adapter(&client, request, &to, &bar).await?;
@@ -126,6 +188,7 @@ impl Command {
                 }
                 output::line(format!("{name} unloaded"))
             }
+            Self::Merge(args) => args.run(context).await,
         }
     }
 }
@@ -158,7 +221,12 @@ impl ImportArgs {
 }
 
 async fn upload(context: &Context, client: &Client, folder: &Path) -> Result<UploadedFiles> {
-    let paths = FILES.map(|name| folder.join(name));
+    let mut paths: Vec<PathBuf> = FILES.iter().map(|name| folder.join(name)).collect();
+    paths.retain(|path| path.is_file());
+    if paths.is_empty() {
+        // The name of a file that every adapter of PEFT has.
+        paths.push(folder.join(FILES[0]));
+    }
     let mut total = 0;
     for path in &paths {
         let file = path.metadata();
@@ -228,6 +296,7 @@ fn show(context: &Context, adapter: &Adapter) -> Result<()> {
         ("description", adapter.display_name.clone()),
         ("model", adapter.base_model.clone()),
         ("checked with", short_model(&adapter.base_version)),
+        ("kind", kind(adapter.method()).to_owned()),
         ("rank", ranks(adapter)),
         ("scale", scales),
         (
@@ -245,6 +314,16 @@ fn show(context: &Context, adapter: &Adapter) -> Result<()> {
         ("created", output::time(adapter.create_time.as_ref())),
         ("etag", adapter.etag.clone()),
     ]))
+}
+
+fn kind(method: AdapterMethod) -> &'static str {
+    match method {
+        AdapterMethod::Unspecified => "",
+        AdapterMethod::Lora => "low-rank products",
+        AdapterMethod::Dora => "low-rank products and magnitudes of rows (DoRA)",
+        AdapterMethod::Tensors => "whole tensors, or products on embeddings",
+        AdapterMethod::Head => "a head",
+    }
 }
 
 fn ranks(adapter: &Adapter) -> String {

@@ -335,6 +335,7 @@ impl Run {
             dataset_id: super::names::short(&data.dataset).to_owned(),
             display_name: data.file.clone(),
             kind: kind(claim, data).into(),
+            layout: data.layout.clone(),
             ..Default::default()
         };
         let bar = transfer::bytes_bar(context.output, bytes.len() as u64);
@@ -375,17 +376,20 @@ impl Run {
     }
 }
 
-/// What the records of a data set must be: what the comparison uses it for.
+/// What the records of a data set must be: what the claim says, else what its files are or what the comparison
+/// uses it for.
 fn kind(claim: &Claim, data: &ClaimData) -> DatasetKind {
+    if data.kind() != DatasetKind::Unspecified {
+        return data.kind();
+    }
     let first = data.file.split(JOINED).next().unwrap_or_default();
     if images::is_images(first) {
         return DatasetKind::Images;
     }
-    let dataset = &data.dataset;
     let comparison = claim.comparison.clone().unwrap_or_default();
     let arms = comparison.arms.iter().flat_map(|arm| &arm.evaluation);
     let asked = comparison.evaluation.iter().chain(arms).flat_map(|e| &e.choice);
-    match asked.into_iter().any(|choice| choice.dataset == *dataset) {
+    match asked.into_iter().any(|choice| choice.dataset == data.dataset) {
         true => DatasetKind::Choices,
         false => DatasetKind::Text,
     }

@@ -19,6 +19,7 @@ use crate::proto::v1::generation_service_client::GenerationServiceClient;
 use crate::proto::v1::job_service_client::JobServiceClient;
 use crate::proto::v1::method_service_client::MethodServiceClient;
 use crate::proto::v1::model_service_client::ModelServiceClient;
+use crate::proto::v1::prediction_service_client::PredictionServiceClient;
 use crate::proto::v1::retrieval_service_client::RetrievalServiceClient;
 
 /// Largest message we take; a version's description can be long, chunks are 4 MiB.
@@ -134,6 +135,8 @@ services! {
     claims: ClaimServiceClient;
     /// Text.
     generation: GenerationServiceClient;
+    /// Classes, numbers, tags.
+    prediction: PredictionServiceClient;
     /// Vectors.
     retrieval: RetrievalServiceClient;
     /// Long work, by its standard service.

@@ -129,6 +129,12 @@ pub struct LayoutArgs {
     /// Leave out records that are of no use, such as blank answers
     #[arg(long)]
     skip_unusable: bool,
+    /// Leave out this many records from the start of the file
+    #[arg(long, value_name = "COUNT")]
+    skip_records: Option<u64>,
+    /// Take this many records of the rest [default: all]
+    #[arg(long, value_name = "COUNT")]
+    max_records: Option<u64>,
 }
 
 impl LayoutArgs {
@@ -155,6 +161,8 @@ impl LayoutArgs {
             has_header: self.header,
             labels,
             skip_unusable: self.skip_unusable,
+            skip_records: self.skip_records,
+            max_records: self.max_records,
         })
     }
 }

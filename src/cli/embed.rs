@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, ValueEnum};
 
 use super::Context;
+use super::adapters::parse_use;
 use super::error::{CliError, Result};
 use super::names::ModelName;
 use super::output::{self, table};
-use crate::proto::v1::{EmbedOptions, EmbedStreamRequest, Embedding, Pooling};
+use crate::proto::v1::{AdapterUse, EmbedOptions, EmbedStreamRequest, Embedding, Pooling};
 
 /// Texts of one message: enough for full steps of the model, few enough for steady answers.
 const BATCH: usize = 64;
@@ -39,6 +40,9 @@ pub struct EmbedArgs {
     /// Refuse texts that are longer than the model takes instead of cutting them
     #[arg(long)]
     no_truncate: bool,
+    /// Adapter to apply, `name` or `name=0.5`; may be given several times
+    #[arg(long = "adapter", value_name = "NAME[=WEIGHT]", value_parser = parse_use)]
+    adapters: Vec<AdapterUse>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -67,7 +71,8 @@ impl EmbedArgs {
             truncate: self.no_truncate.then_some(false),
         };
         let client = context.connect().await?;
-        let requests = messages(texts, self.model.resource(), options);
+        let mut requests = messages(texts, self.model.resource(), options);
+        requests[0].adapters = self.adapters;
         let stream = futures::stream::iter(requests);
         let mut answers = client.retrieval().embed_stream(stream).await?.into_inner();
         let mut rows = Vec::new();
@@ -115,7 +120,7 @@ fn row(number: usize, embedding: &Embedding) -> Vec<String> {
 }
 
 /// The lines of a file, or of standard input.
-async fn lines(file: Option<PathBuf>) -> Result<Vec<String>> {
+pub(super) async fn lines(file: Option<PathBuf>) -> Result<Vec<String>> {
     let file = file.filter(|path| path.as_os_str() != "-");
     // On a thread of its own, so that Ctrl-C is heard meanwhile.
     let text = tokio::task::spawn_blocking(move || match file {

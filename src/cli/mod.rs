@@ -17,6 +17,7 @@ mod models;
 mod names;
 mod output;
 mod own;
+mod predict;
 mod quickstart;
 mod report;
 mod run;
@@ -93,6 +94,8 @@ enum Command {
     Bench(bench::Command),
     /// Texts to vectors, by an encoder
     Embed(embed::EmbedArgs),
+    /// Classes, numbers or tags of texts, by the head of an adapter
+    Predict(predict::PredictArgs),
     /// Long work: list, watch, cancel
     #[command(subcommand)]
     Jobs(jobs::Command),
@@ -200,6 +203,7 @@ async fn dispatch(command: Command, context: &Context) -> Result<()> {
         Command::Tokenize(args) => args.run(context).await,
         Command::Bench(command) => command.run(context).await,
         Command::Embed(args) => args.run(context).await,
+        Command::Predict(args) => args.run(context).await,
         Command::Jobs(command) => command.run(context).await,
         Command::Serve(args) => serve::run(args).await,
         Command::Config(command) => command.run(context.output),
@@ -234,6 +238,7 @@ mod tests {
             "planish generate --model smol hello --chat --system short --seed 1 --temperature 0",
             "planish adapters import folder --base smol@1 --id x --validate-only",
             "planish adapters load x",
+            "planish adapters export x --to out --form peft-adalora --force",
             "planish generate --model smol hello --adapter a --adapter b=0.5",
             "planish score --model smol text --adapter a",
             "planish tokenize --model smol --tokens 1,2,3",
@@ -247,6 +252,9 @@ mod tests {
             "planish bench wire model.gguf --requests 50 --prompt-tokens 4 --repetitions 3",
             "planish embed --model minilm one two --normalize --pooling cls --dimensions 64",
             "planish embed --model minilm --file - --normalize=false --no-truncate --output json",
+            "planish embed --model minilm one --adapter a --adapter b=0.5",
+            "planish predict --model minilm one two --adapter moods --all-scores",
+            "planish adapters merge poems --into smol@2 --weight 0.5 --allow-requantise --detach",
             "planish jobs watch operations/x --timeout 5m",
             "planish config print",
         ];

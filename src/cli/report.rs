@@ -12,8 +12,8 @@ use crate::eval::{format, metrics};
 use crate::proto::google::longrunning::{Operation, operation};
 use crate::proto::v1::{
     AdaptData, AdaptPlan, AdaptReport, ClaimResult, ComparisonPlan, ComparisonReport,
-    EvaluationReport, Measurement, ModelVersion, PruningReport, RecipePlan, RecipeReport,
-    StepReport, TrainingEnd, TrainingReport,
+    EvaluationReport, Measurement, MergeReport, ModelVersion, PruningReport, RecipePlan,
+    RecipeReport, StepReport, TrainingEnd, TrainingReport,
 };
 use crate::recipe::claim::judge;
 use crate::recipe::compare::table;
@@ -30,6 +30,7 @@ pub fn operation(operation: &Operation) -> Result<()> {
         "planish.v1.ComparisonReport" => comparison(&decode::<ComparisonReport>(any)?),
         "planish.v1.AdaptPlan" => adapt_plan(&decode::<AdaptPlan>(any)?),
         "planish.v1.AdaptReport" => adapted(&decode::<AdaptReport>(any)?),
+        "planish.v1.MergeReport" => merged(&decode::<MergeReport>(any)?),
         "planish.v1.ClaimResult" => claim(&decode::<ClaimResult>(any)?),
         _ => output::line(format!("{} is done", operation.name)),
     }
@@ -119,6 +120,43 @@ fn steps(steps: &[StepReport]) -> String {
         }
     }
     text
+}
+
+/// What a merge made.
+fn merged(report: &MergeReport) -> Result<()> {
+    let by = if report.weight == 1.0 { String::new() } else { format!(" times {}", report.weight) };
+    if report.version.is_empty() {
+        return output::line(format!(
+            "{}{by} can be merged into {}",
+            report.adapter,
+            short_model(&report.base)
+        ));
+    }
+    output::line(format!(
+        "{} is {} with {}{by}: {} tensors changed, weights {} → {}",
+        short_model(&report.version),
+        short_model(&report.base),
+        report.adapter,
+        report.tensor_count,
+        size(report.bytes_before),
+        size(report.bytes_after)
+    ))?;
+    if !report.drifts.is_empty() {
+        let worst = report.drifts.iter().max_by(|a, b| a.of_change.total_cmp(&b.of_change));
+        output::line(format!(
+            "rounding moved {} tensors by {:.2}% of their norm on average and {:.2}% at most; of what the \
+             adapter changed it lost {:.1}% at most ({})",
+            report.drifts.len(),
+            100.0 * report.mean_drift,
+            100.0 * report.max_drift,
+            100.0 * worst.map_or(0.0, |d| d.of_change),
+            worst.map_or("", |d| d.tensor.as_str())
+        ))?;
+    }
+    for warning in &report.warnings {
+        output::line(format!("warning: {warning}"))?;
+    }
+    output::line(format!("took {}", output::seconds(report.seconds)))
 }
 
 /// What an adaptation made.

@@ -11,6 +11,7 @@ use super::{output, report, watch};
 use crate::proto::google::longrunning::Operation;
 use crate::proto::v1::{
     ChoiceEvaluation, EvaluateRequest, Evaluation, ImageEvaluation, RunRecipeRequest,
+    TaskEvaluation,
 };
 use crate::recipe;
 
@@ -63,6 +64,15 @@ pub struct EvaluateArgs {
     /// Time the matrix products alone
     #[arg(long)]
     kernels: bool,
+    /// Adapter of the model to measure it with
+    #[arg(long, value_name = "NAME")]
+    adapter: Option<String>,
+    /// Records of a task: adds its loss and, of classes and tags, accuracy and macro F1
+    #[arg(long, value_name = "NAME")]
+    task: Option<String>,
+    /// Records taken from the start of the task [default: all]
+    #[arg(long, requires = "task")]
+    max_records: Option<u32>,
     #[command(flatten)]
     job: JobArgs,
 }
@@ -116,11 +126,18 @@ impl EvaluateArgs {
                 }),
                 counts: self.counts,
                 kernels: self.kernels,
+                task: self.task.map(|name| TaskEvaluation {
+                    dataset: resource("datasets", &name),
+                    max_records: self.max_records,
+                    max_length: None,
+                }),
                 images: self.images.map(|name| ImageEvaluation {
                     dataset: resource("datasets", &name),
                     max_items: self.max_items,
                 }),
+                ..Default::default()
             }),
+            adapter: self.adapter.map(|name| resource("adapters", &name)).unwrap_or_default(),
             base: self.base.map(|base| base.resource()).unwrap_or_default(),
             validate_only: self.job.validate_only,
             request_id: self.job.request_id.clone().unwrap_or_default(),

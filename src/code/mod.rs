@@ -21,11 +21,50 @@ mod tests {
 
     #[test]
     fn every_method_has_a_digest_of_its_own() {
-        let cards = crate::methods::registry::cards();
+        let mut cards = crate::methods::registry::cards();
+        cards.extend(crate::methods::adapt::registry::cards());
         let digests: std::collections::BTreeSet<_> =
             cards.iter().map(|card| of_method(card.name).expect(card.name)).collect();
         assert_eq!(digests.len(), cards.len());
-        assert_eq!(of_method("mask"), None, "a part of methods is none");
+        for part in ["mask", "module", "options"] {
+            assert_eq!(of_method(part), None, "a part of methods is none");
+        }
+    }
+
+    #[test]
+    fn tunings_depend_on_the_loop_and_not_on_the_list_of_methods() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let src = folder.path();
+        let write = |file: &str, text: &str| {
+            let path = src.join(file);
+            fs::create_dir_all(path.parent().expect("a parent")).expect("made");
+            fs::write(path, text).expect("written");
+        };
+        write("methods/mod.rs", "pub mod adapt;\n");
+        fs::create_dir_all(src.join("calibrate")).expect("made");
+        write("train/run.rs", "fn run() {}\n");
+        write("train/optimizer/adamw.rs", "fn step() { one() }\n");
+        write("methods/adapt/mod.rs", "#[cfg(test)]\nmod tests;\nuse module;\n");
+        write("methods/adapt/module.rs", "fn module() { registry() }\n");
+        write("methods/adapt/registry.rs", "use a;\nuse b;\n");
+        write("methods/adapt/a.rs", "impl Adapt for A {}\n");
+        write("methods/adapt/b.rs", "impl Adapt for B {}\n");
+        let digests = || {
+            let all = digest::of_methods(src).expect("read");
+            assert_eq!(all.len(), 2);
+            (all["adapt/a"].clone(), all["adapt/b"].clone())
+        };
+        let (a, b) = digests();
+        write("methods/adapt/b.rs", "impl Adapt for B { other }\n");
+        let changed = digests();
+        assert!(changed.0 == a && changed.1 != b, "the list names methods and uses none");
+        write("train/run/tests.rs", "fn test() {}\n");
+        assert_eq!(digests(), changed, "tests do not count");
+        write("train/optimizer/adamw.rs", "fn step() { two() }\n");
+        let stepped = digests();
+        assert!(stepped.0 != changed.0 && stepped.1 != changed.1);
+        write("methods/adapt/module.rs", "fn module() { more() }\n");
+        assert_ne!(digests().0, stepped.0, "all use what the group shares");
     }
 
     #[test]

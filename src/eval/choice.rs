@@ -7,6 +7,7 @@
 use rayon::prelude::*;
 
 use super::likelihood::{LOGIT_BYTES, log_sum};
+use super::metrics;
 use crate::data::choices::Item;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Reason, Result};
@@ -38,18 +39,7 @@ impl Found {
     /// Mean F1 of the classes that `answers` or predictions name, where the choices are classes.
     /// `answers` are those of the items measured, in their order.
     pub fn macro_f1(&self, answers: &[usize]) -> Option<f64> {
-        let classes = self.classes?;
-        let scores: Vec<f64> = (0..classes)
-            .filter_map(|class| {
-                let count = |of: &[usize]| of.iter().filter(|c| **c == class).count();
-                let pairs = self.predicted.iter().zip(answers);
-                let hits = pairs.filter(|(p, a)| **p == class && **a == class).count();
-                // 2 TP + FP + FN: the predicted and the true members.
-                let members = count(&self.predicted) + count(answers);
-                (members > 0).then(|| 2.0 * hits as f64 / members as f64)
-            })
-            .collect();
-        (!scores.is_empty()).then(|| scores.iter().sum::<f64>() / scores.len() as f64)
+        metrics::macro_f1(&self.predicted, answers, self.classes?)
     }
 }
 

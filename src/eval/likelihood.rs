@@ -10,7 +10,7 @@ use tempfile::NamedTempFile;
 
 use crate::error::{Error, Reason, Result};
 use crate::models::Model;
-use crate::models::decoder::plan::{Cache, Chunk, Decoder, Head};
+use crate::models::decoder::plan::{Arithmetic, Cache, Chunk, Decoder, Head};
 use crate::progress::Progress;
 
 /// Bytes of logits that a model gives at once; windows run in parts where they would need more.
@@ -73,6 +73,8 @@ pub struct Agreement {
 pub enum Source<'a> {
     /// The model runs.
     Run(&'a Model),
+    /// It runs as it serves: activations are rounded to 8 bits where a layout has products in integers.
+    Rounded(&'a Model),
     /// It ran before, on the same tokens with the same protocol.
     Known(&'a States),
 }
@@ -244,10 +246,16 @@ enum Way<'a> {
 impl<'a> Runner<'a> {
     fn new(source: &Source<'a>, tokens: &[u32], protocol: &Protocol) -> Result<Self> {
         Ok(match source {
-            Source::Run(model) => Self {
+            Source::Run(model) | Source::Rounded(model) => Self {
                 vocab: model.decoder()?.vocab,
                 way: Way::Run {
-                    decoder: Box::new(Decoder::new(model)?),
+                    decoder: Box::new(Decoder::with(
+                        model,
+                        match source {
+                            Source::Rounded(_) => Arithmetic::Integer,
+                            _ => Arithmetic::Exact,
+                        },
+                    )?),
                     cache: Cache::new(model.decoder()?, protocol.context),
                 },
             },

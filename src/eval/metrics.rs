@@ -41,6 +41,27 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
+/// Mean F1 of the classes that `wanted` or `predicted` name, of so many; none where they name none.
+pub fn macro_f1(predicted: &[usize], wanted: &[usize], classes: usize) -> Option<f64> {
+    let (mut hits, mut members) = (vec![0u64; classes], vec![0u64; classes]);
+    for (p, w) in predicted.iter().zip(wanted) {
+        for class in [*p, *w] {
+            // 2 TP + FP + FN: the predicted and the true members.
+            if let Some(count) = members.get_mut(class) {
+                *count += 1;
+            }
+        }
+        if p == w
+            && let Some(count) = hits.get_mut(*p)
+        {
+            *count += 1;
+        }
+    }
+    let named = hits.iter().zip(&members).filter(|(_, members)| **members > 0);
+    let scores: Vec<f64> = named.map(|(h, m)| 2.0 * *h as f64 / *m as f64).collect();
+    (!scores.is_empty()).then(|| scores.iter().sum::<f64>() / scores.len() as f64)
+}
+
 /// Facts about a metric.
 #[derive(Debug, PartialEq)]
 pub struct Metric {
@@ -91,6 +112,8 @@ macro_rules! metrics {
 metrics! {
     PERPLEXITY "perplexity" "" lower ExpMean "nats of a window" paired noisy quality
         "exponential of the mean over windows of the mean negative log-likelihood";
+    FORGETTING "forgetting" "nats" lower Mean "nats of a window" paired noisy quality
+        "rise of a text's mean negative log-likelihood over the base's, by tuning";
     KL_DIVERGENCE "kl_divergence" "nats" lower Mean "nats of a window" paired noisy quality
         "mean divergence of the next-token distribution from the base's";
     TOP1_AGREEMENT "top1_agreement" "" higher Mean "share of a window" paired noisy quality
@@ -99,10 +122,12 @@ metrics! {
         "share of questions answered right";
     MACRO_F1 "macro_f1" "" higher Mean "" paired noisy quality
         "mean over classes of the harmonic mean of precision and recall";
-    TASK_ACCURACY "task_accuracy" "" higher Mean "1 for a right answer" paired noisy quality
-        "share of records of a task answered right";
-    TASK_LOSS "task_loss" "nats" lower Mean "nats of a record" paired noisy quality
-        "mean cross-entropy of the right answers of a task";
+    TASK_ACCURACY "task_accuracy" "" higher Mean "1 for a right record" paired noisy quality
+        "share of the records (or tags) of a task that are classified right";
+    TASK_MACRO_F1 "task_macro_f1" "" higher Mean "" paired noisy quality
+        "mean over the classes of a task of the harmonic mean of precision and recall";
+    TASK_LOSS "task_loss" "" lower Mean "loss of a record" paired noisy quality
+        "mean over the records of a task of their loss: nats, of texts and answers a token, or squared errors";
     DISK_BYTES "disk_bytes" "bytes" lower Mean "" paired exact cost "size of all files";
     WEIGHT_BYTES "weight_bytes" "bytes" lower Mean "" paired exact cost "size of all weights as stored";
     RESIDENT_BYTES "resident_bytes" "bytes" lower Mean "" paired exact cost
@@ -127,9 +152,37 @@ metrics! {
         "time of the products of all linear weights inside the blocks with one token";
     PRODUCT_512 "products_512_tokens_ms" "ms" lower Median "ms of a repetition" apart noisy cost
         "time of the products of all linear weights inside the blocks with 512 tokens";
+    TRAINABLE_PARAMETERS "trainable_parameters" "" lower Mean "" paired exact cost
+        "numbers that a tuning trains, without those of a new head";
+    KEPT_PARAMETERS "kept_parameters" "" lower Mean "" paired noisy cost
+        "trained numbers that an adapter has after its empty ranks are cut, without those of a new head";
+    ADAPTER_BYTES "adapter_bytes" "bytes" lower Mean "" paired noisy cost
+        "size of the files that an adapter needs beside its base";
+    KEPT_RANKS "kept_ranks" "" lower Mean "" paired noisy cost
+        "mean rank of an adapter's linears after empty ranks are cut";
+    KEPT_RANKS_DEVIATION "kept_ranks_deviation" "" higher Mean "" paired noisy cost
+        "standard deviation over an adapter's linears of the ranks that are kept";
+    TRAIN_LOSS "train_loss" "" lower Mean "" paired noisy cost
+        "mean loss over the last tenth of the updates of a training";
+    TRAIN_SECONDS "train_seconds" "s" lower Mean "" apart noisy cost
+        "time of a training, the start of its method included";
+    STEP_MILLISECONDS "step_milliseconds" "ms" lower Mean "" apart noisy cost
+        "median time of an update of a training";
+    TRAIN_PEAK_MEMORY_BYTES "train_peak_memory_bytes" "bytes" lower Mean "" apart noisy cost
+        "largest resident memory of the process during a training";
     MAKE_SECONDS "make_seconds" "s" lower Mean "" apart noisy cost "time that the steps took";
     PEAK_MEMORY_BYTES "peak_memory_bytes" "bytes" lower Mean "" apart noisy cost
         "largest resident memory of the process during the steps";
+    EXPECTED_ERROR_LEFT "expected_error_left" "" lower Mean "" apart noisy cost
+        "expected output errors of the rows after an exchange of weights over those before";
+    REFINING_SHARE "refining_share_of_pass" "" lower Mean "" apart noisy cost
+        "time of an exchange of weights over that of one pass of the calibration text";
+    SCORING_MEMORY_BYTES "scoring_memory_bytes" "bytes" lower Mean "" apart noisy cost
+        "largest memory held beside what was there before, while blocks were scored";
+    SCORING_MEMORY_SHARE "scoring_memory_share" "" lower Mean "" apart noisy cost
+        "memory that scoring by differences of the loss held over what scoring by gradients held";
+    SCORE_RANK_CORRELATION "score_rank_correlation" "" higher Mean "" apart noisy cost
+        "Spearman's correlation of the zeroth-order scores of the groups with the first-order ones";
 }
 
 /// The metric called `name`; the error lists those that exist.
@@ -173,7 +226,8 @@ impl Metric {
         self.unit.is_empty()
             && (self.name.ends_with("_share")
                 || self.name.ends_with("_agreement")
-                || matches!(self.name, "accuracy" | "macro_f1" | "task_accuracy"))
+                || self.name.ends_with("accuracy")
+                || self.name.ends_with("macro_f1"))
     }
 }
 

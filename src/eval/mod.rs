@@ -10,6 +10,8 @@ pub mod metrics;
 pub mod nets;
 mod products;
 mod speed;
+pub mod task;
+pub mod training;
 
 use std::path::Path;
 
@@ -21,7 +23,7 @@ use crate::calibrate::{encode_prefix, walk};
 use crate::data::choices::Item;
 use crate::error::{Error, Reason, Result};
 use crate::models::decoder::plan::{Cache, CacheFormat};
-use crate::models::{AnyFamily, AnyInfo, Model, ModelInfo};
+use crate::models::{AnyFamily, AnyInfo, Family, Model, ModelInfo, encoder, not_a_decoder};
 use crate::progress::Progress;
 use crate::proto::v1;
 
@@ -38,6 +40,8 @@ pub struct Subject<'a> {
     pub choices: Option<&'a [Item]>,
     /// Bytes of all files of the version.
     pub disk_bytes: u64,
+    /// The model whose sizes are told, where the one that is measured is a copy with other layouts.
+    pub stored: Option<&'a Model>,
 }
 
 /// A base to compare with.
@@ -54,21 +58,76 @@ const MAX_CONTEXT: u32 = 8192;
 
 /// Checks the options of an evaluation against a model.
 pub fn check(options: &v1::Evaluation, model: &ModelInfo) -> Result<()> {
+    nets::no_images(options)?;
     let config = Settings::read(options, walk::of(&model.family).max_length())?;
-    if (config.text || options.choice.is_some()) && !model.has_tokenizer {
+    if let Family::Encoder(encoder) = &model.family {
+        let asked = [
+            ("dataset", config.text),
+            ("compare_with_base", options.compare_with_base),
+            ("choice", options.choice.is_some()),
+            ("counts", options.counts),
+            ("speed", options.speed),
+        ];
+        if let Some((name, _)) = asked.iter().find(|(_, asked)| *asked) {
+            return Err(not_a_decoder(&encoder.architecture).within(name));
+        }
+    }
+    let reads = config.text || options.choice.is_some() || options.task.is_some();
+    if reads && !model.has_tokenizer {
         return Err(no_tokenizer());
     }
     Ok(())
+}
+
+/// Checks the options of an evaluation of a model that does not continue text: sizes and a task.
+pub fn check_encoder(options: &v1::Evaluation) -> Result<()> {
+    nets::no_images(options)?;
+    let asked = [
+        ("dataset", !options.dataset.is_empty()),
+        ("compare_with_base", options.compare_with_base),
+        ("speed", options.speed),
+        ("choice", options.choice.is_some()),
+        ("counts", options.counts),
+        ("kernels", options.kernels),
+    ];
+    if let Some((field, _)) = asked.into_iter().find(|(_, asked)| *asked) {
+        let problem = "is measured of decoders; of an encoder sizes and a task are";
+        return Err(Error::at(Reason::ModelUnsuitable, field, problem));
+    }
+    check_task(options)
+}
+
+fn check_task(options: &v1::Evaluation) -> Result<()> {
+    let Some(task) = &options.task else { return Ok(()) };
+    if task.dataset.strip_prefix("datasets/").is_none_or(str::is_empty) {
+        return Err(Error::field(
+            "task.dataset",
+            format!("'{}' is no resource name of a data set; write datasets/NAME", task.dataset),
+        ));
+    }
+    if task.max_records == Some(0) {
+        return Err(Error::field("task.max_records", "0 records; leave it out for all"));
+    }
+    if task.max_length.is_some_and(|length| length < 2) {
+        return Err(Error::field("task.max_length", "a record has 2 tokens or more"));
+    }
+    Ok(())
+}
+
+/// Sizes of an encoder: `disk_bytes`, `weight_bytes`, `parameters`.
+pub fn encoder_sizes(model: &encoder::Model, disk_bytes: u64) -> Vec<v1::Measurement> {
+    vec![
+        metrics::DISK_BYTES.measured(disk_bytes as f64, "all files of the version"),
+        metrics::WEIGHT_BYTES.measured(model.bytes() as f64, "all weights as stored"),
+        metrics::PARAMETERS.measured(model.parameters() as f64, "all weights"),
+    ]
 }
 
 /// [`check`] for a model of any family.
 pub fn check_any(options: &v1::Evaluation, model: &AnyInfo) -> Result<()> {
     match &model.family {
         AnyFamily::Vision(_) | AnyFamily::Lstm(_) => nets::check(options, model),
-        AnyFamily::Decoder(_) | AnyFamily::Encoder(_) => {
-            nets::no_images(options)?;
-            check(options, &model.decoder()?)
-        }
+        AnyFamily::Decoder(_) | AnyFamily::Encoder(_) => check(options, &model.walked()?),
     }
 }
 
@@ -91,7 +150,7 @@ pub fn states(
 /// is given; `kl_divergence` and `top1_agreement` with `compare_with_base`; `accuracy` (and `macro_f1`)
 /// with `choice`; `multiply_accumulates` and `bytes_per_token` with `counts`;
 /// `products_1_token_ms` and `products_512_tokens_ms` with `kernels`;
-/// `prefill_tokens_per_second` and `decode_tokens_per_second` with `speed`.
+/// `prefill_tokens_per_second` and `decode_tokens_per_second` with `speed`. A task is [`task::measure`]'s.
 ///
 /// Text is tokenised once without a start token and cut in windows of `context` tokens, `stride`
 /// apart. Where the model asks for a start token, it stands in place of each window's first token.
@@ -160,6 +219,7 @@ struct Settings {
     stride: usize,
     max_tokens: usize,
     text: bool,
+    rounded: bool,
 }
 
 impl Settings {
@@ -202,6 +262,7 @@ impl Settings {
                 return Err(Error::field("choice.max_items", "0 questions; leave it out for all"));
             }
         }
+        check_task(options)?;
         if options.compare_with_base && dataset.is_empty() {
             return Err(Error::field("compare_with_base", "needs a data set to compare on"));
         }
@@ -210,6 +271,7 @@ impl Settings {
             stride: stride as usize,
             max_tokens: if max_tokens == 0 { usize::MAX } else { max_tokens as usize },
             text: !dataset.is_empty(),
+            rounded: options.rounded_activations,
         })
     }
 }
@@ -253,7 +315,11 @@ fn on_text(
     progress: &Progress,
 ) -> Result<Vec<v1::Measurement>> {
     let (tokens, protocol) = tokenise(subject.model, text, dataset, settings, progress)?;
-    let model = subject.states.map_or(Source::Run(subject.model), Source::Known);
+    let model = match (settings.rounded, subject.states) {
+        (true, _) => Source::Rounded(subject.model),
+        (false, Some(states)) => Source::Known(states),
+        (false, None) => Source::Run(subject.model),
+    };
     let base = base.map(|base| match base {
         Base::Model(model) => Source::Run(model),
         Base::States(states) => Source::Known(states),
@@ -320,8 +386,11 @@ fn mark(bytes: &[u8]) -> String {
 }
 
 fn sizes(subject: &Subject<'_>, context: usize) -> Result<Vec<v1::Measurement>> {
-    let model = subject.model;
-    let cache = Cache::bytes_for(model.decoder()?, context, CacheFormat::default()) as u64;
+    let model = subject.stored.unwrap_or(subject.model);
+    let cache = match &model.family {
+        Family::Decoder(config) => Cache::bytes_for(config, context, CacheFormat::default()) as u64,
+        Family::Encoder(_) => 0,
+    };
     let walk = walk::of(&model.family);
     let (mut zeros, mut elements) = (0u64, 0u64);
     for name in (0..walk.blocks()).flat_map(|b| walk.linears(b).into_iter().flatten()) {

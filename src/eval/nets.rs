@@ -55,6 +55,8 @@ pub fn check(options: &v1::Evaluation, model: &AnyInfo) -> Result<()> {
         ("compare_with_base", options.compare_with_base),
         ("counts", options.counts),
         ("kernels", options.kernels),
+        ("rounded_activations", options.rounded_activations),
+        ("task", options.task.is_some()),
         ("speed", options.speed),
     ];
     if let Some((field, _)) = asked.into_iter().find(|(_, asked)| *asked) {

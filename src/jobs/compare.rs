@@ -10,23 +10,28 @@ use std::time::Instant;
 use prost::Message;
 
 use super::damaged;
+use super::evaluate::{Adapted, Measured};
 use super::memory::Peak;
 use super::recipe::{Step, signed, take_step};
-use super::work::{Job, Measured};
+use super::tuning::{self, Keep};
+use super::work::Job;
 use crate::calibrate;
 use crate::error::{Error, Reason, Result};
-use crate::eval::metrics::{MAKE_SECONDS, PEAK_MEMORY_BYTES};
+use crate::eval::metrics::{FORGETTING, MAKE_SECONDS, PEAK_MEMORY_BYTES, PERPLEXITY};
 use crate::eval::{self, States};
+use crate::methods::adapt::tuned::Tuned;
 use crate::models::AnyModel;
 use crate::progress::Progress;
 use crate::proto::v1::{self, KeepVersions};
-use crate::recipe::claim;
 use crate::recipe::compare::plan::{Plan, Run};
 use crate::recipe::compare::report::{self, Facts};
 use crate::recipe::compare::{self, BASE};
+use crate::recipe::{adapt, claim};
+use crate::seed::Stream;
 use crate::store::models::{Draft, VersionRow};
 use crate::store::operations::{Kind, Operation};
 use crate::store::{Store, names};
+use crate::train::parameters::Parameters;
 
 /// Names of kept results: the base's run, the runs of arms (by their number in the plan), the facts.
 const SAVED_BASE: &str = "base";
@@ -182,6 +187,13 @@ enum Place {
 }
 
 impl Made {
+    fn weights_digest(&self) -> String {
+        match &self.place {
+            Place::Stored(row) => row.weights_digest(),
+            Place::Draft(draft) => draft.weights_digest(),
+        }
+    }
+
     fn stored(row: VersionRow, steps: Vec<v1::StepReport>) -> Self {
         Self { digest: row.digest.clone(), place: Place::Stored(Box::new(row)), steps }
     }
@@ -262,13 +274,9 @@ impl Work<'_> {
         }
         // The base agrees with itself.
         let options = v1::Evaluation { compare_with_base: false, ..asked };
-        let subject = Measured {
-            model: &model,
-            states: self.states.as_ref().map(|(_, states)| states),
-            base: None,
-            disk_bytes: base.disk_bytes(),
-        };
-        let measurements = self.job.measure(&subject, &options, &progress.part(0.5, 1.0))?;
+        let states = self.states.as_ref().map(|(_, states)| states);
+        let of = (states, None, base.disk_bytes());
+        let measurements = self.measure(&model, of, &options, &progress.part(0.5, 1.0))?;
         let run = v1::ArmRun {
             arm: BASE.to_owned(),
             digest: base.digest.clone(),
@@ -279,6 +287,36 @@ impl Work<'_> {
         };
         self.job.save(SAVED_BASE, &run)?;
         self.note()
+    }
+
+    /// Measures a model of which nothing was tuned: with what a pass of it left, a base, and the bytes of its
+    /// files. An encoder has no head for a task then, so that is left out.
+    fn measure(
+        &self,
+        model: &AnyModel,
+        (states, base, disk_bytes): (Option<&States>, Option<eval::Base<'_>>, u64),
+        options: &v1::Evaluation,
+        progress: &Progress,
+    ) -> Result<Vec<v1::Measurement>> {
+        match model {
+            AnyModel::Decoder(model) => {
+                let subject = Measured { model, states, base, disk_bytes };
+                self.job.measure(&subject, options, progress)
+            }
+            AnyModel::Encoder(_) => {
+                let adapted = Adapted {
+                    model,
+                    tuned: &Tuned::default(),
+                    head: &Parameters::new(),
+                    labels: &[],
+                    max_length: None,
+                    disk_bytes,
+                };
+                let options = v1::Evaluation { task: None, ..options.clone() };
+                self.job.measure_adapted(&adapted, base, &options, progress)
+            }
+            other => self.job.measure_net(other, disk_bytes, options, progress),
+        }
     }
 
     /// Runs the text of an evaluation through the base, unless that was done.
@@ -417,7 +455,8 @@ impl Work<'_> {
     fn measure_run(&mut self, index: usize, run: &Run, made: &Made) -> Result<()> {
         let arm = &self.comparison.arms[run.arm];
         let seed = run.seed.map(|seed| format!(", seed {seed}")).unwrap_or_default();
-        let progress = self.part().about(&format!("measuring arm {}{seed}", arm.name));
+        let doing = if arm.tuning.is_some() { "tuning" } else { "measuring" };
+        let progress = self.part().about(&format!("{doing} arm {}{seed}", arm.name));
         progress.report(0.0, "")?;
         let start = Instant::now();
         let empty = v1::Evaluation::default();
@@ -431,26 +470,117 @@ impl Work<'_> {
         }
         let model = made.open(self.job)?;
         let states = self.states.as_ref().map(|(_, states)| states);
-        let subject = Measured {
-            model: &model,
-            states: None,
-            base: states.map(eval::Base::States),
-            disk_bytes: made.disk_bytes(),
-        };
-        let mut measurements = self.job.measure(&subject, options, &progress.part(0.1, 1.0))?;
-        measurements.extend(making(&made.steps));
-        let own = made.steps.last().map_or(0.0, |step| step.seconds);
-        let finished = v1::ArmRun {
+        let base = states.map(eval::Base::States);
+        let mut finished = v1::ArmRun {
             arm: arm.name.clone(),
             seed: run.seed,
             digest: made.digest.clone(),
             version: made.name(),
             steps: made.steps.clone(),
-            measurements,
-            seconds: own + start.elapsed().as_secs_f64(),
+            ..Default::default()
         };
+        match &arm.tuning {
+            Some(tuning) => {
+                let progress = progress.part(0.1, 1.0);
+                self.tune(&mut finished, (index, tuning), (made, &model), base, &progress)?;
+            }
+            None => {
+                let (of, progress) = ((None, base, made.disk_bytes()), progress.part(0.1, 1.0));
+                finished.measurements = self.measure(&model, of, options, &progress)?;
+            }
+        }
+        finished.measurements.extend(making(&made.steps));
+        let own = made.steps.last().map_or(0.0, |step| step.seconds);
+        finished.seconds = own + start.elapsed().as_secs_f64();
         self.job.save(&saved_run(index), &finished)?;
         self.note()
+    }
+
+    /// Trains what run number `index` tunes of a model, and measures it.
+    fn tune(
+        &self,
+        run: &mut v1::ArmRun,
+        (index, tuning): (usize, &v1::Tuning),
+        (made, model): (&Made, &AnyModel),
+        base: Option<eval::Base<'_>>,
+        progress: &Progress,
+    ) -> Result<()> {
+        let (job, seed) = (self.job, run.seed.unwrap_or_default());
+        let arm = self.comparison.arms.iter().find(|arm| arm.name == run.arm);
+        let options = arm.and_then(|arm| compare::evaluation_of(self.comparison, arm));
+        let within = |e: Error| e.within(&format!("comparison: arm {}, seed {seed}", run.arm));
+        let plan = adapt::Plan::new(
+            tuning.adaptation.as_ref(),
+            tuning.training.as_ref(),
+            (model.family(), model.config()),
+        )
+        .map_err(within)?;
+        // As an adaptation with this seed alone would have it.
+        let random = Stream::root(seed).child("adapt");
+        let peak = Peak::start(job.handle);
+        let data = tuning::Data::read(job, model, &plan, &random, progress).map_err(within)?;
+        let kept = job.kept.join(format!("run {index}"));
+        std::fs::create_dir_all(&kept)?;
+        let training = progress.part(0.0, 0.8);
+        let weights_digest = made.weights_digest();
+        let work = tuning::Work {
+            job,
+            plan: &plan,
+            model,
+            digest: &made.digest,
+            weights_digest: &weights_digest,
+            data: &data,
+            random: &random,
+            kept: &kept,
+            progress: &training,
+        };
+        let trained = work.train().map_err(within)?;
+        let peak_bytes = peak.bytes();
+        let folder = tempfile::Builder::new().prefix("adapter-").tempdir_in(job.scratch)?;
+        let name = names::version(&self.base.name())?.0.to_owned();
+        let written = work.write(&trained, &name, folder.path())?;
+        run.measurements = eval::training::measure(&eval::training::Facts {
+            report: &trained.report,
+            trained: trained.trained,
+            kept: trained.tuned.count(),
+            ranks: &trained.ranks,
+            bytes: written.bytes,
+            seconds: trained.start_seconds + trained.report.seconds,
+            peak_bytes,
+        });
+        // What was kept in our own form may be rounded there: it is measured as it is read back.
+        let stored = tuning::read_own(&written, folder.path(), &work)?;
+        let adapted = Adapted {
+            model,
+            tuned: stored.as_ref().unwrap_or(&trained.tuned),
+            head: &trained.head,
+            labels: &data.labels,
+            max_length: Some(plan.settings.max_length),
+            disk_bytes: made.disk_bytes(),
+        };
+        let empty = v1::Evaluation::default();
+        let progress = progress.part(0.8, 1.0);
+        let options = options.unwrap_or(&empty);
+        run.measurements.extend(job.measure_adapted(&adapted, base, options, &progress)?);
+        if let Some(base) = job.saved::<v1::ArmRun>(SAVED_BASE)? {
+            run.measurements.extend(forgetting(&base.measurements, &run.measurements));
+        }
+        if let (KeepVersions::All, Place::Stored(base)) = (self.comparison.keep(), &made.place) {
+            let operation = &job.operation.id;
+            // Ids have no more than 63 characters; those of operations differ in their last ones.
+            let end = &operation[operation.len().saturating_sub(8)..];
+            let keep = Keep {
+                id: &format!("{}-s{index}-{end}", run.arm),
+                display_name: &format!("{}, seed {seed}", run.arm),
+                base,
+                seed,
+                request_id: &format!("{}/{index}", job.operation.name()),
+            };
+            run.adapter = work.keep(&keep, written, folder.path())?.name();
+        }
+        run.training = Some(v1::TrainingReport { points: Vec::new(), ..trained.report });
+        std::fs::remove_dir_all(&kept)?;
+        Ok(())
     }
 
     /// Keeps the facts as they are now.
@@ -513,6 +643,15 @@ fn step_name(step: &v1::Step) -> &'static str {
     crate::methods::registry::method(step).map_or("no method", |method| method.card().name)
 }
 
+/// How much less likely a text became than it was to the base, where both were measured on it alike.
+fn forgetting(base: &[v1::Measurement], tuned: &[v1::Measurement]) -> Option<v1::Measurement> {
+    let perplexity = |m: &&v1::Measurement| m.metric == PERPLEXITY.name;
+    let (before, after) = (base.iter().find(perplexity)?, tuned.iter().find(perplexity)?);
+    let same = before.protocol == after.protocol && before.samples.len() == after.samples.len();
+    let rises = after.samples.iter().zip(&before.samples).map(|(after, before)| after - before);
+    same.then(|| FORGETTING.sampled(rises.collect(), &after.protocol))
+}
+
 /// What making a model took, all its steps together.
 fn making(steps: &[v1::StepReport]) -> Vec<v1::Measurement> {
     if steps.is_empty() {
@@ -521,11 +660,17 @@ fn making(steps: &[v1::StepReport]) -> Vec<v1::Measurement> {
     let threads = rayon::current_num_threads();
     let seconds = steps.iter().map(|step| step.seconds).sum();
     let peak = steps.iter().map(|step| step.peak_memory_bytes).max().unwrap_or_default();
-    vec![
+    let mut all = vec![
         MAKE_SECONDS.measured(seconds, format!("all steps, {threads} threads")),
         PEAK_MEMORY_BYTES
             .measured(peak as f64, format!("the whole process, all steps, {threads} threads")),
-    ]
+    ];
+    // Of several steps that measure the same, the last one's.
+    for metric in eval::metrics::ALL {
+        let found = steps.iter().rev().find_map(|step| step.measures.get(metric.name));
+        all.extend(found.map(|value| metric.measured(*value, "by the step that made it")));
+    }
+    all
 }
 
 #[cfg(test)]

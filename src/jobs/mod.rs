@@ -8,14 +8,17 @@ mod adapt;
 mod claim;
 pub mod compare;
 pub mod create;
+pub mod evaluate;
 mod import;
 mod memory;
+mod merge;
 mod recipe;
 mod runner;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;
+mod tuning;
 mod work;
 
 use std::collections::HashMap;

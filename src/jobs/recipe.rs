@@ -1,5 +1,6 @@
 //! Running a recipe: measure the base, take the steps, keep each one's version, measure the last.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use prost::Message;
@@ -10,7 +11,7 @@ use crate::calibrate;
 use crate::error::{Error, Result};
 use crate::methods::registry;
 use crate::models::AnyModel;
-use crate::progress::Progress;
+use crate::progress::{Metrics, Progress};
 use crate::proto::v1;
 use crate::recipe;
 use crate::store::models::VersionRow;
@@ -168,6 +169,12 @@ pub(super) fn take_step(
     let bytes_before = model.bytes();
     let (start, peak) = (Instant::now(), Peak::start(job.handle));
     let texts = |name: &str| job.text(name);
+    // What a method measures last is what it says of its work.
+    let measured = Arc::new(Mutex::new(Metrics::new()));
+    let last = Arc::clone(&measured);
+    let progress = &progress.and_metrics(Arc::new(move |found: &Metrics| {
+        last.lock().unwrap_or_else(PoisonError::into_inner).clone_from(found);
+    }));
     let kept = job.kept.join(step.place);
     let environment = recipe::run::Environment {
         progress,
@@ -197,6 +204,7 @@ pub(super) fn take_step(
         peak_memory_bytes: signed(peak.bytes()),
         training,
         pruning,
+        measures: measured.lock().unwrap_or_else(PoisonError::into_inner).clone(),
     };
     let lineage = v1::Lineage {
         parent_digest: digest.to_owned(),

@@ -2,17 +2,15 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
 
 use prost::Message;
 use tokio::runtime::Handle;
 
-use super::{adapt, claim, compare, create, damaged, import, recipe};
+use super::{adapt, claim, compare, create, damaged, evaluate, import, merge, recipe};
 use crate::data::choices::Item;
 use crate::data::images::Images;
 use crate::data::records::Source;
 use crate::error::{Error, Result};
-use crate::eval;
 use crate::methods::Datasets;
 use crate::models::AnyModel;
 use crate::progress::Progress;
@@ -65,69 +63,6 @@ impl Job<'_> {
         self.wait(self.store.open_any_version(row))
     }
 
-    /// Measures a model with the data sets that the options name.
-    pub fn measure(
-        &self,
-        subject: &Measured<'_>,
-        options: &v1::Evaluation,
-        progress: &Progress,
-    ) -> Result<Vec<v1::Measurement>> {
-        let text = match options.dataset.as_str() {
-            "" => None,
-            name => Some(self.text(name)?),
-        };
-        let choices = options.choice.as_ref().map(|choice| self.items(&choice.dataset));
-        let choices = choices.transpose()?;
-        let decoder = match subject.model {
-            AnyModel::Decoder(model) => model,
-            other => {
-                let images = options.images.as_ref().map(|images| self.images(&images.dataset));
-                let subject = eval::nets::Subject {
-                    model: other,
-                    text: text.as_ref().map(|text| text.as_str()),
-                    images: images.transpose()?,
-                    disk_bytes: subject.disk_bytes,
-                };
-                return eval::nets::evaluate(&subject, options, progress);
-            }
-        };
-        eval::nets::no_images(options)?;
-        let subject = eval::Subject {
-            model: decoder,
-            states: subject.states,
-            base: subject.base,
-            text: text.as_ref().map(|text| text.as_str()),
-            choices: choices.as_deref(),
-            disk_bytes: subject.disk_bytes,
-        };
-        eval::evaluate(&subject, options, progress)
-    }
-
-    /// Measures a stored version.
-    pub fn measure_version(
-        &self,
-        row: &VersionRow,
-        base: Option<&VersionRow>,
-        options: &v1::Evaluation,
-        progress: &Progress,
-    ) -> Result<v1::EvaluationReport> {
-        let start = Instant::now();
-        let model = self.open(row)?;
-        let base = base.map(|base| self.open(base)?.decoder()).transpose()?;
-        let subject = Measured {
-            model: &model,
-            states: None,
-            base: base.as_ref().map(eval::Base::Model),
-            disk_bytes: row.total_bytes.unsigned_abs(),
-        };
-        Ok(v1::EvaluationReport {
-            version: row.name(),
-            digest: row.digest.clone(),
-            measurements: self.measure(&subject, options, progress)?,
-            seconds: start.elapsed().as_secs_f64(),
-        })
-    }
-
     /// Keeps an intermediate result for a later run of the operation.
     pub fn save(&self, name: &str, message: &impl Message) -> Result<()> {
         let value = message.encode_to_vec();
@@ -157,14 +92,6 @@ impl Datasets for Job<'_> {
     }
 }
 
-/// A model to measure, see [`eval::Subject`].
-pub struct Measured<'a> {
-    pub model: &'a AnyModel,
-    pub states: Option<&'a eval::States>,
-    pub base: Option<eval::Base<'a>>,
-    pub disk_bytes: u64,
-}
-
 /// The work on models.
 pub struct Models;
 
@@ -174,23 +101,13 @@ impl Work for Models {
             Kind::Import => import::run(job),
             Kind::Create => create::run(job),
             Kind::Recipe => recipe::run(job),
-            Kind::Evaluate => evaluate(job),
+            Kind::Evaluate => evaluate::run(job),
             Kind::Compare => compare::run(job),
             Kind::Claim => claim::run(job),
             Kind::Adapt => adapt::run(job),
+            Kind::Merge => merge::run(job),
         }
     }
-}
-
-fn evaluate(job: &Job<'_>) -> Result<Vec<u8>> {
-    let request: v1::EvaluateRequest = job.request()?;
-    let options = request.evaluation.unwrap_or_default();
-    let row = job.wait(job.store.version(&request.model))?;
-    let base = match request.base.as_str() {
-        "" => None,
-        name => Some(job.wait(job.store.version(name))?),
-    };
-    Ok(job.measure_version(&row, base.as_ref(), &options, &job.progress)?.encode_to_vec())
 }
 
 /// Resource names and object digests that an operation needs until it ends.
@@ -220,7 +137,7 @@ pub fn uses(new: &NewOperation) -> Result<Vec<String>> {
         }
         Kind::Evaluate => {
             let request = v1::EvaluateRequest::decode(request).map_err(bad)?;
-            uses.extend([request.model, request.base]);
+            uses.extend([request.model, request.base, request.adapter]);
             uses.extend(request.evaluation.iter().flat_map(crate::recipe::evaluation_datasets));
         }
         Kind::Compare => {
@@ -238,6 +155,10 @@ pub fn uses(new: &NewOperation) -> Result<Vec<String>> {
             let request = v1::AdaptRequest::decode(request).map_err(bad)?;
             uses.extend(crate::recipe::adapt::datasets(&request)?);
             uses.push(request.model);
+        }
+        Kind::Merge => {
+            let request = v1::MergeAdapterRequest::decode(request).map_err(bad)?;
+            uses.extend([request.name, request.model]);
         }
     }
     uses.retain(|resource| !resource.is_empty());

@@ -1,10 +1,11 @@
-//! For tests: counts the allocations of each thread.
+//! For tests: counts the allocations of each thread, and keeps the size of its largest.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 thread_local! {
     static COUNT: Cell<u64> = const { Cell::new(0) };
+    static LARGEST: Cell<usize> = const { Cell::new(0) };
 }
 
 /// Allocations and reallocations that this thread has made so far.
@@ -12,32 +13,40 @@ pub fn count() -> u64 {
     COUNT.get()
 }
 
+/// Bytes of the largest allocation that this thread makes during `work`.
+pub fn largest(work: impl FnOnce()) -> usize {
+    LARGEST.set(0);
+    work();
+    LARGEST.get()
+}
+
 struct Counting;
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-fn one_more() {
+fn one_more(size: usize) {
     // A thread that ends may still free and allocate.
     let _ = COUNT.try_with(|count| count.set(count.get() + 1));
+    let _ = LARGEST.try_with(|largest| largest.set(largest.get().max(size)));
 }
 
 // SAFETY: the system's allocator does all the work.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        one_more();
+        one_more(layout.size());
         // SAFETY: the caller keeps the contract of this function, which is the system's.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        one_more();
+        one_more(layout.size());
         // SAFETY: as above.
         unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        one_more();
+        one_more(size);
         // SAFETY: as above.
         unsafe { System.realloc(pointer, layout, size) }
     }
@@ -61,4 +70,7 @@ fn allocations_of_this_thread_are_counted() {
     let after = count();
     drop(list);
     assert_eq!(count(), after);
+    let sizes =
+        || drop((std::hint::black_box(vec![0_u8; 300]), std::hint::black_box(vec![0_u8; 7])));
+    assert_eq!(largest(sizes), 300);
 }

@@ -109,7 +109,7 @@ impl Rounded {
 
 /// A matrix rounded to bf16 and packed for products: strips of 16 rows, in which pairs of columns of the rows
 /// lie side by side. Rows, and columns up to a multiple of 32, that are missing are zeros.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Bf16Panels {
     rows: usize,
     cols: usize,
@@ -133,6 +133,39 @@ impl Bf16Panels {
             }
         }
         Self { rows, cols, lines }
+    }
+
+    /// Packs the transpose of a `[rows, cols]` matrix in the memory of the one that was there; `read(row, out)`
+    /// writes a row of the matrix as f32. Parallel, and cheap beside a product with a hundred tokens.
+    pub fn set_transposed(
+        &mut self,
+        rows: usize,
+        cols: usize,
+        read: impl Fn(usize, &mut [f32]) + Sync,
+    ) {
+        (self.rows, self.cols) = (cols, rows);
+        let (count, strips) = (count(rows), cols.div_ceil(LANES));
+        if self.lines.len() < strips * count {
+            self.lines = Vec::new();
+            self.lines = vec![ZEROS; strips * count];
+        } else {
+            self.lines.truncate(strips * count);
+        }
+        let lines = Shared::new(&mut self.lines);
+        threads::for_ranges(count, (1 << 14) / cols.max(1) + 1, |pairs| {
+            let (mut low, mut high) = (vec![0.0; cols], vec![0.0; cols]);
+            let mut line = ZEROS;
+            for pair in pairs {
+                for (row, out) in [(2 * pair, &mut low), (2 * pair + 1, &mut high)] {
+                    if row < rows { read(row, out) } else { out.fill(0.0) }
+                }
+                for (strip, (low, high)) in low.chunks(LANES).zip(high.chunks(LANES)).enumerate() {
+                    interleave(low, high, &mut line.0);
+                    // SAFETY: pairs are disjoint, and each has a line of its own in every strip.
+                    unsafe { lines.set(strip * count + pair, line) };
+                }
+            }
+        });
     }
 
     pub fn rows(&self) -> usize {
@@ -205,6 +238,14 @@ multiversion! {
     fn round(x: &[f32], out: &mut [u16]) {
         for (v, out) in x.iter().zip(out) {
             *out = half(*v);
+        }
+    }
+
+    /// Rounds two runs of equally many numbers into pairs; what follows them becomes zeros.
+    fn interleave(low: &[f32], high: &[f32], out: &mut [u32]) {
+        out[low.len()..].fill(0);
+        for (out, (low, high)) in out.iter_mut().zip(low.iter().zip(high)) {
+            *out = u32::from(half(*low)) | u32::from(half(*high)) << 16;
         }
     }
 
@@ -564,6 +605,24 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_transposed_matrix_is_packed_as_its_transpose() {
+        let mut kept = Bf16Panels::default();
+        // The memory of a larger one is used again.
+        for [rows, cols] in [[70, 90], [1, 1], [33, 17], [16, 64], [129, 50]] {
+            let w = noise(rows * cols, 1);
+            kept.set_transposed(rows, cols, |row, out| {
+                out.copy_from_slice(&w[row * cols..][..cols])
+            });
+            let expected = Bf16Panels::pack(cols, rows, |column, out| {
+                out.iter_mut().enumerate().for_each(|(row, out)| *out = w[row * cols + column]);
+            });
+            assert_eq!((kept.rows(), kept.cols()), (cols, rows));
+            assert_eq!(kept.bytes(), expected.bytes());
+            assert!(kept.lines.iter().zip(&expected.lines).all(|(a, b)| a.0 == b.0));
         }
     }
 

@@ -17,8 +17,8 @@ use super::threads::{self, Shared, with_scratch};
 /// Columns that are moved at once.
 const BLOCK: usize = 32;
 
-/// Elements that are worth a thread of their own.
-const GRAIN: usize = 1 << 17;
+/// Elements that are worth a thread of their own: a microsecond or two, as parts must be small to end together.
+const GRAIN: usize = 1 << 15;
 
 /// Whether this processor has the instructions.
 pub(super) fn available() -> bool {

@@ -1,32 +1,9 @@
-//! Dense f32 products with a matrix that was packed once, near the peak of the vector units from a few
-//! tokens on.
-//!
-//! Strips of 16 rows stand side by side, column after column, so that a vector holds one column of a strip.
-//! A tile of sums, some tokens by some strips, stays in registers over [`DEPTH`] columns; the part of the
-//! strips that it reads stays in the first cache for all tokens of a pass.
+//! Dense f32 products with a matrix that was packed once: what [`super::gemm`] does, without packing.
 
-#![allow(unsafe_op_in_unsafe_fn)]
-
-use std::ops::Range;
-
-use super::simd::{self, Level, Simd, Task};
-use super::threads::{self, Shared};
-
-/// Rows of a strip.
-const LANES: usize = 16;
-/// Strips that are multiplied together.
-const STRIPS: usize = 3;
-/// Columns after which sums go back to memory: of three strips they take 24 KiB.
-const DEPTH: usize = 128;
-/// Tokens that meet the same strips before the next strips come.
-const PASS: usize = 64;
-/// Multiply-adds that are worth a thread of their own: a few microseconds.
-const GRAIN: usize = 1 << 18;
-
-/// A column of a strip: a line of the caches, so that no vector lies in two.
-#[derive(Debug, Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([f32; LANES]);
+use super::gemm::View;
+use super::gemm::strips::{self, LANES, Line, Result, Right};
+use super::simd::Level;
+use super::threads::Shared;
 
 /// A packed matrix. Rows that fill up the last strip are zeros.
 #[derive(Debug, Clone)]
@@ -40,7 +17,7 @@ pub struct F32Panels {
 impl F32Panels {
     /// Packs a `[rows, cols]` matrix; `read(row, out)` writes a row.
     pub fn pack(rows: usize, cols: usize, mut read: impl FnMut(usize, &mut [f32])) -> Self {
-        let mut lines = vec![Line([0.0; LANES]); rows.div_ceil(LANES) * cols];
+        let mut lines = vec![Line::ZERO; rows.div_ceil(LANES) * cols];
         let mut values = vec![0.0; cols];
         for row in 0..rows {
             read(row, &mut values);
@@ -83,136 +60,11 @@ impl F32Panels {
         if tokens == 0 {
             return;
         }
-        let y = Shared::new(y);
-        let passes = tokens.div_ceil(PASS);
-        let items = self.rows.div_ceil(STRIPS * LANES) * passes;
-        let each = STRIPS * LANES * self.cols * tokens.min(PASS);
-        threads::for_ranges(items, GRAIN / each + 1, |items| {
-            for item in items {
-                let (group, pass) = (item / passes, item % passes);
-                let strips = self.rows.div_ceil(LANES);
-                let strips = STRIPS * group..strips.min(STRIPS * (group + 1));
-                let tokens = pass * PASS..tokens.min((pass + 1) * PASS);
-                simd::run(level, Piece { panels: self, x, y, strips, tokens });
-            }
-        });
-    }
-}
-
-/// Some tokens by at most [`STRIPS`] strips.
-struct Piece<'a> {
-    panels: &'a F32Panels,
-    x: &'a [f32],
-    y: Shared<'a>,
-    strips: Range<usize>,
-    tokens: Range<usize>,
-}
-
-impl Task for Piece<'_> {
-    type Out = ();
-
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        // With 32 registers 8 tokens by 3 strips, with 16 of half the width 6 tokens by one.
-        if S::TILE >= 8 {
-            match self.strips.len() {
-                3 => self.columns::<S, 8, 3>(self.strips.start),
-                2 => self.columns::<S, 8, 2>(self.strips.start),
-                _ => self.columns::<S, 8, 1>(self.strips.start),
-            }
-        } else {
-            for strip in self.strips.clone() {
-                self.columns::<S, 6, 1>(strip);
-            }
-        }
-    }
-}
-
-impl Piece<'_> {
-    /// All columns of `N` strips from `strip` on, `T` tokens at a time.
-    ///
-    /// # Safety
-    /// The strips are some of the piece's, and the processor has the instructions of `S`.
-    #[inline(always)]
-    unsafe fn columns<S: Simd, const T: usize, const N: usize>(&self, strip: usize) {
-        let cols = self.panels.cols;
-        for from in (0..cols).step_by(DEPTH) {
-            let columns = from..cols.min(from + DEPTH);
-            let mut token = self.tokens.start;
-            while token + T <= self.tokens.end {
-                self.tile::<S, T, N>(strip, token, columns.clone());
-                token += T;
-            }
-            if token + 4 <= self.tokens.end {
-                self.tile::<S, 4, N>(strip, token, columns.clone());
-                token += 4;
-            }
-            if token + 2 <= self.tokens.end {
-                self.tile::<S, 2, N>(strip, token, columns.clone());
-                token += 2;
-            }
-            if token < self.tokens.end {
-                self.tile::<S, 1, N>(strip, token, columns);
-            }
-        }
-    }
-
-    /// Adds some columns to the sums of `T` tokens by `N` strips; the first columns start them.
-    ///
-    /// # Safety
-    /// As of `columns`; the tokens are some of the piece's.
-    #[inline(always)]
-    unsafe fn tile<S: Simd, const T: usize, const N: usize>(
-        &self,
-        strip: usize,
-        token: usize,
-        columns: Range<usize>,
-    ) {
-        let F32Panels { rows, cols, lines } = self.panels;
-        let (rows, cols) = (*rows, *cols);
-        debug_assert!((strip + N) * cols <= lines.len() && (token + T) * cols <= self.x.len());
-        let first = strip * LANES;
-        let whole = first + N * LANES <= rows;
-        let y = |t: usize, n: usize| (token + t) * rows + first + n * LANES;
-        let mut sums = [[S::splat(0.0); N]; T];
-        if columns.start > 0 {
-            for (t, sums) in sums.iter_mut().enumerate() {
-                for (n, sum) in sums.iter_mut().enumerate() {
-                    if whole {
-                        *sum = S::load(self.y.at(y(t, n)));
-                    } else {
-                        let mut some = [0.0; LANES];
-                        let count = LANES.min(rows - first - n * LANES);
-                        let at = self.y.at(y(t, n));
-                        some[..count].copy_from_slice(std::slice::from_raw_parts(at, count));
-                        *sum = S::load(some.as_ptr());
-                    }
-                }
-            }
-        }
-        let w = lines.as_ptr().add(strip * cols + columns.start).cast::<f32>();
-        let x = self.x.as_ptr().add(token * cols + columns.start);
-        for k in 0..columns.len() {
-            let w: [S::F; N] = std::array::from_fn(|n| S::load(w.add((n * cols + k) * LANES)));
-            for (t, sums) in sums.iter_mut().enumerate() {
-                let x = S::splat(*x.add(t * cols + k));
-                for (sum, w) in sums.iter_mut().zip(w) {
-                    *sum = S::mul_add(x, w, *sum);
-                }
-            }
-        }
-        for (t, sums) in sums.into_iter().enumerate() {
-            for (n, sum) in sums.into_iter().enumerate() {
-                if whole {
-                    S::store(self.y.at(y(t, n)), sum);
-                } else {
-                    let mut some = [0.0; LANES];
-                    S::store(some.as_mut_ptr(), sum);
-                    let count = LANES.min(rows - first - n * LANES);
-                    self.y.slice(y(t, n)..y(t, n) + count).copy_from_slice(&some[..count]);
-                }
-            }
-        }
+        let x = View::new(x, tokens, self.cols);
+        let y =
+            Result { c: Shared::new(y), stride: self.rows, columns: self.rows, accumulate: false };
+        // SAFETY: the sizes fit, and `y` is borrowed mutably.
+        unsafe { strips::multiply(level, x, Right::Packed(&self.lines), y, true) };
     }
 }
 

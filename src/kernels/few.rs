@@ -21,8 +21,8 @@ const TOKENS: usize = 4;
 /// Bytes ahead of what is read that memory is asked for.
 const AHEAD: usize = 2048;
 
-/// Elements that are worth a thread of their own: some ten microseconds of work.
-const GRAIN: usize = 1 << 17;
+/// Elements that are worth a thread of their own: a microsecond or two, as parts must be small to end together.
+const GRAIN: usize = 1 << 15;
 
 /// `y[t, o] = sum_i x[t, i] w[o, i]`, overwritten. Panics if sizes do not fit.
 pub fn multiply(w: &DenseRows<'_>, x: &[f32], y: &mut [f32]) {

@@ -32,6 +32,11 @@ impl<'a> Grid<'a> {
         Self { bits: bits.into(), group, per_row, scales, zeros }
     }
 
+    /// Bits, columns of a group, scales and zero points.
+    pub(super) fn parts(&self) -> (u8, usize, &'a [u8], Option<&'a [u8]>) {
+        (self.bits as u8, self.group, self.scales, self.zeros)
+    }
+
     pub(super) fn bits(&self) -> usize {
         self.bits
     }

@@ -55,6 +55,11 @@ impl RowGroups {
         self.ends.len()
     }
 
+    /// The rows of a group.
+    pub fn rows(&self, group: usize) -> &[u32] {
+        &self.rows[self.places(group)]
+    }
+
     /// Places of a group within the list of all rows.
     pub fn places(&self, group: usize) -> Range<usize> {
         (if group == 0 { 0 } else { self.ends[group - 1] })..self.ends[group]

@@ -2,14 +2,16 @@
 //! panels for a dense product for many.
 
 use super::dot::{self, Rows};
-use super::gemm::{View, gemm};
+use super::gemm::strips::{self, LANES, Line, Result, Right, STRIPS};
+use super::gemm::{LINES, View, for_strips, pack};
+use super::simd::Level;
 use super::threads::{self, Shared, with_scratch};
 
 /// Up to here a row is decoded and multiplied at once.
 pub(super) const FEW: usize = 8;
 
-/// Elements of a panel: a few megabytes, so that it stays in the shared cache while it is used.
-const PANEL: usize = 1 << 20;
+/// Elements that are worth a thread of their own when they are decoded.
+const GRAIN: usize = 1 << 15;
 
 /// `y[t, o] = sum_i x[t, i] w[o, i]`, overwritten. Panics if sizes do not fit.
 pub fn multiply<R: Rows>(rows: &R, x: &[f32], y: &mut [f32]) {
@@ -19,10 +21,27 @@ pub fn multiply<R: Rows>(rows: &R, x: &[f32], y: &mut [f32]) {
     if tokens <= FEW {
         return dot::multiply_few(rows, x, y);
     }
+    let level = Level::best();
     let x = View::new(x, tokens, cols);
-    for_panels(rows, |first, panel| {
-        let w = View::new(panel, panel.len() / cols, cols);
-        gemm(x, w.t(), &mut y[first..], out, false, true);
+    // Rows of the weight are columns of a strip: some strips are decoded, then multiplied.
+    let (all, each) = (out.div_ceil(LANES), (LINES / cols / STRIPS).max(1) * STRIPS);
+    pack::with_lines(each.min(all) * cols, |lines| {
+        for first in (0..all).step_by(each) {
+            let lines = &mut lines[..each.min(all - first) * cols];
+            for_strips(lines, cols, GRAIN / (LANES * cols) + 1, |strip, lines| {
+                let row = (first + strip) * LANES;
+                let count = LANES.min(out - row);
+                with_scratch(count * cols, |dense| {
+                    dot::read(rows, row, dense);
+                    pack::columns(level, dense, cols, count, lines);
+                });
+            });
+            let columns = (lines.len() / cols * LANES).min(out - first * LANES);
+            let y = Shared::new(&mut y[first * LANES..]);
+            let y = Result { c: y, stride: out, columns, accumulate: false };
+            // SAFETY: the sizes fit, and `y` is borrowed mutably.
+            unsafe { strips::multiply(level, x, Right::Packed(lines), y, true) };
+        }
     });
 }
 
@@ -34,27 +53,37 @@ pub fn multiply_transposed<R: Rows>(rows: &R, g: &[f32], dx: &mut [f32]) {
     if tokens == 0 {
         return;
     }
-    for_panels(rows, |first, panel| {
-        let count = panel.len() / cols;
-        let g = View::strided(&g[first..], tokens, count, out, 1);
-        gemm(g, View::new(panel, count, cols), dx, cols, first > 0, true);
-    });
-}
-
-/// Calls `work` with the first row and the dense elements of consecutive panels.
-fn for_panels<R: Rows>(rows: &R, mut work: impl FnMut(usize, &[f32])) {
-    let (out, cols) = (rows.rows(), rows.cols());
-    let count = (PANEL / cols).clamp(1, out);
-    with_scratch(count * cols, |panel| {
-        for first in (0..out).step_by(count) {
-            let panel = &mut panel[..count.min(out - first) * cols];
-            let shared = Shared::new(panel);
-            threads::for_ranges(shared.len() / cols, (1 << 15) / cols + 1, |range| {
-                // SAFETY: ranges are disjoint.
-                let part = unsafe { shared.slice(range.start * cols..range.end * cols) };
-                dot::read(rows, first + range.start, part);
+    // Rows of the weight are the steps: some of them are cut into strips, then multiplied.
+    let strips = cols.div_ceil(LANES);
+    let each = (LINES / strips).clamp(1, out);
+    pack::with_lines(strips * each, |lines| {
+        for first in (0..out).step_by(each) {
+            let count = each.min(out - first);
+            let lines = &mut lines[..strips * count];
+            let shared = Shared::new(lines);
+            threads::for_ranges(count, GRAIN / cols + 1, |range| {
+                with_scratch(cols, |dense| {
+                    for row in range {
+                        dot::read(rows, first + row, dense);
+                        let (whole, rest) = dense.as_chunks::<LANES>();
+                        for (strip, values) in whole.iter().enumerate() {
+                            // SAFETY: ranges are disjoint, so their rows are.
+                            unsafe { shared.set(strip * count + row, Line(*values)) };
+                        }
+                        if !rest.is_empty() {
+                            let mut line = Line::ZERO;
+                            line.0[..rest.len()].copy_from_slice(rest);
+                            // SAFETY: as above.
+                            unsafe { shared.set(whole.len() * count + row, line) };
+                        }
+                    }
+                });
             });
-            work(first, panel);
+            let g = View::strided(&g[first..], tokens, count, out, 1);
+            let c = Shared::new(dx);
+            let dx = Result { c, stride: cols, columns: cols, accumulate: first > 0 };
+            // SAFETY: the sizes fit, and `dx` is borrowed mutably.
+            unsafe { strips::multiply(Level::best(), g, Right::Packed(lines), dx, true) };
         }
     });
 }
@@ -239,7 +268,7 @@ mod tests {
     #[test]
     fn transposed_products_over_several_panels() {
         // Two panels of rows: W[r, c] = r for even c, 1 for odd.
-        let (out, cols, tokens) = (PANEL / 64 + 5, 64, 2);
+        let (out, cols, tokens) = (LINES / 4 + 5, 64, 2);
         let w: Vec<u8> = (0..out * cols)
             .flat_map(|i| if i % 2 == 0 { (i / cols % 8) as f32 } else { 1.0 }.to_le_bytes())
             .collect();

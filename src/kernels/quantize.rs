@@ -14,6 +14,9 @@ pub(super) const TILE: usize = 16;
 /// Blocks that are worth a thread of their own: a few microseconds.
 const GRAIN: usize = 1 << 10;
 
+/// Elements of rows that are made and rounded that are worth a thread of their own.
+const ROWS: usize = 1 << 14;
+
 /// What shares a scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Grain {
@@ -38,6 +41,8 @@ pub struct Activations {
     weighted: Vec<f32>,
     /// Sums of `q` over a token, where it shares a scale.
     totals: Vec<i32>,
+    /// Values that were clipped to the range of a fixed step.
+    clipped: Vec<f32>,
     /// For each [`TILE`] tokens and block, where blocks have scales: their scales, then their weighted sums.
     tiles: Vec<[f32; 2 * TILE]>,
 }
@@ -47,42 +52,86 @@ impl Activations {
     /// the rest goes to the nearest code, ties to even. Where a value is not finite the scale is not
     /// finite either, so that products show it. Panics if `cols` is not a multiple of [`BLOCK`].
     pub fn set(&mut self, x: &[f32], cols: usize, grain: Grain) {
-        assert!(cols > 0 && cols.is_multiple_of(BLOCK) && x.len().is_multiple_of(cols));
-        (self.cols, self.tokens, self.grain) = (cols, x.len() / cols, grain);
+        self.round(x, cols, grain, None);
+    }
+
+    /// Rounds the rows `x` to multiples of `step`, a number above 1e-38; what is beyond 127 of them is
+    /// clipped. What is not finite shows as in [`Activations::set`]. Panics as that does.
+    pub fn set_fixed(&mut self, x: &[f32], cols: usize, step: f32) {
+        let mut clipped = std::mem::take(&mut self.clipped);
+        clipped.clear();
+        let most = 127.0 * step;
+        clipped.extend(x.iter().map(|v| v.clamp(-most, most) + v * 0.0));
+        self.round(&clipped, cols, Grain::Token, Some(step));
+        self.clipped = clipped;
+    }
+
+    fn round(&mut self, x: &[f32], cols: usize, grain: Grain, step: Option<f32>) {
+        let (width, parts) = self.start(x.len(), cols, grain, step);
+        threads::for_ranges(x.len() / width, GRAIN * BLOCK / width + 1, |units| {
+            let columns = units.start * width..units.end * width;
+            // SAFETY: ranges are disjoint.
+            unsafe { parts.round(&x[columns.clone()], columns.start, width) };
+        });
+        self.finish();
+    }
+
+    /// Makes the rows `x` (`[tokens, cols]`) and rounds each while it is near: `make` gets the index of a row, its
+    /// row of `a` (`[tokens, width]`) and the row of `x` that it is to write. The same as making all and then
+    /// [`Activations::set`].
+    pub fn set_made(
+        &mut self,
+        [a, x]: [&mut [f32]; 2],
+        [a_width, cols]: [usize; 2],
+        grain: Grain,
+        make: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
+    ) {
+        let (width, parts) = self.start(x.len(), cols, grain, None);
+        threads::for_row_pairs(a, a_width, x, cols, ROWS / (a_width + cols) + 1, |row, a, x| {
+            make(row, a, x);
+            // SAFETY: rows are disjoint.
+            unsafe { parts.round(x, row * cols, width) };
+        });
+        self.finish();
+    }
+
+    /// Room for so many elements; how many share a scale, and where the results go.
+    fn start(
+        &mut self,
+        len: usize,
+        cols: usize,
+        grain: Grain,
+        step: Option<f32>,
+    ) -> (usize, Parts<'_>) {
+        assert!(cols > 0 && cols.is_multiple_of(BLOCK) && len.is_multiple_of(cols));
+        (self.cols, self.tokens, self.grain) = (cols, len / cols, grain);
         let width = match grain {
             Grain::Block => BLOCK,
             Grain::Token => cols,
         };
         // Room for whole vectors to be read from any place.
-        self.codes.resize((x.len() + 64).max(self.codes.len()), 0);
-        self.scales.resize((x.len() / BLOCK).max(self.scales.len()), 0.0);
-        self.weighted.resize((x.len() / BLOCK).max(self.weighted.len()), 0.0);
-        self.sums.resize((x.len() / SUM).max(self.sums.len()), 0);
-        let codes = Shared::new(&mut self.codes[..x.len()]);
-        let scales = Shared::new(&mut self.scales);
-        let sums = Shared::new(&mut self.sums);
-        let weighted = Shared::new(&mut self.weighted);
-        threads::for_ranges(x.len() / width, GRAIN * BLOCK / width + 1, |units| {
-            let columns = units.start * width..units.end * width;
-            let blocks = columns.start / BLOCK..columns.end / BLOCK;
-            // SAFETY: ranges are disjoint.
-            let (codes, scales, sums, weighted) = unsafe {
-                (
-                    codes.slice(columns.clone()),
-                    scales.slice(blocks.clone()),
-                    sums.slice(2 * blocks.start..2 * blocks.end),
-                    weighted.slice(blocks),
-                )
-            };
-            let x = &x[columns];
-            simd::run(Level::best(), Round { x, width, codes, scales, sums, weighted });
-        });
-        if grain == Grain::Block {
+        self.codes.resize((len + 64).max(self.codes.len()), 0);
+        self.scales.resize((len / BLOCK).max(self.scales.len()), 0.0);
+        self.weighted.resize((len / BLOCK).max(self.weighted.len()), 0.0);
+        self.sums.resize((len / SUM).max(self.sums.len()), 0);
+        let parts = Parts {
+            step,
+            codes: Shared::new(&mut self.codes[..len]),
+            scales: Shared::new(&mut self.scales),
+            sums: Shared::new(&mut self.sums),
+            weighted: Shared::new(&mut self.weighted),
+        };
+        (width, parts)
+    }
+
+    /// What is made of the scales and sums of all rows.
+    fn finish(&mut self) {
+        if self.grain == Grain::Block {
             self.set_tiles();
         }
         self.totals.clear();
-        if grain == Grain::Token {
-            let sums = self.sums.chunks_exact(cols / SUM).take(self.tokens);
+        if self.grain == Grain::Token {
+            let sums = self.sums.chunks_exact(self.cols / SUM).take(self.tokens);
             self.totals.extend(sums.map(|sums| sums.iter().sum::<i32>()));
         }
     }
@@ -160,10 +209,44 @@ impl Activations {
     }
 }
 
+/// Where the results of rounding go.
+struct Parts<'a> {
+    /// The scale, where it is fixed.
+    step: Option<f32>,
+    codes: Shared<'a, i8>,
+    scales: Shared<'a>,
+    sums: Shared<'a, i32>,
+    weighted: Shared<'a>,
+}
+
+impl Parts<'_> {
+    /// Rounds `x`, whose first element is element `first` of all.
+    ///
+    /// # Safety
+    /// No other thread rounds these elements, which are whole units of `width`.
+    unsafe fn round(&self, x: &[f32], first: usize, width: usize) {
+        let columns = first..first + x.len();
+        let blocks = columns.start / BLOCK..columns.end / BLOCK;
+        // SAFETY: the caller's promise.
+        let (codes, scales, sums, weighted) = unsafe {
+            (
+                self.codes.slice(columns),
+                self.scales.slice(blocks.clone()),
+                self.sums.slice(2 * blocks.start..2 * blocks.end),
+                self.weighted.slice(blocks),
+            )
+        };
+        let step = self.step;
+        simd::run(Level::best(), Round { x, width, step, codes, scales, sums, weighted });
+    }
+}
+
 /// Rounds what shares `width` columns, unit by unit.
 struct Round<'a> {
     x: &'a [f32],
     width: usize,
+    /// Fixed for all; `x` lies within 127 of it.
+    step: Option<f32>,
     codes: &'a mut [i8],
     scales: &'a mut [f32],
     sums: &'a mut [i32],
@@ -186,7 +269,7 @@ impl Task for Round<'_> {
                 }
                 (S::largest(top), S::sum(poison))
             };
-            let scale = top / 127.0;
+            let scale = self.step.unwrap_or(top / 127.0);
             // Of a scale too small to divide by, the values are lost: all are below 1e-36.
             let inverse = if scale > 1e-38 { 1.0 / scale } else { 0.0 };
             let scale = scale + poison;
@@ -232,6 +315,42 @@ mod tests {
     }
 
     #[test]
+    fn rows_rounded_as_they_are_made_are_those_rounded_after() {
+        for (tokens, cols) in [(1, 32), (3, 96), (17, 576), (64, 160)] {
+            for grain in [Grain::Block, Grain::Token] {
+                let from: Vec<f32> =
+                    (0..tokens * 7).map(|i| ((i * 7919) % 1009) as f32 / 17.0 - 30.0).collect();
+                let make = |row: usize, a: &mut [f32], x: &mut [f32]| {
+                    a[0] += 1.0;
+                    let made = x.iter_mut().enumerate();
+                    made.for_each(|(i, x)| *x = a[i % 7] * (1.0 + (row + i) as f32 / 50.0));
+                };
+                let (mut a, mut x) = (from.clone(), vec![f32::NAN; tokens * cols]);
+                let mut fused = Activations::default();
+                // What an earlier use left does not matter.
+                fused.set(&vec![3.0; 2 * tokens * cols], cols, Grain::Block);
+                fused.set_made([&mut a, &mut x], [7, cols], grain, make);
+                let (mut b, mut y) = (from.clone(), vec![f32::NAN; tokens * cols]);
+                threads::for_row_pairs(&mut b, 7, &mut y, cols, 1, make);
+                let mut after = Activations::default();
+                after.set(&y, cols, grain);
+                assert_eq!((&a, &x), (&b, &y));
+                assert_eq!(fused.codes()[..x.len()], after.codes()[..x.len()]);
+                let blocks = x.len() / BLOCK;
+                let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&fused.scales()[..blocks]), bits(&after.scales()[..blocks]));
+                assert_eq!(bits(&fused.weighted()[..blocks]), bits(&after.weighted()[..blocks]));
+                assert_eq!(fused.sums()[..2 * blocks], after.sums()[..2 * blocks]);
+                assert_eq!(fused.totals(), after.totals());
+                if grain == Grain::Block {
+                    let tiles = tokens / TILE * (cols / BLOCK);
+                    assert_eq!(fused.tiles()[..tiles], after.tiles()[..tiles]);
+                }
+            }
+        }
+    }
+
+    #[test]
     fn rounding_is_within_half_a_step() {
         let x: Vec<f32> = (0..320).map(|i| ((i * 7919) % 1009) as f32 / 17.0 - 30.0).collect();
         let mut a = Activations::default();
@@ -251,6 +370,21 @@ mod tests {
         // -63.5 goes to the even neighbour.
         assert_eq!((a.codes()[0], a.codes()[40], a.codes()[64]), (127, -64, 127));
         assert_eq!(a.sums()[..4], [127, 0, -64, 0]);
+    }
+
+    #[test]
+    fn a_fixed_step_clips() {
+        let mut x = vec![0.0; 64];
+        // Step 2: 300 is beyond 254, 5 -> 2.5 -> 2, -7 -> -3.5 -> -4.
+        (x[0], x[1], x[2], x[40]) = (300.0, 5.0, -7.0, -1e9);
+        let mut a = Activations::default();
+        a.set_fixed(&x, 64, 2.0);
+        assert_eq!((a.codes()[..3].to_vec(), a.codes()[40]), (vec![127, 2, -4], -127));
+        assert_eq!((a.scales()[..2].to_vec(), a.grain()), (vec![2.0, 2.0], Grain::Token));
+        assert_eq!(a.totals(), [127 + 2 - 4 - 127]);
+        x[3] = f32::NAN;
+        a.set_fixed(&x, 64, 2.0);
+        assert!(!a.scales()[0].is_finite());
     }
 
     #[test]

@@ -96,6 +96,38 @@ impl<'a> SparseRows<'a> {
         self.starts[row].min(len)
     }
 
+    pub(super) fn shape(&self) -> [usize; 2] {
+        [self.rows, self.cols]
+    }
+
+    /// The grid of the values, if they are codes.
+    pub(super) fn grid(&self) -> Option<Grid<'a>> {
+        match self.values {
+            Values::Codes(_, grid) => Some(grid),
+            Values::Dense(..) => None,
+        }
+    }
+
+    /// Gives the stored columns of `row`, rising, and their codes; none if its values are no codes.
+    pub(super) fn kept_codes(&self, row: usize, mut take: impl FnMut(usize, u8)) {
+        let Values::Codes(data, grid) = self.values else { return };
+        let codes = &data[self.start(row, data.len())..];
+        let mut next = 0;
+        assert!(row < self.rows);
+        // SAFETY: the row exists and no more than its columns are asked for.
+        let mut cursor = unsafe { Cursor::new(self, row) };
+        for at in (0..self.cols).step_by(32) {
+            let count = (self.cols - at).min(32);
+            // SAFETY: as above.
+            let mut word = unsafe { cursor.next(count as u32) };
+            while word != 0 {
+                take(at + word.trailing_zeros() as usize, code(codes, next, grid.bits()));
+                word &= word - 1;
+                next += 1;
+            }
+        }
+    }
+
     /// Whether each column of `row` is stored.
     pub fn mask(&self, row: usize, out: &mut [bool]) {
         assert!(row < self.rows && out.len() == self.cols);
@@ -251,6 +283,18 @@ impl Source for BF16<'_> {
     }
 }
 
+/// Code `at` of a stream of `bits` bits each, or 0 if there is none.
+#[inline(always)]
+fn code(data: &[u8], at: usize, bits: usize) -> u8 {
+    let (first, shift) = (at * bits / 8, at * bits % 8);
+    let byte = |i: usize| data.get(i).copied().unwrap_or(0);
+    let mut both = u16::from(byte(first));
+    if shift + bits > 8 {
+        both |= u16::from(byte(first + 1)) << 8;
+    }
+    (both >> shift) as u8 & (0xff >> (8 - bits))
+}
+
 /// Codes as f32; positions are counted from the first byte of a row.
 struct Codes<'a, const BITS: usize>(&'a [u8]);
 
@@ -274,13 +318,7 @@ impl<const BITS: usize> Source for Codes<'_, BITS> {
     }
     #[inline(always)]
     unsafe fn one(&self, at: usize) -> f32 {
-        let (first, shift) = (at * BITS / 8, at * BITS % 8);
-        let byte = |i: usize| self.0.get(i).copied().unwrap_or(0);
-        let mut both = u16::from(byte(first));
-        if shift + BITS > 8 {
-            both |= u16::from(byte(first + 1)) << 8;
-        }
-        f32::from((both >> shift) & ((1 << BITS) - 1))
+        f32::from(code(self.0, at, BITS))
     }
 }
 

@@ -19,6 +19,8 @@ pub fn for_ranges(count: usize, grain: usize, work: impl Fn(Range<usize>) + Sync
     let threads = threads();
     // More parts than threads let a thread that was held up leave its rest to another.
     let parts = (count / grain.max(1)).min(if threads == 1 { 1 } else { 4 * threads });
+    // A part beyond a whole number for each thread would be done by one while all others wait.
+    let parts = if parts > threads { parts / threads * threads } else { parts };
     if parts <= 1 {
         if count > 0 {
             work(0..count);

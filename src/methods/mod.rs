@@ -84,6 +84,10 @@ pub struct StepContext<'a> {
     pub digest: &'a str,
     /// A folder for temporary files, removed after the step.
     pub scratch: PathBuf,
+}
+
+/// What a method that trains gets besides, and what it says of it.
+pub struct Learning<'a> {
     /// Data sets to learn from.
     pub datasets: &'a dyn Datasets,
     /// A folder for checkpoints, which outlives a run that is cut off. Who needs it makes it.
@@ -91,6 +95,18 @@ pub struct StepContext<'a> {
     /// How training and pruning went, where the method trains; the method says.
     pub training: Option<v1::TrainingReport>,
     pub pruning: Option<v1::PruningReport>,
+}
+
+impl<'a> Learning<'a> {
+    /// With nothing to say yet.
+    pub fn new(datasets: &'a dyn Datasets, kept: PathBuf) -> Self {
+        Self { datasets, kept, training: None, pruning: None }
+    }
+
+    /// Without data sets.
+    pub fn none(cx: &StepContext<'_>) -> Self {
+        Self::new(&NoDatasets, cx.scratch.join("kept"))
+    }
 }
 
 /// What a step made of a model of any family.
@@ -122,12 +138,13 @@ pub trait Method: Send + Sync {
     /// Does the work. Polls `cx.progress` for cancellation; the same input and seed give the same bits.
     fn apply(&self, cx: &mut StepContext<'_>, model: Model) -> Result<Outcome>;
 
-    /// [`Method::check`] for a model of any family. Methods that do not say otherwise are for decoders.
+    /// [`Method::check`] for a model of any family. Methods that do not say otherwise
+    /// are for what can be walked.
     ///
     /// # Errors
     /// `MODEL_UNSUITABLE` for families that the method is not for, and what [`Method::check`] refuses.
     fn check_any(&self, model: &AnyInfo) -> Result<(Estimate, AnyInfo)> {
-        let (estimate, after) = self.check(&model.decoder()?)?;
+        let (estimate, after) = self.check(&model.walked()?)?;
         Ok((estimate, after.into()))
     }
 
@@ -135,8 +152,13 @@ pub trait Method: Send + Sync {
     ///
     /// # Errors
     /// As [`Method::check_any`], and what [`Method::apply`] gives.
-    fn apply_any(&self, cx: &mut StepContext<'_>, model: AnyModel) -> Result<AnyOutcome> {
-        Ok(self.apply(cx, model.decoder()?)?.any())
+    fn apply_any(
+        &self,
+        cx: &mut StepContext<'_>,
+        _learning: &mut Learning<'_>,
+        model: AnyModel,
+    ) -> Result<AnyOutcome> {
+        Ok(self.apply(cx, model.walked()?)?.any())
     }
 }
 
@@ -154,13 +176,13 @@ impl Outcome {
 }
 
 impl AnyOutcome {
-    /// The same of a decoder.
+    /// The same of what can be walked.
     ///
     /// # Errors
-    /// `MODEL_UNSUITABLE` for any other family.
-    pub fn decoder(self) -> Result<Outcome> {
+    /// `MODEL_UNSUITABLE` for what is neither a decoder nor an encoder.
+    pub fn walked(self) -> Result<Outcome> {
         Ok(Outcome {
-            model: self.model.decoder()?,
+            model: self.model.walked()?,
             record: self.record,
             calibration_tokens: self.calibration_tokens,
             zero_share: self.zero_share,

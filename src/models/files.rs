@@ -59,7 +59,7 @@ pub(super) fn config(path: &Path) -> Result<(Value, AnyFamily)> {
     } else if lstm::is_lstm(&config) {
         AnyFamily::Lstm(lstm::Config::from_hugging_face(&config)?)
     } else {
-        AnyFamily::Decoder(Family::Decoder(decoder::Config::from_hugging_face(&config)?))
+        AnyFamily::Decoder(decoder::Config::from_hugging_face(&config)?)
     };
     Ok((config, family))
 }
@@ -119,13 +119,17 @@ pub(super) trait Parts {
 
 impl Parts for Family {
     fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let Self::Decoder(config) = self;
-        config.tensors()
+        match self {
+            Self::Decoder(config) => config.tensors(),
+            Self::Encoder(config) => config.tensors(),
+        }
     }
 
     fn vocab(&self) -> usize {
-        let Self::Decoder(config) = self;
-        config.vocab
+        match self {
+            Self::Decoder(config) => config.vocab,
+            Self::Encoder(config) => config.vocab,
+        }
     }
 }
 
@@ -162,7 +166,7 @@ impl Parts for lstm::Config {
 impl Parts for AnyFamily {
     fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         match self {
-            Self::Decoder(family) => Parts::tensors(family),
+            Self::Decoder(config) => config.tensors(),
             Self::Encoder(config) => config.tensors(),
             Self::Vision(config) => config.tensors(),
             Self::Lstm(config) => config.tensors(),
@@ -171,7 +175,7 @@ impl Parts for AnyFamily {
 
     fn vocab(&self) -> usize {
         match self {
-            Self::Decoder(family) => family.vocab(),
+            Self::Decoder(config) => config.vocab,
             Self::Encoder(config) => config.vocab,
             Self::Vision(_) => 0,
             Self::Lstm(config) => config.vocab,

@@ -24,6 +24,8 @@ use crate::nn::weight::{Record, Weight};
 pub enum Family {
     /// Decoder-only language models (Llama, Mistral, Qwen, Gemma and their relatives).
     Decoder(decoder::Config),
+    /// Encoders that turn texts into vectors (BERT).
+    Encoder(encoder::Config),
 }
 
 impl Family {
@@ -31,12 +33,21 @@ impl Family {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Decoder(_) => "decoder",
+            Self::Encoder(_) => encoder::FAMILY,
+        }
+    }
+
+    /// The architecture within the family, `llama` or `bert` for instance.
+    pub fn architecture(&self) -> &str {
+        match self {
+            Self::Decoder(config) => &config.architecture,
+            Self::Encoder(config) => &config.architecture,
         }
     }
 }
 
 /// A model in memory. Weights are shared: cloning a model copies no tensor. Methods, calibration and
-/// evaluation take the families of [`Family`]; [`encoder::Model`] is this with an encoder's settings.
+/// evaluation take the families of [`Family`]; [`encoder::Model`] is this with an encoder's settings alone.
 #[derive(Clone)]
 pub struct Model<F = Family> {
     pub family: F,
@@ -82,17 +93,28 @@ impl AnyModel {
     /// The architecture within the family, `llama` or `bert` for instance.
     pub fn architecture(&self) -> &str {
         match self {
-            Self::Decoder(model) => {
-                let Family::Decoder(config) = &model.family;
-                &config.architecture
-            }
+            Self::Decoder(model) => model.family.architecture(),
             Self::Encoder(model) => &model.family.architecture,
             Self::Vision(model) => &model.family.architecture,
             Self::Lstm(model) => &model.family.architecture,
         }
     }
 
-    /// The model as one that methods change and the engine serves.
+    /// The model as one whose blocks can be walked.
+    ///
+    /// # Errors
+    /// `MODEL_UNSUITABLE` for what is neither a decoder nor an encoder.
+    pub fn walked(self) -> Result<Model> {
+        match self {
+            Self::Decoder(model) => Ok(model),
+            Self::Encoder(Model { family, config, weights, tokenizer }) => {
+                Ok(Model { family: Family::Encoder(family), config, weights, tokenizer })
+            }
+            Self::Vision(_) | Self::Lstm(_) => Err(not_for_text(self.family())),
+        }
+    }
+
+    /// The model as one that the engine serves.
     ///
     /// # Errors
     /// `MODEL_UNSUITABLE` for any other family.
@@ -112,6 +134,7 @@ impl AnyModel {
         match self {
             Self::Encoder(model) => Ok(model),
             Self::Decoder(_) => Err(not_an_encoder(self.architecture())),
+            Self::Vision(_) | Self::Lstm(_) => Err(not_for_text(self.family())),
         }
     }
 
@@ -143,7 +166,11 @@ impl AnyModel {
 
 impl From<Model> for AnyModel {
     fn from(model: Model) -> Self {
-        Self::Decoder(model)
+        let Model { family, config, weights, tokenizer } = model;
+        match family {
+            Family::Decoder(_) => Self::Decoder(Model { family, config, weights, tokenizer }),
+            Family::Encoder(family) => Self::Encoder(Model { family, config, weights, tokenizer }),
+        }
     }
 }
 
@@ -177,8 +204,8 @@ pub fn not_a_decoder(architecture: &str) -> Error {
     Error::new(
         Reason::ModelUnsuitable,
         format!(
-            "the model is an encoder ({architecture}): it embeds texts, but recipes, evaluations and \
-             generation need a decoder; name a language model, llama for instance"
+            "the model is an encoder ({architecture}): it embeds texts, but generation and measuring on \
+             texts need a decoder; name a language model, llama for instance"
         ),
     )
 }
@@ -225,10 +252,14 @@ impl<F> Model<F> {
 }
 
 impl Model {
-    /// The decoder configuration, or an error that names `what` needs it.
+    /// The decoder's configuration.
+    ///
+    /// # Errors
+    /// `MODEL_UNSUITABLE` for an encoder.
     pub fn decoder(&self) -> Result<&decoder::Config> {
         match &self.family {
             Family::Decoder(config) => Ok(config),
+            Family::Encoder(config) => Err(not_a_decoder(&config.architecture)),
         }
     }
 
@@ -247,7 +278,7 @@ impl AnyModel {
     /// Shapes, layouts and sizes without the data.
     pub fn info(&self) -> AnyInfo {
         let family = match self {
-            Self::Decoder(model) => AnyFamily::Decoder(model.family.clone()),
+            Self::Decoder(model) => model.family.clone().into(),
             Self::Encoder(model) => AnyFamily::Encoder(model.family.clone()),
             Self::Vision(model) => AnyFamily::Vision(model.family.clone()),
             Self::Lstm(model) => AnyFamily::Lstm(model.family.clone()),
@@ -273,17 +304,26 @@ fn tensor_infos(weights: &BTreeMap<String, Arc<Weight>>) -> BTreeMap<String, Ten
 /// The configuration of a model of any family.
 #[derive(Debug, Clone, PartialEq)]
 pub enum AnyFamily {
-    Decoder(Family),
+    Decoder(decoder::Config),
     Encoder(encoder::Config),
     Vision(vision::Config),
     Lstm(lstm::Config),
+}
+
+impl From<Family> for AnyFamily {
+    fn from(family: Family) -> Self {
+        match family {
+            Family::Decoder(config) => Self::Decoder(config),
+            Family::Encoder(config) => Self::Encoder(config),
+        }
+    }
 }
 
 impl AnyFamily {
     /// The family's name, as method cards and versions have it.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Decoder(family) => family.name(),
+            Self::Decoder(_) => "decoder",
             Self::Encoder(_) => encoder::FAMILY,
             Self::Vision(_) => vision::FAMILY,
             Self::Lstm(_) => lstm::FAMILY,
@@ -318,14 +358,14 @@ pub struct TensorInfo {
 pub type AnyInfo = ModelInfo<AnyFamily>;
 
 impl AnyInfo {
-    /// The same of a decoder.
+    /// The same of what can be walked.
     ///
     /// # Errors
-    /// `MODEL_UNSUITABLE` for any other family.
-    pub fn decoder(&self) -> Result<ModelInfo> {
+    /// `MODEL_UNSUITABLE` for what is neither a decoder nor an encoder.
+    pub fn walked(&self) -> Result<ModelInfo> {
         let family = match &self.family {
-            AnyFamily::Decoder(family) => family.clone(),
-            AnyFamily::Encoder(config) => return Err(not_a_decoder(&config.architecture)),
+            AnyFamily::Decoder(config) => Family::Decoder(config.clone()),
+            AnyFamily::Encoder(config) => Family::Encoder(config.clone()),
             family => return Err(not_for_text(family.name())),
         };
         Ok(ModelInfo {
@@ -340,7 +380,7 @@ impl AnyInfo {
 impl From<ModelInfo> for AnyInfo {
     fn from(info: ModelInfo) -> Self {
         Self {
-            family: AnyFamily::Decoder(info.family),
+            family: info.family.into(),
             config: info.config,
             has_tokenizer: info.has_tokenizer,
             tensors: info.tensors,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{AnyFamily, AnyInfo, AnyModel, Model, ModelInfo, TensorInfo, files};
+use super::{AnyFamily, AnyInfo, AnyModel, Family, Model, ModelInfo, TensorInfo, files};
 use crate::error::{Error, Reason, Result};
 use crate::formats::safetensors::{self, Plan, Tensor};
 use crate::formats::{malformed, quoted};
@@ -74,12 +74,12 @@ pub fn write<F>(model: &Model<F>, lineage: &Value, folder: &Path) -> Result<Vec<
 ///
 /// # Errors
 /// `MALFORMED_FILE` for files that are missing, broken or disagree, `UNSUPPORTED_FORMAT` for versions
-/// written by a newer program, `MODEL_UNSUITABLE` for an encoder, which [`read_any`] takes.
+/// written by a newer program.
 pub fn read(files: &BTreeMap<String, PathBuf>) -> Result<Model> {
-    read_any(files)?.decoder()
+    read_any(files)?.walked()
 }
 
-/// Reads a version of any family; otherwise as [`read`].
+/// [`read`] for who tells the families apart.
 pub fn read_any(files: &BTreeMap<String, PathBuf>) -> Result<AnyModel> {
     let (config, family) = files::config(find(files, files::CONFIG)?)?;
     let manifest = manifest(files)?;
@@ -91,7 +91,9 @@ pub fn read_any(files: &BTreeMap<String, PathBuf>) -> Result<AnyModel> {
     }
     let tokenizer = files::tokenizer(|name| files.get(name).cloned(), &config)?;
     Ok(match family {
-        AnyFamily::Decoder(family) => files::assemble(family, config, weights, tokenizer)?.into(),
+        AnyFamily::Decoder(family) => {
+            files::assemble(Family::Decoder(family), config, weights, tokenizer)?.into()
+        }
         AnyFamily::Encoder(family) => files::assemble(family, config, weights, tokenizer)?.into(),
         AnyFamily::Vision(family) => files::assemble(family, config, weights, tokenizer)?.into(),
         AnyFamily::Lstm(family) => files::assemble(family, config, weights, tokenizer)?.into(),
@@ -113,7 +115,7 @@ pub fn write_any(model: &AnyModel, lineage: &Value, folder: &Path) -> Result<Vec
 /// # Errors
 /// As [`read`].
 pub fn read_info(files: &BTreeMap<String, PathBuf>) -> Result<ModelInfo> {
-    read_any_info(files)?.decoder()
+    read_any_info(files)?.walked()
 }
 
 /// Reads only headers and configuration, of a version of any family.

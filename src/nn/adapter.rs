@@ -4,8 +4,12 @@
 //! them halves the cost and doubles how many adapters stay in memory; rounding moves an element by
 //! at most one part in 256, a small share of a small change. Sums are f32.
 
+mod changes;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
+
+pub use changes::{Changes, Product};
 
 use candle_core::{Device, Tensor};
 use half::bf16;

@@ -77,7 +77,7 @@ impl Plan {
                 format!("{} trains nothing of this model; choose another method", card.name),
             ));
         }
-        if family == encoder::FAMILY || matches!(card.name, "dora" | "full" | "bitfit") {
+        if card.name == "full" {
             cost.warnings.push(NOT_SERVED.to_owned());
         }
 
@@ -117,20 +117,7 @@ impl Plan {
 
     /// Refuses data that the model cannot learn from. `field` names the data set.
     pub fn suits(&self, field: &str, kind: Kind) -> Result<()> {
-        let fits = match kind {
-            Kind::Text | Kind::Chat => !self.is_encoder(),
-            Kind::Classification | Kind::Regression | Kind::Tagging => self.is_encoder(),
-            Kind::Choices | Kind::Preferences | Kind::Images => false,
-        };
-        if fits {
-            return Ok(());
-        }
-        let wanted = match self.is_encoder() {
-            true => "an encoder learns classes, numbers or tags",
-            false => "a decoder learns from texts or conversations",
-        };
-        let problem = format!("the data set holds {}, and {wanted}; name another one", kind.name());
-        Err(Error::at(Reason::DatasetUnsuitable, field, problem))
+        suits(self.is_encoder(), field, kind)
     }
 
     /// Resource names of all data sets, in the order of the lineage.
@@ -142,8 +129,8 @@ impl Plan {
     pub fn activations(&self, tokens: usize) -> u64 {
         let packed = match self.settings.precision {
             Precision::F32 => 0,
-            // Two bytes for each direction.
-            Precision::Bf16 => self.matrices.saturating_mul(4),
+            // What is packed for the backward pass is packed one matrix at a time.
+            Precision::Bf16 => self.matrices.saturating_mul(2),
         };
         let kept = self.network.activation_bytes(tokens, self.settings.checkpoint_activations);
         kept.saturating_add(packed)
@@ -172,13 +159,50 @@ impl Plan {
     }
 }
 
+/// Refuses data that a model cannot learn from, nor be measured on as a task. `field` names the data set.
+///
+/// # Errors
+/// `DATASET_UNSUITABLE`.
+pub fn suits(encoder: bool, field: &str, kind: Kind) -> Result<()> {
+    let fits = match kind {
+        Kind::Text | Kind::Chat => !encoder,
+        Kind::Classification | Kind::Regression | Kind::Tagging => encoder,
+        Kind::Choices | Kind::Preferences | Kind::Images => false,
+    };
+    if fits {
+        return Ok(());
+    }
+    let wanted = match encoder {
+        true => "an encoder learns classes, numbers or tags",
+        false => "a decoder learns from texts or conversations",
+    };
+    let problem = format!("the data set holds {}, and {wanted}; name another one", kind.name());
+    Err(Error::at(Reason::DatasetUnsuitable, field, problem))
+}
+
+/// The same with every default written out that does not depend on the model.
+pub fn resolve(
+    adaptation: &v1::Adaptation,
+    training: &v1::Training,
+) -> (v1::Adaptation, v1::Training) {
+    let (adaptation, mut training) = (registry::resolve(adaptation), training.clone());
+    if let Ok(method) = registry::method(&adaptation) {
+        // How long rows are by default depends on what the model sees.
+        let length = training.max_length;
+        settings::resolve(&mut training, usual_rate(method.card().name));
+        training.max_length = length;
+    }
+    (adaptation, training)
+}
+
 /// Resource names of the data sets of a request, in the order of the lineage.
 pub fn datasets(request: &v1::AdaptRequest) -> Result<Vec<String>> {
     let (adaptation, training) = (request.adaptation.clone(), request.training.clone());
     names(&adaptation.unwrap_or_default(), &training.unwrap_or_default())
 }
 
-fn names(adaptation: &v1::Adaptation, training: &v1::Training) -> Result<Vec<String>> {
+/// Resource names of the data sets of a tuning, in the order of the lineage.
+pub fn names(adaptation: &v1::Adaptation, training: &v1::Training) -> Result<Vec<String>> {
     let validation = training.validation.as_ref().map(|v| v.dataset.as_str());
     let trained = [Some(training.dataset.as_str()), validation];
     let all = trained.into_iter().flatten().chain(registry::method(adaptation)?.datasets());
@@ -186,7 +210,8 @@ fn names(adaptation: &v1::Adaptation, training: &v1::Training) -> Result<Vec<Str
 }
 
 /// Said of what the engine cannot apply.
-pub const NOT_SERVED: &str = "what comes out is kept and exported, but not served beside its base";
+pub const NOT_SERVED: &str = "what comes out has whole matrices, which do not serve beside their base: merge it into a version, or \
+     export it";
 
 impl Config {
     fn shapes(&self) -> Shapes {
@@ -282,7 +307,9 @@ mod tests {
         assert_eq!(found.message(2000).memory_bytes, message.memory_bytes + 1000);
         assert!(message.warnings.is_empty());
         let dora = plan(json!({"dora": {}}), json!({}), "decoder").unwrap();
-        assert_eq!(dora.cost.warnings, [NOT_SERVED]);
+        assert!(dora.cost.warnings.is_empty());
+        let full = plan(json!({"full": {}}), json!({}), "decoder").unwrap();
+        assert_eq!(full.cost.warnings, [NOT_SERVED]);
     }
 
     #[test]

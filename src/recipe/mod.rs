@@ -79,7 +79,8 @@ pub fn datasets(recipe: &v1::Recipe) -> Vec<String> {
 pub fn evaluation_datasets(evaluation: &v1::Evaluation) -> Vec<String> {
     let choices = evaluation.choice.iter().map(|choice| choice.dataset.clone());
     let images = evaluation.images.iter().map(|images| images.dataset.clone());
-    choices.chain(images).chain([evaluation.dataset.clone()]).collect()
+    let tasks = evaluation.task.iter().map(|task| task.dataset.clone());
+    choices.chain(images).chain(tasks).chain([evaluation.dataset.clone()]).collect()
 }
 
 fn unique(names: impl Iterator<Item = String>) -> Vec<String> {

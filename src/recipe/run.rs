@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::calibrate;
 use crate::error::Result;
-use crate::methods::{AnyOutcome, Datasets, StepContext, registry};
+use crate::methods::{AnyOutcome, Datasets, Learning, StepContext, registry};
 use crate::models::AnyModel;
 use crate::progress::Progress;
 use crate::proto::v1;
@@ -60,13 +60,10 @@ pub fn run_step(
             calibrations: environment.calibrations,
             digest,
             scratch: scratch.path().to_owned(),
-            datasets: environment.datasets,
-            kept: environment.kept.to_owned(),
-            training: None,
-            pruning: None,
         };
-        let outcome = method.apply_any(&mut context, model)?;
-        Ok((outcome, context.training, context.pruning))
+        let mut learning = Learning::new(environment.datasets, environment.kept.to_owned());
+        let outcome = method.apply_any(&mut context, &mut learning, model)?;
+        Ok((outcome, learning.training, learning.pruning))
     };
     let (outcome, training, pruning) = run().map_err(|e: crate::error::Error| e.within(&place))?;
     Ok(Made { step, outcome, training, pruning })

@@ -4,10 +4,52 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use super::head::Head;
 use crate::error::{Error, Reason, Result};
-use crate::models::decoder::plan::adapters::Fitted;
+use crate::models::{decoder, encoder};
 
-/// The loaded adapters, by the digest of their content.
+/// An adapter in memory; cheap to clone.
+#[derive(Debug, Clone)]
+pub enum Held {
+    Decoder(Arc<decoder::plan::adapters::Fitted>),
+    Encoder(Arc<Reading>),
+}
+
+/// An adapter of an encoder.
+#[derive(Debug)]
+pub struct Reading {
+    /// None of a head alone.
+    pub fitted: Option<Arc<encoder::plan::adapters::Fitted>>,
+    pub head: Option<Arc<Head>>,
+}
+
+impl Held {
+    /// Bytes in memory.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::Decoder(fitted) => fitted.bytes(),
+            Self::Encoder(reading) => {
+                reading.fitted.as_ref().map_or(0, |fitted| fitted.bytes())
+                    + reading.head.as_ref().map_or(0, |head| head.bytes())
+            }
+        }
+    }
+
+    /// Whether a request holds it: dropping it here would free nothing.
+    fn busy(&self) -> bool {
+        match self {
+            Self::Decoder(fitted) => Arc::strong_count(fitted) > 1,
+            Self::Encoder(reading) => {
+                Arc::strong_count(reading) > 1
+                    || reading.fitted.as_ref().is_some_and(|f| Arc::strong_count(f) > 1)
+                    || reading.head.as_ref().is_some_and(|h| Arc::strong_count(h) > 1)
+            }
+        }
+    }
+}
+
+/// The loaded adapters, by the digest of their content, with that of the version where they are made ready
+/// for one (`digest@version`).
 pub struct Adapters {
     max_bytes: u64,
     /// One load at a time, as for models.
@@ -16,15 +58,8 @@ pub struct Adapters {
 }
 
 struct Loaded {
-    adapter: Arc<Fitted>,
+    adapter: Held,
     used: Instant,
-}
-
-impl Loaded {
-    /// Whether a request holds it: dropping it here would free nothing.
-    fn busy(&self) -> bool {
-        Arc::strong_count(&self.adapter) > 1
-    }
 }
 
 /// What is loaded.
@@ -40,36 +75,34 @@ impl Adapters {
         Self { max_bytes, loading: tokio::sync::Mutex::default(), loaded: Mutex::default() }
     }
 
-    /// The adapter with this digest, read by `open` if it is not there; `bytes` is what it will
-    /// take. Those that no request holds and that were not used for longest make room;
+    /// The adapter under this key, read by `open` if it is not there; `bytes` is what it will take. Those that no request holds and that were not used for longest make room;
     /// LIMIT_REACHED when that does not suffice.
-    pub async fn get<F>(
-        &self,
-        digest: &str,
-        bytes: u64,
-        open: impl FnOnce() -> F,
-    ) -> Result<Arc<Fitted>>
+    pub async fn get<F>(&self, key: &str, bytes: u64, open: impl FnOnce() -> F) -> Result<Held>
     where
-        F: Future<Output = Result<Fitted>>,
+        F: Future<Output = Result<Held>>,
     {
-        if let Some(adapter) = self.find(digest) {
+        if let Some(adapter) = self.find(key) {
             return Ok(adapter);
         }
         let _turn = self.loading.lock().await;
-        if let Some(adapter) = self.find(digest) {
+        if let Some(adapter) = self.find(key) {
             return Ok(adapter);
         }
         // Before reading, so that there are never more in memory than fit.
         self.make_room(bytes)?;
-        let adapter = Arc::new(open().await?);
-        let loaded = Loaded { adapter: Arc::clone(&adapter), used: Instant::now() };
-        self.lock().insert(digest.to_owned(), loaded);
+        let adapter = open().await?;
+        let loaded = Loaded { adapter: adapter.clone(), used: Instant::now() };
+        self.lock().insert(key.to_owned(), loaded);
         Ok(adapter)
     }
 
-    /// Drops the adapter with this digest; requests that hold it keep it. False if there is none.
+    /// Drops the adapter with this digest, for whatever versions it was made ready; requests that hold it
+    /// keep it. False if there is none.
     pub fn unload(&self, digest: &str) -> bool {
-        self.lock().remove(digest).is_some()
+        let mut loaded = self.lock();
+        let before = loaded.len();
+        loaded.retain(|key, _| key.split('@').next() != Some(digest));
+        loaded.len() < before
     }
 
     /// What is loaded now.
@@ -81,11 +114,11 @@ impl Adapters {
         }
     }
 
-    fn find(&self, digest: &str) -> Option<Arc<Fitted>> {
+    fn find(&self, key: &str) -> Option<Held> {
         let mut loaded = self.lock();
-        let found = loaded.get_mut(digest)?;
+        let found = loaded.get_mut(key)?;
         found.used = Instant::now();
-        Some(Arc::clone(&found.adapter))
+        Some(found.adapter.clone())
     }
 
     fn make_room(&self, bytes: u64) -> Result<()> {
@@ -95,7 +128,7 @@ impl Adapters {
             if taken.saturating_add(bytes) <= self.max_bytes {
                 return Ok(());
             }
-            let idle = loaded.iter().filter(|(_, l)| !l.busy());
+            let idle = loaded.iter().filter(|(_, l)| !l.adapter.busy());
             let Some(digest) = idle.min_by_key(|(_, l)| l.used).map(|(d, _)| d.clone()) else {
                 return Err(Error::new(
                     Reason::LimitReached,
@@ -119,16 +152,18 @@ impl Adapters {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::models::decoder::plan::adapters::Fitted;
     use crate::models::decoder::{Config, random};
     use crate::nn::adapter::{Adapter, Factors};
 
     /// 4 * (80 + 32) elements, 896 bytes.
-    fn fitted(digest: &str) -> Fitted {
+    fn fitted(digest: &str) -> Held {
         let config = Config::from_hugging_face(&random::tiny("llama")).unwrap();
         let factors =
             Factors::from_f32([80, 32], 4, &[1.0; 128], &[1.0; 320], 1.0).map(Arc::new).unwrap();
         let linears = [("model.layers.0.mlp.up_proj.weight".to_owned(), factors)].into();
-        Fitted::new(digest, &Adapter { linears }, &config).unwrap()
+        let fitted = Fitted::new(digest, &Adapter { linears }, &config).unwrap();
+        Held::Decoder(Arc::new(fitted))
     }
 
     #[tokio::test]
@@ -155,8 +190,18 @@ mod tests {
 
         // Unloaded while it is held: the holder keeps it, the next one reads it anew.
         assert!(adapters.unload("a") && !adapters.unload("a"));
-        assert_eq!(held.digest(), "a");
-        assert!(!Arc::ptr_eq(&held, &load("a").await.unwrap()));
+        let of = |held: &Held| match held {
+            Held::Decoder(fitted) => Arc::clone(fitted),
+            Held::Encoder(_) => panic!("a decoder's"),
+        };
+        assert_eq!(of(&held).digest(), "a");
+        assert!(!Arc::ptr_eq(&of(&held), &of(&load("a").await.unwrap())));
+        // A digest stands for all versions that it was made ready for.
+        drop(held);
+        adapters.unload("a");
+        drop(load("b@1").await.unwrap());
+        drop(load("b@2").await.unwrap());
+        assert!(adapters.unload("b") && !adapters.unload("b"));
         let wide = adapters.get("w", 3 * 896, || async { Ok(fitted("w")) }).await;
         assert_eq!(wide.unwrap_err().reason(), Reason::LimitReached);
     }

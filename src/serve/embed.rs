@@ -11,8 +11,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 
 use super::engine::Limits;
+use super::head::Head;
 use crate::error::{Error, Reason, Result};
-use crate::models::encoder::plan::{Encoder, Input, Precision, check_tokens};
+use crate::models::encoder::plan::adapters::Mix;
+use crate::models::encoder::plan::{Encoder, Input, Precision, check_tokens, pool};
 use crate::models::encoder::{Model, Pooling};
 
 /// Requests whose texts share steps.
@@ -28,6 +30,10 @@ pub struct Request {
     pub normalize: Option<bool>,
     /// Leading values that are kept, before normalisation; 0 keeps all.
     pub dimensions: usize,
+    pub adapters: Mix,
+    /// Makes scores of the states, which are the answer then: of the vector of a text as the model pools it,
+    /// or of each token. Not normalised.
+    pub head: Option<Arc<Head>>,
 }
 
 /// A text in tokens.
@@ -168,6 +174,7 @@ impl Embedder {
                 format!("the vectors of this model have {} values", config.hidden),
             ));
         }
+        request.adapters.check(config)?;
         if request.inputs.is_empty() {
             return Ok(Vec::new());
         }
@@ -256,7 +263,6 @@ fn run(shared: &Shared, encoder: Encoder) {
 fn serve(shared: &Shared, mut encoder: Encoder) {
     let config = &shared.model.family;
     let mut active: Vec<Job> = Vec::new();
-    let mut vectors = Vec::new();
     while admit(shared, &mut active) {
         let picked = pick(&active, encoder.step_rows());
         let inputs: Vec<Input<'_>> = picked
@@ -267,11 +273,24 @@ fn serve(shared: &Shared, mut encoder: Encoder) {
                 Input { tokens: &request.inputs[input], pooling }
             })
             .collect();
-        vectors.resize(inputs.len() * config.hidden, 0.0);
-        let outcome = encoder.embed(&inputs, &mut vectors);
+        let adapters: Vec<Mix> =
+            picked.iter().map(|&(job, _)| active[job].request.adapters.clone()).collect();
+        let mut vectors: Vec<Vec<f32>> = vec![Vec::new(); inputs.len()];
+        let outcome = encoder.run(&inputs, &adapters, &mut |i, states| {
+            let vector = || {
+                let mut vector = vec![0.0; config.hidden];
+                pool(inputs[i].pooling, states, &mut vector);
+                vector
+            };
+            vectors[i] = match &active[picked[i].0].request.head {
+                None => vector(),
+                Some(head) if head.of_tokens() => head.scores(states),
+                Some(head) => head.scores(&vector()),
+            };
+        });
         drop(inputs);
         let mut failures: Vec<Option<Error>> = active.iter().map(|_| None).collect();
-        for (&(job, _), vector) in picked.iter().zip(vectors.chunks_exact(config.hidden)) {
+        for (&(job, _), vector) in picked.iter().zip(vectors) {
             let (job, failure) = (&mut active[job], &mut failures[job]);
             let result = match &outcome {
                 Ok(()) => finish(vector, &job.request, config.normalize),
@@ -347,19 +366,17 @@ fn pick(active: &[Job], rows: usize) -> Vec<(usize, usize)> {
 }
 
 /// What a request makes of a pooled vector.
-fn finish(vector: &[f32], request: &Request, normalize: bool) -> Result<Vec<f32>> {
-    let kept = match request.dimensions {
-        0 => vector.len(),
-        dimensions => dimensions.min(vector.len()),
-    };
-    let mut out = vector[..kept].to_vec();
+fn finish(mut out: Vec<f32>, request: &Request, normalize: bool) -> Result<Vec<f32>> {
+    if request.dimensions > 0 {
+        out.truncate(request.dimensions);
+    }
     if out.iter().any(|v| !v.is_finite()) {
         return Err(Error::new(
             Reason::NonFinite,
             "a vector has values that are not finite; the model is damaged",
         ));
     }
-    if request.normalize.unwrap_or(normalize) {
+    if request.head.is_none() && request.normalize.unwrap_or(normalize) {
         let length = out.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
         // What is all zeros has no direction.
         let scale = if length > 0.0 { 1.0 / length } else { 0.0 };
@@ -399,7 +416,14 @@ mod tests {
     }
 
     fn request(inputs: Vec<Vec<u32>>) -> Request {
-        Request { inputs, pooling: None, normalize: None, dimensions: 0 }
+        Request {
+            inputs,
+            pooling: None,
+            normalize: None,
+            dimensions: 0,
+            adapters: Mix::default(),
+            head: None,
+        }
     }
 
     fn direct(tokens: &[u32], pooling: Pooling) -> Vec<f32> {

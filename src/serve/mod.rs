@@ -4,6 +4,7 @@ pub mod adapters;
 pub mod constraint;
 pub mod embed;
 pub mod engine;
+pub mod head;
 pub mod residency;
 pub mod sample;
 pub mod serving;

@@ -1,34 +1,32 @@
 //! Adapters.
 
-use std::collections::BTreeSet;
+mod exports;
+mod imports;
+pub mod loaded;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use prost::Message as _;
 use tonic::{Request, Response, Status};
 
 use super::State;
 use super::download::{self, Piece, Source as File};
 use super::paging::Page;
-use super::{check, convert, upload};
+use super::{check, convert, jobs, upload};
 use crate::error::{Error, Reason, Result};
-use crate::formats::peft;
-use crate::models::decoder::Config;
-use crate::models::decoder::plan::adapters::{Fitted, Mix};
-use crate::nn::adapter::Adapter;
+use crate::methods::adapt::stored;
+use crate::proto::google::longrunning::Operation;
 use crate::proto::v1;
 use crate::proto::v1::adapter_service_server::AdapterService;
 use crate::proto::v1::{export_adapter_response, import_adapter_request};
-use crate::store::adapters::{AdapterRow, Facts, NewAdapter};
-use crate::store::models::VersionRow;
+use crate::store::adapters::{AdapterRow, NewAdapter};
 use crate::store::names;
+use crate::store::operations::Kind;
 
-/// Files one import may name: PEFT writes two and a README.
+/// Files one import may name: PEFT writes two and a README, an export up to six.
 const MAX_FILES: usize = 16;
-/// Adapters of one request.
-const MAX_ADAPTERS: usize = 8;
-/// Largest weight of an adapter.
-const MAX_WEIGHT: f32 = 100.0;
 
 pub struct Adapters(pub Arc<State>);
 
@@ -52,13 +50,10 @@ impl AdapterService for Adapters {
             .tempdir_in(&self.0.scratch)
             .map_err(Error::from)?;
         let source = self.gather(&request, folder.path()).await?;
-        let (path, config) = (folder.path().to_owned(), base.config.clone());
-        let facts = super::blocking(move || {
-            let adapter = peft::read(&path)?;
-            Fitted::new("", &adapter, &Config::from_hugging_face(&config)?)?;
-            Ok(Facts::of(&adapter))
-        })
-        .await?;
+        let model_files = self.0.store.open_any_version(&base).await?;
+        let (path, row) = (folder.path().to_owned(), base.clone());
+        let found = super::blocking(move || imports::inspect(&path, &row, &model_files)).await?;
+        let imports::Found { method, facts, lineage, names: kept } = found;
         if request.validate_only {
             let row = AdapterRow {
                 id: request.adapter_id,
@@ -66,9 +61,9 @@ impl AdapterService for Adapters {
                 base_model: model.to_owned(),
                 base_version: base.name(),
                 digest: String::new(),
-                method: v1::AdapterMethod::Lora,
+                method,
                 facts,
-                lineage: None,
+                lineage,
                 files: Vec::new(),
                 source: source.to_owned(),
                 created_ms: 0,
@@ -81,13 +76,12 @@ impl AdapterService for Adapters {
             display_name: &request.display_name,
             base_model: model,
             base_version: &base.name(),
-            method: v1::AdapterMethod::Lora,
+            method,
             facts,
             source,
             request_id: &request.request_id,
-            lineage: None,
+            lineage,
         };
-        let kept = [peft::CONFIG, peft::WEIGHTS];
         let row = self.0.store.create_adapter(&new, folder.path(), &kept).await?;
         Ok(Response::new(message(row)))
     }
@@ -140,8 +134,24 @@ impl AdapterService for Adapters {
         let request = request.into_inner();
         let row = self.0.store.adapter(names::adapter(&request.name)?).await?;
         let paths = self.0.store.adapter_paths(&row).await?;
+        let (paths, folder) = match request.form() {
+            v1::AdapterForm::Unspecified => (paths, None),
+            form => {
+                let base = loaded::version(&self.0, &row).await?;
+                let model = self.0.store.open_any_version(&base).await?;
+                let folder = tempfile::Builder::new()
+                    .prefix("export-")
+                    .tempdir_in(&self.0.scratch)
+                    .map_err(Error::from)?;
+                let done = move || {
+                    let paths = exports::write(form, &paths, &row, &model, folder.path())?;
+                    Ok((paths, Some(folder)))
+                };
+                super::blocking(done).await?
+            }
+        };
         let files = paths.into_iter().map(|(name, path)| File { name, path }).collect();
-        Ok(Response::new(download::stream(files, None, |piece| {
+        Ok(Response::new(download::stream(files, folder, |piece| {
             let part = match piece {
                 Piece::File { name, size } => export_adapter_response::Part::File(v1::ModelFile {
                     file_name: name,
@@ -161,17 +171,11 @@ impl AdapterService for Adapters {
         let request = request.into_inner();
         let row = self.0.store.adapter(names::adapter(&request.name)?).await?;
         let started = Instant::now();
-        let base = match self.0.store.version(&row.base_version).await {
-            // It may be gone; the model is not.
-            Err(error) if error.reason() == Reason::ResourceNotFound => {
-                self.0.store.version(&format!("models/{}", row.base_model)).await?
-            }
-            base => base?,
-        };
-        let fitted = load(&self.0, &row, &base).await?;
+        let base = loaded::version(&self.0, &row).await?;
+        let held = loaded::load(&self.0, &row, &base).await?;
         Ok(Response::new(v1::LoadAdapterResponse {
             name: row.name(),
-            resident_bytes: convert::signed(fitted.bytes()),
+            resident_bytes: convert::signed(held.bytes()),
             seconds: started.elapsed().as_secs_f64(),
         }))
     }
@@ -184,6 +188,43 @@ impl AdapterService for Adapters {
         let row = self.0.store.adapter(names::adapter(&request.name)?).await?;
         self.0.adapters.unload(&row.digest);
         Ok(Response::new(pbjson_types::Empty {}))
+    }
+
+    async fn merge_adapter(
+        &self,
+        request: Request<v1::MergeAdapterRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let mut request = request.into_inner();
+        let fingerprint = request.encode_to_vec();
+        check::request_id(&request.request_id)?;
+        let known = self.0.repeated(Kind::Merge, &request.request_id, &fingerprint).await?;
+        if let Some(known) = known {
+            return Ok(known);
+        }
+        let row = self.0.store.adapter(names::adapter(&request.name)?).await?;
+        let weight = *request.weight.get_or_insert(1.0);
+        loaded::check_weight("weight", weight)?;
+        let base = match request.model.as_str() {
+            "" => self.0.store.version(&row.base_version).await?,
+            name => {
+                let at = |e: Error| Error::at(e.reason(), "model", e.message());
+                self.0.store.version(name).await.map_err(at)?
+            }
+        };
+        loaded::check_model("model", &row, &base)?;
+        if request.validate_only {
+            let report = v1::MergeReport {
+                base: base.name(),
+                adapter: row.name(),
+                weight,
+                ..Default::default()
+            };
+            return Ok(Response::new(convert::validated("merge", base.name(), &report)));
+        }
+        // The newest version may be another one by the time the job runs.
+        request.model = base.name();
+        let id = request.request_id.clone();
+        Ok(jobs::submit(&self.0, Kind::Merge, base.name(), &request, &id, fingerprint).await?)
     }
 }
 
@@ -236,7 +277,7 @@ fn without_field(error: &Error) -> String {
 
 /// Copies what belongs to an adapter from a folder, at most `most` bytes a file.
 fn copy(from: &Path, to: &Path, most: u64) -> Result<()> {
-    for name in [peft::CONFIG, peft::WEIGHTS] {
+    for name in stored::FILES {
         let path = from.join(name);
         // Neither links, which could lead out of the folder, nor devices.
         let Ok(metadata) = std::fs::symlink_metadata(&path) else { continue };
@@ -253,80 +294,6 @@ fn copy(from: &Path, to: &Path, most: u64) -> Result<()> {
         std::fs::copy(path, to.join(name))?;
     }
     Ok(())
-}
-
-/// The adapters of a request on a version, loaded.
-///
-/// # Errors
-/// INVALID_FIELD for too many, names that come twice and weights out of range, RESOURCE_NOT_FOUND
-/// for an unknown adapter, MODEL_UNSUITABLE for one of another model, LIMIT_REACHED where there is
-/// no room.
-pub async fn resolve(state: &State, version: &VersionRow, uses: &[v1::AdapterUse]) -> Result<Mix> {
-    if uses.len() > MAX_ADAPTERS {
-        return Err(Error::field("adapters", format!("more than {MAX_ADAPTERS} adapters")));
-    }
-    let mut seen = BTreeSet::new();
-    let mut parts = Vec::with_capacity(uses.len());
-    for (index, one) in uses.iter().enumerate() {
-        let field = |name: &str| format!("adapters[{index}].{name}");
-        let weight = one.weight.unwrap_or(1.0);
-        // False for what is not a number.
-        if !(-MAX_WEIGHT..=MAX_WEIGHT).contains(&weight) {
-            let problem = format!("{weight} is outside -{MAX_WEIGHT} to {MAX_WEIGHT}");
-            return Err(Error::field(field("weight"), problem));
-        }
-        let at_name = |e: Error| Error::at(e.reason(), field("name"), e.message());
-        let id = names::adapter(&one.name).map_err(at_name)?;
-        if !seen.insert(id) {
-            return Err(Error::field(field("name"), "comes twice; give it once with the sum"));
-        }
-        let row = state.store.adapter(id).await.map_err(at_name)?;
-        if row.base_model != version.model {
-            return Err(Error::at(
-                Reason::ModelUnsuitable,
-                field("name"),
-                format!(
-                    "{} was made for models/{}, not for models/{}; name an adapter of this model",
-                    row.name(),
-                    row.base_model,
-                    version.model
-                ),
-            ));
-        }
-        parts.push((load(state, &row, version).await?, weight));
-    }
-    Ok(Mix::new(parts))
-}
-
-/// An adapter in memory, fitted to a version of its model.
-async fn load(state: &State, row: &AdapterRow, version: &VersionRow) -> Result<Arc<Fitted>> {
-    if row.method != v1::AdapterMethod::Lora {
-        return Err(Error::new(
-            Reason::Unsupported,
-            format!(
-                "{} is more than low-rank products, which is not served beside its base; export it and \
-                 merge it into the model",
-                row.name()
-            ),
-        ));
-    }
-    let open = || async {
-        let paths = state.store.adapter_paths(row).await?;
-        let (digest, config) = (row.digest.clone(), version.config.clone());
-        super::blocking(move || {
-            Fitted::new(&digest, &read(&paths)?, &Config::from_hugging_face(&config)?)
-        })
-        .await
-    };
-    state.adapters.get(&row.digest, row.facts.resident_bytes, open).await
-}
-
-/// The files of a stored adapter, which lie under their digests.
-fn read(paths: &std::collections::BTreeMap<String, std::path::PathBuf>) -> Result<Adapter> {
-    let missing = || Error::new(Reason::StoreCorrupt, "an adapter lacks a file; import it again");
-    let config = paths.get(peft::CONFIG).ok_or_else(missing)?;
-    let weights = paths.get(peft::WEIGHTS).ok_or_else(missing)?;
-    peft::parse(&std::fs::read(config)?, &crate::formats::safetensors::open(weights)?)
 }
 
 /// A row as a message of the API.

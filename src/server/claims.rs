@@ -5,7 +5,7 @@ use std::sync::Arc;
 use prost::Message as _;
 use tonic::{Request, Response, Status};
 
-use super::{State, blocking, check, comparisons, convert, jobs};
+use super::{State, blocking, check, comparisons, convert, datasets, jobs};
 use crate::error::{Error, Reason, Result};
 use crate::proto::google::longrunning::Operation;
 use crate::proto::v1;
@@ -117,6 +117,18 @@ impl Claims {
                 let problem = format!(
                     "'{}' is {}, the claim is about {}; import the file it names under another id",
                     data.dataset, row.object.digest, data.digest
+                );
+                return Err(Error::at(Reason::DatasetUnsuitable, field, problem));
+            }
+            // What it was imported with decides which records are read, and how.
+            let asked = datasets::asked(data.layout.clone().unwrap_or_default());
+            let kind = data.kind();
+            let other = kind != v1::DatasetKind::Unspecified && kind != datasets::kind(row.kind);
+            if row.asked != asked || other {
+                let problem = format!(
+                    "'{}' was imported with another kind or layout than the claim names; import its \
+                     file again, under another id",
+                    data.dataset
                 );
                 return Err(Error::at(Reason::DatasetUnsuitable, field, problem));
             }

@@ -8,8 +8,12 @@ use crate::error::{Error, Reason, Result};
 use crate::eval;
 use crate::jobs;
 use crate::methods::Estimate;
+use crate::models::encoder;
 use crate::proto::v1::{self, ComparisonView, render_comparison_request::Source};
+use crate::recipe::adapt;
 use crate::recipe::compare::{self, picture, plan::Plan, table};
+use crate::store::datasets::DatasetKind;
+use crate::store::models::VersionRow;
 use crate::store::names;
 
 /// Arms, columns, contrasts, runs and measurements of a report at most, each.
@@ -22,11 +26,13 @@ const MAX_REPORT: usize = 16 << 20;
 /// written out, with the cost of each arm's steps. Errors point into the comparison.
 pub async fn check(
     state: &State,
-    mut given: v1::Comparison,
+    given: v1::Comparison,
 ) -> Result<(v1::Comparison, Vec<Estimate>)> {
     check::display_name("display_name", &given.display_name)?;
     let row = state.store.version(&given.model).await.map_err(|e| at("model", e))?;
-    let info = state.store.version_info(&row).await?;
+    let base = base(state, &row).await?;
+    compare::check_counts(&given)?;
+    let mut given = compare::expand(&given)?;
     if let Some(evaluation) = &given.evaluation {
         check_evaluation("evaluation", evaluation)?;
     }
@@ -49,13 +55,75 @@ pub async fn check(
         }
     }
     given.model = row.name();
+    let encoder = base.is_encoder();
     let (given, estimates) = blocking(move || {
-        let estimates = compare::check(&given, &info)?;
+        let estimates = compare::check(&given, &base)?;
         Ok((given, estimates))
     })
     .await?;
     check_datasets(state, &given).await?;
+    check_tasks(state, &given, encoder).await?;
     Ok((compare::resolve(&given), estimates))
+}
+
+/// What is known of a version before its weights are read.
+async fn base(state: &State, row: &VersionRow) -> Result<compare::Base> {
+    let info = match row.family.as_str() {
+        encoder::FAMILY => None,
+        _ => Some(state.store.version_info(row).await?),
+    };
+    Ok(compare::Base {
+        family: row.family.clone(),
+        config: row.config.clone(),
+        bytes: row.weight_bytes.unsigned_abs(),
+        info,
+    })
+}
+
+/// Checks the data that arms learn from, and that tasks are of what they learn.
+async fn check_tasks(state: &State, given: &v1::Comparison, encoder: bool) -> Result<()> {
+    if let Some(task) = given.evaluation.as_ref().and_then(|e| e.task.as_ref()) {
+        labelled(state, encoder, "evaluation.task.dataset", &task.dataset).await?;
+    }
+    for (i, arm) in given.arms.iter().enumerate() {
+        let measured = compare::evaluation_of(given, arm).and_then(|e| e.task.as_ref());
+        let mut kinds = Vec::new();
+        let place = format!("arms[{i}].evaluation.task.dataset");
+        if let Some(task) = measured {
+            kinds.push((labelled(state, encoder, &place, &task.dataset).await?, place));
+        }
+        let Some(training) = arm.tuning.as_ref().and_then(|t| t.training.as_ref()) else {
+            continue;
+        };
+        let validation = training.validation.as_ref().map_or("", |v| v.dataset.as_str());
+        let place = format!("arms[{i}].tuning.training");
+        let learnt = [("dataset", training.dataset.as_str()), ("validation.dataset", validation)];
+        for (field, name) in learnt.into_iter().filter(|(_, name)| !name.is_empty()) {
+            let place = format!("{place}.{field}");
+            kinds.push((labelled(state, encoder, &place, name).await?, place));
+        }
+        // A decoder can learn from texts and be measured on answers; heads are for one kind.
+        if let Some((other, place)) = kinds.iter().find(|(kind, _)| encoder && *kind != kinds[0].0)
+        {
+            let problem =
+                format!("it holds {}, others of the arm {}", other.name(), kinds[0].0.name());
+            return Err(Error::at(Reason::DatasetUnsuitable, place.clone(), problem));
+        }
+    }
+    Ok(())
+}
+
+/// The kind of a data set to learn from, or to be measured on as a task.
+pub(super) async fn labelled(
+    state: &State,
+    encoder: bool,
+    field: &str,
+    name: &str,
+) -> Result<DatasetKind> {
+    let id = names::dataset(name).map_err(|e| at(field, e))?;
+    let row = state.store.dataset(id).await.map_err(|e| at(field, e))?;
+    adapt::suits(encoder, field, row.kind)?;
+    Ok(row.kind)
 }
 
 fn at(field: &str, error: Error) -> Error {

@@ -134,9 +134,15 @@ fn file(header: &v1::DatasetHeader) -> Result<DatasetFile> {
         v1::DatasetKind::Preferences => DatasetKind::Preferences,
         v1::DatasetKind::Images => DatasetKind::Images,
     };
-    let layout = header.layout.clone().unwrap_or_default();
+    let layout = asked(header.layout.clone().unwrap_or_default());
+    layout.check(kind)?;
+    Ok(DatasetFile { kind, name: header.file_name.clone(), layout })
+}
+
+/// A layout as clients ask for it.
+pub fn asked(layout: v1::DatasetLayout) -> Layout {
     let given = |name: String| Some(name).filter(|name| !name.is_empty());
-    let layout = Layout {
+    Layout {
         columns: Columns {
             text: given(layout.text_column),
             label: given(layout.label_column),
@@ -151,9 +157,9 @@ fn file(header: &v1::DatasetHeader) -> Result<DatasetFile> {
         header: layout.has_header,
         labels: layout.labels,
         skip_unusable: layout.skip_unusable,
-    };
-    layout.check(kind)?;
-    Ok(DatasetFile { kind, name: header.file_name.clone(), layout })
+        skip_records: layout.skip_records.filter(|count| *count > 0),
+        max_records: layout.max_records,
+    }
 }
 
 /// A kind as clients name it.
@@ -172,7 +178,7 @@ pub fn kind(kind: DatasetKind) -> v1::DatasetKind {
 
 /// A layout as clients see it.
 pub fn layout(layout: Layout) -> v1::DatasetLayout {
-    let Layout { columns, header, labels, skip_unusable } = layout;
+    let Layout { columns, header, labels, skip_unusable, skip_records, max_records } = layout;
     v1::DatasetLayout {
         text_column: columns.text.unwrap_or_default(),
         label_column: columns.label.unwrap_or_default(),
@@ -186,5 +192,7 @@ pub fn layout(layout: Layout) -> v1::DatasetLayout {
         has_header: header,
         labels,
         skip_unusable,
+        skip_records,
+        max_records,
     }
 }

@@ -50,7 +50,7 @@ impl GenerationService for Generation {
             Some(generate_request::Prompt::Tokens(tokens)) => Input::Tokens(tokens.ids),
         };
         let row = self.0.store.version(&request.model).await?;
-        let adapters = super::adapters::resolve(&self.0, &row, &request.adapters).await?;
+        let adapters = super::adapters::loaded::resolve(&self.0, &row, &request.adapters).await?;
         let engine = self.0.engine(&row).await?;
         let tokenizer = engine.model().tokenizer.clone();
         if !request.stop.is_empty() && tokenizer.is_none() {
@@ -75,7 +75,7 @@ impl GenerationService for Generation {
             }
         };
         let prompt_tokens = prompt.len() as u64;
-        let events = engine.generate(engine::Request {
+        let mut events = engine.generate(engine::Request {
             prompt,
             max_tokens: as_size(if request.max_tokens == 0 {
                 DEFAULT_TOKENS
@@ -93,7 +93,10 @@ impl GenerationService for Generation {
             deadline: caller.deadline,
         })?;
         metrics::counter!("planish_prompt_tokens_total").increment(prompt_tokens);
-        Ok(Response::new(Box::pin(answer(events, row.name(), seed))))
+        // The headers of the answer go with its first message: alone they would wake the client while the engine
+        // computes, on the same processors. What fails before that is a plain status.
+        let first = received(events.recv().await)?;
+        Ok(Response::new(Box::pin(answer(first, events, row.name(), seed))))
     }
 
     async fn score(
@@ -108,7 +111,7 @@ impl GenerationService for Generation {
             Some(score_request::Input::Tokens(tokens)) => Input::Tokens(tokens.ids),
         };
         let row = self.0.store.version(&request.model).await?;
-        let adapters = super::adapters::resolve(&self.0, &row, &request.adapters).await?;
+        let adapters = super::adapters::loaded::resolve(&self.0, &row, &request.adapters).await?;
         let engine = self.0.engine(&row).await?;
         let tokenizer = engine.model().tokenizer.clone();
         let for_tokens = tokenizer.clone();
@@ -301,19 +304,26 @@ fn end_tokens(config: &serde_json::Value, tokenizer: Option<&Tokenizer>) -> Vec<
     }
 }
 
-/// The engine's events as messages. Dropping the stream drops the receiver, which frees the slot.
+/// An engine that is gone sends no end.
+fn received(event: Option<Result<Event>>) -> Result<Event> {
+    event.unwrap_or_else(|| Err(Error::new(Reason::NotReady, "the model was unloaded; ask again")))
+}
+
+/// The engine's events as messages, `first` before all. Dropping the stream drops the receiver, which frees the slot.
 fn answer(
+    first: Event,
     mut events: mpsc::Receiver<Result<Event>>,
     model: String,
     seed: u64,
 ) -> impl Stream<Item = Result<v1::GenerateResponse, Status>> + Send {
     async_stream::try_stream! {
         // Only the first message names the model.
-        let mut model = model;
+        let (mut model, mut first) = (model, Some(first));
         loop {
-            let event = events.recv().await.unwrap_or_else(|| {
-                Err(Error::new(Reason::NotReady, "the model was unloaded; ask again"))
-            })?;
+            let event = match first.take() {
+                Some(event) => event,
+                None => received(events.recv().await)?,
+            };
             let model = std::mem::take(&mut model);
             match event {
                 Event::Tokens { tokens, text } => {
@@ -444,9 +454,8 @@ mod tests {
         let (sender, events) = mpsc::channel(4);
         let tokens = || Event::Tokens { tokens: Vec::new(), text: "a".into() };
         sender.send(Ok(tokens())).await.unwrap();
-        sender.send(Ok(tokens())).await.unwrap();
         drop(sender);
-        let parts: Vec<_> = answer(events, "m".into(), 1).collect().await;
+        let parts: Vec<_> = answer(tokens(), events, "m".into(), 1).collect().await;
         assert_eq!(parts[0].as_ref().unwrap().model, "m");
         assert_eq!(parts[1].as_ref().unwrap().model, "");
         assert_eq!(parts[2].as_ref().unwrap_err().code(), tonic::Code::Unavailable);

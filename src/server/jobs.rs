@@ -10,15 +10,17 @@ use tonic::{Request, Response, Status};
 use super::State;
 use super::download::Messages;
 use super::{adaptations, check, comparisons, convert, operations, trainings};
-use crate::error::{Error, Result};
-use crate::methods;
+use crate::error::{Error, Reason, Result};
+use crate::models::{encoder, lstm, vision};
 use crate::proto::google::longrunning::Operation;
 use crate::proto::v1;
 use crate::proto::v1::job_service_server::JobService;
 use crate::recipe;
 use crate::store::datasets::DatasetKind;
+use crate::store::models::VersionRow;
 use crate::store::names;
 use crate::store::operations::{Kind, NewOperation};
+use crate::{eval, jobs, methods};
 
 /// Longest window of an evaluation; beyond it memory, not the model, is the limit.
 const MAX_CONTEXT: u32 = 1 << 20;
@@ -104,6 +106,7 @@ impl JobService for Jobs {
         check_evaluation("evaluation", &evaluation)?;
         self.check_datasets(&evaluation).await.map_err(|e| e.within("evaluation"))?;
         let row = self.0.store.version(&request.model).await?;
+        self.check_subject(&row, &evaluation, &request.adapter).await?;
         if evaluation.compare_with_base {
             if request.base.is_empty() {
                 return Err(Error::field("base", "missing; compare_with_base needs it").into());
@@ -118,6 +121,7 @@ impl JobService for Jobs {
             let report = v1::EvaluationReport {
                 version: row.name(),
                 digest: row.digest,
+                adapter: request.adapter,
                 ..Default::default()
             };
             let target = report.version.clone();
@@ -196,6 +200,42 @@ impl Jobs {
     async fn check_datasets(&self, message: &impl serde::Serialize) -> Result<()> {
         check_datasets(&self.0, message).await
     }
+
+    /// Checks what only the model and the adapter can tell of an evaluation.
+    async fn check_subject(
+        &self,
+        row: &VersionRow,
+        evaluation: &v1::Evaluation,
+        adapter: &str,
+    ) -> Result<()> {
+        let is_encoder = row.family == encoder::FAMILY;
+        if is_encoder {
+            eval::check_encoder(evaluation).map_err(|e| e.within("evaluation"))?;
+        } else if matches!(row.family.as_str(), vision::FAMILY | lstm::FAMILY) {
+            let info = self.0.store.version_info(row).await?;
+            eval::check_any(evaluation, &info).map_err(|e| e.within("evaluation"))?;
+        } else {
+            eval::nets::no_images(evaluation).map_err(|e| e.within("evaluation"))?;
+        }
+        let mut head = false;
+        if !adapter.is_empty() {
+            let at = |e: Error| Error::at(e.reason(), "adapter", e.message());
+            let id = names::adapter(adapter).map_err(at)?;
+            let adapter = self.0.store.adapter(id).await.map_err(at)?;
+            jobs::evaluate::fits(&adapter, row)?;
+            head = adapter.method == v1::AdapterMethod::Head;
+        }
+        let Some(task) = &evaluation.task else { return Ok(()) };
+        if is_encoder && !head {
+            return Err(Error::at(
+                Reason::ModelUnsuitable,
+                "adapter",
+                "an encoder has no head for a task; name an adapter that was trained with one",
+            ));
+        }
+        let place = "evaluation.task.dataset";
+        comparisons::labelled(&self.0, is_encoder, place, &task.dataset).await.map(|_| ())
+    }
 }
 
 /// Puts a checked request into the queue.
@@ -226,18 +266,17 @@ pub(super) async fn check_datasets(state: &State, message: &impl serde::Serializ
     datasets("", &json, &mut found);
     for (field, name) in found {
         let at = |e: Error| Error::at(e.reason(), field.clone(), e.message());
+        // What is learnt, and the tasks of what was, are of a kind that depends on the model.
+        let ends = ["training.dataset", "validation.dataset", "task.dataset"];
+        if ends.iter().any(|end| field.ends_with(end)) {
+            state.store.dataset(names::dataset(&name).map_err(at)?).await.map_err(at)?;
+            continue;
+        }
         // The one place in the API that wants questions is called `choice`.
         let kind = if field.ends_with("choice.dataset") {
             DatasetKind::Choices
         } else if field.ends_with("images.dataset") {
             DatasetKind::Images
-        } else if ["training.dataset", "training.validation.dataset"]
-            .iter()
-            .any(|end| field.ends_with(end))
-        {
-            // What a training learns from depends on the model; it says so before anything else.
-            state.store.dataset(names::dataset(&name).map_err(at)?).await.map_err(at)?;
-            continue;
         } else {
             DatasetKind::Text
         };

@@ -25,6 +25,7 @@ mod models;
 mod observe;
 mod operations;
 mod paging;
+mod prediction;
 mod reflection;
 mod retrieval;
 mod state;
@@ -54,6 +55,7 @@ use crate::proto::v1::generation_service_server::GenerationServiceServer;
 use crate::proto::v1::job_service_server::JobServiceServer;
 use crate::proto::v1::method_service_server::MethodServiceServer;
 use crate::proto::v1::model_service_server::ModelServiceServer;
+use crate::proto::v1::prediction_service_server::PredictionServiceServer;
 use crate::proto::v1::retrieval_service_server::RetrievalServiceServer;
 use crate::serve::engine::Engine;
 use gate::{Gate, Phase};
@@ -127,6 +129,7 @@ impl Server {
                 GrpcInferenceServiceServer,
                 inference::Inference::new(state.clone())
             ))
+            .add_service(service!(PredictionServiceServer, prediction::Prediction(state.clone())))
             .add_service(service!(RetrievalServiceServer, retrieval::Retrieval(state.clone())));
         let mut server = tonic::transport::Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE))

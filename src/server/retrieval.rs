@@ -7,9 +7,11 @@ use futures::{Stream, StreamExt as _, stream};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::State;
+use super::adapters::loaded;
 use super::download::Messages;
 use crate::error::{Error, Reason, Result};
 use crate::models::encoder;
+use crate::models::encoder::plan::adapters::Mix;
 use crate::models::encoder::plan::check_tokens;
 use crate::proto::v1;
 use crate::proto::v1::retrieval_service_server::RetrievalService;
@@ -41,7 +43,7 @@ impl RetrievalService for Retrieval {
         let options = Options::of(request.options)?;
         let texts = Texts { texts: request.texts, tokens: request.tokens };
         texts.check()?;
-        let session = Session::open(&self.0, &request.model, options).await?;
+        let session = Session::open(&self.0, &request.model, options, &request.adapters).await?;
         let embeddings = session.embed(texts).await?;
         Ok(Response::new(v1::EmbedResponse { embeddings, model: session.name }))
     }
@@ -56,7 +58,8 @@ impl RetrievalService for Retrieval {
         };
         let options = Options::of(first.options.take())?;
         let model = std::mem::take(&mut first.model);
-        let session = Arc::new(Session::open(&self.0, &model, options).await?);
+        let adapters = std::mem::take(&mut first.adapters);
+        let session = Arc::new(Session::open(&self.0, &model, options, &adapters).await?);
         let messages = stream::once(async { Ok(first) }).chain(messages).enumerate();
         let answers = messages.map(move |(index, message)| {
             let session = session.clone();
@@ -149,6 +152,7 @@ impl Texts {
 struct Session {
     embedder: Embedder,
     options: Options,
+    adapters: Mix,
     /// Resource name of the version.
     name: String,
     /// Bytes of an answer.
@@ -156,9 +160,15 @@ struct Session {
 }
 
 impl Session {
-    async fn open(state: &State, model: &str, options: Options) -> Result<Self> {
+    async fn open(
+        state: &State,
+        model: &str,
+        options: Options,
+        adapters: &[v1::AdapterUse],
+    ) -> Result<Self> {
         let row = state.store.version(model).await?;
         let embedder = state.embedder(&row).await?;
+        let (adapters, _) = loaded::resolve_encoder(state, &row, adapters).await?;
         let width = embedder.model().family.hidden;
         if usize::try_from(options.dimensions).unwrap_or(usize::MAX) > width {
             return Err(Error::field(
@@ -167,7 +177,7 @@ impl Session {
             ));
         }
         let message_bytes = state.config.limits.message_bytes;
-        Ok(Self { embedder, options, name: row.name(), message_bytes })
+        Ok(Self { embedder, options, adapters, name: row.name(), message_bytes })
     }
 
     async fn answer(
@@ -182,6 +192,10 @@ impl Session {
             return Err(
                 Error::field("options", "set twice; only the first message has them").into()
             );
+        }
+        if !message.adapters.is_empty() {
+            let problem = "set twice; only the first message has them";
+            return Err(Error::field("adapters", problem).into());
         }
         let texts = Texts { texts: message.texts, tokens: message.tokens };
         texts.check()?;
@@ -219,6 +233,8 @@ impl Session {
             pooling: self.options.pooling,
             normalize: self.options.normalize,
             dimensions: usize::try_from(self.options.dimensions).unwrap_or(usize::MAX),
+            adapters: self.adapters.clone(),
+            head: None,
         });
         let parts = vectors.await?.into_iter().zip(counts).zip(marks);
         Ok(parts

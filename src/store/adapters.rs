@@ -8,7 +8,7 @@ use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
 use super::datasets::request_id_reused;
-use super::models::{page, version_digest};
+use super::models::{in_use, page, version_digest};
 use super::objects::{Object, consume_lease};
 use super::sql::json;
 use super::{Store, check_etag, names, new_etag, now_ms};
@@ -255,7 +255,8 @@ impl Store {
         rows.iter().map(AdapterRow::read).collect()
     }
 
-    /// Deletes an adapter and the objects nothing else uses; gives its row as it was.
+    /// Deletes an adapter and the objects nothing else uses; gives its row as it was. Refused while an
+    /// unfinished operation needs it.
     pub async fn delete_adapter(&self, id: &str, etag: Option<&str>) -> Result<AdapterRow> {
         let mut tx = self.sql.write().await?;
         let row = sqlx::query("SELECT * FROM adapter_rows WHERE id = ?")
@@ -264,6 +265,14 @@ impl Store {
             .await?;
         let row = AdapterRow::read(&row.ok_or_else(|| no_adapter(id))?)?;
         check_etag(&row.name(), etag, &row.etag)?;
+        let user: Option<String> =
+            sqlx::query_scalar("SELECT operation FROM needed WHERE resource = ? LIMIT 1")
+                .bind(row.name())
+                .fetch_optional(&mut *tx)
+                .await?;
+        if let Some(user) = user {
+            return Err(in_use(&row.name(), &user));
+        }
         sqlx::query("DELETE FROM adapters WHERE id = ?").bind(id).execute(&mut *tx).await?;
         tx.commit().await?;
         self.sweep().await;

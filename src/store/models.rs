@@ -53,6 +53,11 @@ impl VersionRow {
         names::of_version(&self.model, self.version)
     }
 
+    /// Digest of the weights alone, which is the same wherever and however a version with them was made.
+    pub fn weights_digest(&self) -> String {
+        weights_digest(&self.files)
+    }
+
     /// How the version came to be.
     pub fn lineage(&self) -> Result<v1::Lineage> {
         serde_json::from_value(self.lineage.clone()).map_err(|error| {
@@ -195,6 +200,11 @@ impl Draft {
     /// The digest that the version has or would have.
     pub fn digest(&self) -> String {
         version_digest(&self.files)
+    }
+
+    /// As of [`VersionRow::weights_digest`].
+    pub fn weights_digest(&self) -> String {
+        weights_digest(&self.files)
     }
 
     /// Bytes of all files.
@@ -396,7 +406,7 @@ impl Store {
         blocking(move || package::read_any(&paths)).await
     }
 
-    /// Opens a version's model (weights memory-mapped); MODEL_UNSUITABLE for an encoder.
+    /// Opens a version's model as one that methods change (weights memory-mapped).
     pub async fn open_version(&self, row: &VersionRow) -> Result<Model> {
         let paths = self.version_paths(row).await?;
         blocking(move || package::read(&paths)).await
@@ -599,6 +609,11 @@ pub fn version_digest(files: &[(String, Object)]) -> String {
         hash.update(format!("{name}\0{digest}\n"));
     }
     digest_text(hash)
+}
+
+fn weights_digest(files: &[(String, Object)]) -> String {
+    let shards = files.iter().filter(|(name, _)| name.ends_with(".safetensors"));
+    version_digest(&shards.cloned().collect::<Vec<_>>())
 }
 
 /// The part of a lineage that equal runs have in common. Names are left out with the times: the

@@ -31,10 +31,11 @@ pub enum Kind {
     Compare,
     Claim,
     Adapt,
+    Merge,
 }
 
 impl Kind {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Import,
         Self::Create,
         Self::Recipe,
@@ -42,6 +43,7 @@ impl Kind {
         Self::Compare,
         Self::Claim,
         Self::Adapt,
+        Self::Merge,
     ];
 
     /// Name in the database and in `OperationMetadata`.
@@ -54,6 +56,7 @@ impl Kind {
             Self::Compare => "compare",
             Self::Claim => "claim",
             Self::Adapt => "adapt",
+            Self::Merge => "merge",
         }
     }
 
@@ -66,6 +69,7 @@ impl Kind {
             Self::Compare => "type.googleapis.com/planish.v1.ComparisonReport",
             Self::Claim => "type.googleapis.com/planish.v1.ClaimResult",
             Self::Adapt => "type.googleapis.com/planish.v1.AdaptReport",
+            Self::Merge => "type.googleapis.com/planish.v1.MergeReport",
         }
     }
 

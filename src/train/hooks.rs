@@ -42,6 +42,12 @@ pub trait Hooks {
         Ok(None)
     }
 
+    /// The loss or a gradient of an update is not finite: whether to go on without it. The parameters stay as
+    /// they are, the update counts.
+    fn skip(&mut self, _place: Place) -> bool {
+        false
+    }
+
     /// After the gradients of an update are complete (of the mean loss over all its batches) and before they
     /// are checked and clipped.
     fn after_backward(

@@ -26,6 +26,7 @@
 
 pub mod batch;
 mod checkpoint;
+pub mod distillation;
 mod ema;
 mod gradients;
 pub mod head;
@@ -33,6 +34,7 @@ pub mod history;
 pub mod hooks;
 pub mod loss;
 pub mod memory;
+pub mod network;
 pub mod optimizer;
 pub mod order;
 pub mod parameters;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{Tensor, TensorId, Var};
 
+use super::distillation::Distillation;
 use super::head::{HEAD_BIAS, HEAD_WEIGHT};
 use super::loss::LossSums;
 use super::parameters::{Gradients, Parameters};
@@ -39,6 +40,7 @@ pub struct Pass<'a> {
     family: Family<'a>,
     tuning: &'a dyn Tuning,
     options: Options,
+    distillation: Option<&'a Distillation<'a>>,
     /// Memory of activations and gradients, kept from one pass to the next.
     pool: Pool,
 }
@@ -78,7 +80,7 @@ impl<'a> Pass<'a> {
         tuning: &'a dyn Tuning,
         options: Options,
     ) -> Self {
-        Self { family: Family::Decoder(graph.into()), tuning, options, pool: Pool::default() }
+        Self::new(Family::Decoder(graph.into()), tuning, options)
     }
 
     pub fn encoder(
@@ -86,7 +88,17 @@ impl<'a> Pass<'a> {
         tuning: &'a dyn Tuning,
         options: Options,
     ) -> Self {
-        Self { family: Family::Encoder(graph.into()), tuning, options, pool: Pool::default() }
+        Self::new(Family::Encoder(graph.into()), tuning, options)
+    }
+
+    fn new(family: Family<'a>, tuning: &'a dyn Tuning, options: Options) -> Self {
+        Self { family, tuning, options, distillation: None, pool: Pool::default() }
+    }
+
+    /// The same pass of a decoder whose loss has a teacher.
+    #[must_use]
+    pub fn distilled(self, distillation: &'a Distillation<'a>) -> Self {
+        Self { distillation: Some(distillation), ..self }
     }
 
     /// Where activations and gradients are.
@@ -133,6 +145,41 @@ impl<'a> Pass<'a> {
             false => self.whole(&batch, parameters, &names, &mut gradients)?,
         };
         Ok((sums, gradients))
+    }
+
+    /// What the head of an encoder says, as evaluation sees it: `[rows, outputs]`, a row for each sequence, or
+    /// for each tag.
+    ///
+    /// # Errors
+    /// As of [`Pass::loss`].
+    pub fn scores(&self, sequences: &[&Sequence], parameters: &Parameters) -> Result<Vec<f32>> {
+        let batch = Batch::new(sequences)?;
+        if batch.wanted.count() == 0 {
+            return Ok(Vec::new());
+        }
+        let Family::Encoder(graph) = &self.family else {
+            return Err(Error::new(
+                Reason::ModelUnsuitable,
+                "a decoder has no head for classes, numbers or tags; name an encoder",
+            ));
+        };
+        let tape = Tape::forgetful(&self.pool);
+        let run = self.run(&tape, &batch, false);
+        let hidden = self.network().start(&run, &batch.tokens)?;
+        let hidden = self.network().through(&run, hidden)?;
+        let states = match &batch.wanted {
+            Wanted::Rows(rows, _, Rows::Tags) => tape.rows(&hidden, &rows[..].into())?,
+            Wanted::Classes(_) | Wanted::Values(_) => {
+                graph.pool(&run, &hidden, self.options.pooling)?
+            }
+            Wanted::Rows(_, _, Rows::Next) => {
+                return Err(Error::new(
+                    Reason::ModelUnsuitable,
+                    "an encoder does not predict the next token; name a decoder",
+                ));
+            }
+        };
+        Ok(head(&tape, &states, parameters)?.read().to_vec())
     }
 
     fn whole(
@@ -224,21 +271,16 @@ impl<'a> Pass<'a> {
         parameters: &Parameters,
     ) -> Result<Loss> {
         let tape = run.tape;
-        let head = |x: &Value| -> Result<Value> {
-            let [weight, bias] = CLASSIFIER.map(|name| parameters.get(name));
-            let (Some(weight), Some(bias)) = (weight, bias) else {
-                return Err(Error::internal(format!(
-                    "the parameters have no '{}' and '{}'",
-                    CLASSIFIER[0], CLASSIFIER[1]
-                )));
-            };
-            let y = tape.dense(x, &tape.leaf(weight.var.as_tensor())?)?;
-            tape.add_bias(y, &tape.leaf(bias.var.as_tensor())?)
-        };
+        let head = |x: &Value| head(tape, x, parameters);
         match (&self.family, &batch.wanted) {
             (Family::Decoder(graph), Wanted::Rows(rows, targets, Rows::Next)) => {
-                let rows = tape.rows(hidden, &rows[..].into())?;
-                graph.loss(run, &graph.normed(run, &rows)?, targets)
+                let normed = graph.normed(run, &tape.rows(hidden, &rows[..].into())?)?;
+                match self.distillation {
+                    Some(taught) => {
+                        taught.loss(graph, run, &normed, (&batch.tokens, rows, targets))
+                    }
+                    None => graph.loss(run, &normed, targets),
+                }
             }
             (Family::Encoder(_), Wanted::Rows(rows, targets, Rows::Tags)) => {
                 let rows = tape.rows(hidden, &rows[..].into())?;
@@ -282,6 +324,19 @@ impl<'a> Pass<'a> {
         one[0] = 1.0;
         one.into()
     }
+}
+
+/// The head over some states.
+fn head(tape: &Tape, x: &Value, parameters: &Parameters) -> Result<Value> {
+    let [weight, bias] = CLASSIFIER.map(|name| parameters.get(name));
+    let (Some(weight), Some(bias)) = (weight, bias) else {
+        return Err(Error::internal(format!(
+            "the parameters have no '{}' and '{}'",
+            CLASSIFIER[0], CLASSIFIER[1]
+        )));
+    };
+    let y = tape.dense(x, &tape.leaf(weight.var.as_tensor())?)?;
+    tape.add_bias(y, &tape.leaf(bias.var.as_tensor())?)
 }
 
 /// Names and variables of parameters by the id of their tensor.

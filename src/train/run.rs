@@ -5,6 +5,7 @@
 //! changes the parameters, the average follows. Everything random comes from streams that are named after
 //! the update; so a run that goes on from a checkpoint gives the bits that it would have given.
 
+use std::collections::VecDeque;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -118,6 +119,7 @@ impl Run<'_> {
             standing: Standing::new(self.fingerprint(parameters)),
             saved: None,
             rate: Rate::default(),
+            times: Times::default(),
             last_sums: LossSums::default(),
             last_norm: 0.0,
         };
@@ -223,6 +225,7 @@ struct Loop<'a, 'b> {
     /// When the last checkpoint was written, by this process.
     saved: Option<(u64, Instant)>,
     rate: Rate,
+    times: Times,
     last_sums: LossSums,
     last_norm: f64,
 }
@@ -262,6 +265,7 @@ impl Loop<'_, '_> {
             self.standing.tokens += tokens;
             self.standing.training_seconds += seconds;
             self.rate.add(tokens, seconds);
+            self.times.add(seconds);
             let last = self.standing.step == self.total;
             let due = last || self.standing.step.is_multiple_of(self.validate_every);
             if self.validation.is_some() && due {
@@ -294,6 +298,10 @@ impl Loop<'_, '_> {
             tokens += batch.used() as u64;
             let (part, found) = model.loss_and_gradients(&batch, parameters)?;
             if !part.loss.is_finite() {
+                if hooks.skip(place) {
+                    self.standing.step += 1;
+                    return Ok(tokens);
+                }
                 return Err(self.diverged(place, &loss_name(parameters)?));
             }
             self.standing.resident = self.standing.resident.max(memory::resident());
@@ -312,6 +320,10 @@ impl Loop<'_, '_> {
         hooks.after_backward(place, parameters, &mut sum)?;
         let norm = match gradients::norm(&sum)? {
             Ok(norm) => norm,
+            Err(_) if hooks.skip(place) => {
+                self.standing.step += 1;
+                return Ok(tokens);
+            }
             Err(name) => return Err(self.diverged(place, &format!("the gradient of '{name}'"))),
         };
         if let Some(most) = self.run.settings.clip_norm {
@@ -504,6 +516,7 @@ impl Loop<'_, '_> {
             estimated_memory_bytes: 0, // the caller knows
             resident_memory_bytes: signed(standing.resident),
             warnings,
+            step_seconds: self.times.median(),
         })
     }
 
@@ -558,6 +571,29 @@ impl Rate {
             let before = self.tokens_per_second.unwrap_or(now);
             self.tokens_per_second = Some(0.8 * before + 0.2 * now);
         }
+    }
+}
+
+/// Updates whose times are remembered, at most.
+const TIMES: usize = 4096;
+
+/// How long the last updates took.
+#[derive(Default)]
+struct Times(VecDeque<f64>);
+
+impl Times {
+    fn add(&mut self, seconds: f64) {
+        if self.0.len() == TIMES {
+            self.0.pop_front();
+        }
+        self.0.push_back(seconds);
+    }
+
+    /// The middle one, the upper of two; 0 of none.
+    fn median(&self) -> f64 {
+        let mut sorted: Vec<f64> = self.0.iter().copied().collect();
+        sorted.sort_by(f64::total_cmp);
+        sorted.get(sorted.len() / 2).copied().unwrap_or_default()
     }
 }
 

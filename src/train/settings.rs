@@ -105,6 +105,8 @@ pub struct Settings {
     /// Updates between checkpoints; by time when absent.
     pub checkpoint_every: Option<u64>,
     pub memory_bytes: Option<u64>,
+    /// Multiplies the learning rate of a new head.
+    pub head_rate: f64,
 }
 
 /// Writes every default out. `learning_rate` is the method's.
@@ -139,6 +141,7 @@ pub fn resolve(training: &mut v1::Training, learning_rate: f64) {
     }
     training.weight_decay.get_or_insert(0.0);
     training.clip_norm.get_or_insert(1.0);
+    training.head_rate.get_or_insert(1.0);
     if training.precision == TrainingPrecision::Unspecified as i32 {
         training.precision = TrainingPrecision::F32.into();
     }
@@ -223,6 +226,7 @@ impl Settings {
             keep_last: validation.keep_last,
             checkpoint_every: at_least_one("checkpoint_every", given.checkpoint_every)?,
             memory_bytes: given.memory_bytes,
+            head_rate: positive("head_rate", given.head_rate)?,
         })
     }
 

@@ -294,7 +294,7 @@ async fn adapters_come_and_go() {
     assert!(client.list_adapters(others).await.unwrap().into_inner().adapters.is_empty());
 
     // What comes out is what went in.
-    let export = v1::ExportAdapterRequest { name: named("a") };
+    let export = v1::ExportAdapterRequest { name: named("a"), form: 0 };
     let mut stream = client.export_adapter(export).await.unwrap().into_inner();
     let mut got: Vec<(String, Vec<u8>)> = Vec::new();
     while let Some(message) = stream.message().await.unwrap() {

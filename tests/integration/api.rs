@@ -17,6 +17,7 @@ const SERVICES: &[&str] = &[
     "planish.v1.JobService",
     "planish.v1.GenerationService",
     "inference.GRPCInferenceService",
+    "planish.v1.PredictionService",
     "planish.v1.RetrievalService",
     "google.longrunning.Operations",
 ];

@@ -17,7 +17,7 @@ use planish::serve::engine::Limits;
 use serde_json::json;
 use tonic::{Code, Status};
 
-use crate::harness::{Service, assert_error, reason};
+use crate::harness::{Service, assert_error, reason, response};
 use crate::support;
 
 /// A word a token: `w0` to `w89`, after BERT's special tokens.
@@ -250,12 +250,18 @@ async fn families_are_told_apart_wherever_one_is_needed() {
     let message = unsuitable(service.generation().generate(generate).await.err().unwrap());
     assert!(message.contains("encoder (bert)"), "{message}");
     let step = v1::Step { method: Some(v1::step::Method::Magnitude(v1::Magnitude::default())) };
+    let evaluation = v1::Evaluation { counts: true, ..Default::default() };
     let run = v1::RunRecipeRequest {
         model: "models/e".into(),
-        recipe: Some(v1::Recipe { steps: vec![step], ..Default::default() }),
+        recipe: Some(v1::Recipe {
+            steps: vec![step],
+            evaluation: Some(evaluation),
+            ..Default::default()
+        }),
         ..Default::default()
     };
-    unsuitable(service.jobs().run_recipe(run).await.unwrap_err());
+    let message = unsuitable(service.jobs().run_recipe(run).await.unwrap_err());
+    assert!(message.contains("counts"), "{message}");
     let gguf = v1::ExportModelRequest {
         name: "models/e/versions/1".into(),
         format: v1::ExportFormat::Gguf.into(),
@@ -303,6 +309,40 @@ async fn callers_who_leave_free_the_model() {
     }
     // Nothing of it is left: the next call is answered, and the server has no request to wait for.
     assert_eq!(embed(&service, request(&["w1"])).await.unwrap().embeddings.len(), 1);
+    service.running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn recipes_change_encoders() {
+    let (service, _) = with_encoder().await;
+    let before = embed(&service, request(&["w1 w2 w3"])).await.unwrap();
+    let calibration =
+        v1::Calibration { sequences: Some(4), sequence_length: Some(16), ..Default::default() };
+    let cfsp = v1::Cfsp {
+        ratio: Some(0.4),
+        round_to: Some(16),
+        calibration: Some(calibration.clone()),
+        ..Default::default()
+    };
+    let dsnot = v1::Dsnot { calibration: Some(calibration), ..Default::default() };
+    let steps = [v1::step::Method::Cfsp(cfsp), v1::step::Method::Dsnot(dsnot)];
+    let steps = steps.map(|method| v1::Step { method: Some(method) });
+    let run = v1::RunRecipeRequest {
+        model: "models/e".into(),
+        recipe: Some(v1::Recipe { steps: steps.to_vec(), ..Default::default() }),
+        ..Default::default()
+    };
+    let operation = service.jobs().run_recipe(run).await.unwrap().into_inner();
+    let report: v1::RecipeReport = response(service.finished(&operation.name).await);
+    assert_eq!(report.versions.len(), 2);
+    assert!(report.steps[0].bytes_after < report.steps[0].bytes_before);
+    // What the exchange measured of itself.
+    let measures = &report.steps[1].measures;
+    assert!(measures["expected_error_left"] <= 1.0, "{measures:?}");
+    assert!(report.steps[0].warnings.iter().any(|w| w.contains("no gate")));
+    let after = embed(&service, request(&["w1 w2 w3"])).await.unwrap();
+    assert_ne!(before.embeddings, after.embeddings);
+    assert_eq!(before.embeddings[0].values.len(), after.embeddings[0].values.len());
     service.running.stop().await.unwrap();
 }
 
@@ -479,7 +519,14 @@ async fn minilm_gives_the_vectors_that_others_give() {
         assert_eq!(encoded.ids, ids, "{text}");
         inputs.push(encoded.ids);
     }
-    let request = embed::Request { inputs, pooling: None, normalize: None, dimensions: 0 };
+    let request = embed::Request {
+        inputs,
+        pooling: None,
+        normalize: None,
+        dimensions: 0,
+        adapters: Default::default(),
+        head: None,
+    };
     let vectors = embedder.embed(request).await.unwrap();
     for (vector, (text, _, known)) in vectors.iter().zip(KNOWN) {
         let places = [0, 1, 2, 3, 4, 5, 6, 7, 100, 200, 300, 383];

@@ -11,7 +11,7 @@ use planish::models::decoder::plan::adapters::{Fitted, Mix};
 use planish::models::decoder::plan::{Cache, CacheFormat, Chunk, Decoder, PAGE};
 use planish::models::decoder::{Config, random};
 use planish::nn::adapter::Adapter;
-use planish::serve::adapters::{Adapters, Stats};
+use planish::serve::adapters::{Adapters, Held, Stats};
 use planish::serve::engine::{Engine, Event, Limits, Request};
 use planish::serve::sample::Sampling;
 use rand::{Rng as _, SeedableRng as _};
@@ -87,11 +87,12 @@ impl Shelf {
             self.reads.fetch_add(1, Ordering::Relaxed);
             // As reading a file does.
             tokio::time::sleep(Duration::from_micros(500)).await;
-            Ok(self.fitted(index))
+            Ok(Held::Decoder(Arc::new(self.fitted(index))))
         };
         let bytes = self.sources[index].bytes();
         match self.loaded.get(&Self::digest(index), bytes, open).await {
-            Ok(adapter) => {
+            Ok(Held::Encoder(_)) => panic!("an adapter of a decoder"),
+            Ok(Held::Decoder(adapter)) => {
                 let mut alive = self.alive.lock().unwrap();
                 alive.retain(|known| known.strong_count() > 0);
                 if !alive.iter().any(|known| std::ptr::eq(known.as_ptr(), &raw const *adapter)) {

@@ -190,6 +190,16 @@ pub struct TrainArgs {
     /// Take the loss without gradients
     #[arg(long)]
     forward_only: bool,
+    /// What the frozen linear layers are: stored, dense, 2 to 8 (bits of groups of 64), or decoded-2 to
+    /// decoded-8 (what the codes stand for, in f32)
+    #[arg(long, value_name = "BASE", default_value = "stored", value_parser = train_base)]
+    base: train::Base,
+    /// Train all tensors of a decoder in the place of adapters
+    #[arg(long)]
+    full: bool,
+    /// Step with AdamW in the place of plain descent
+    #[arg(long)]
+    adam: bool,
     #[command(flatten)]
     common: Common,
 }
@@ -213,6 +223,20 @@ pub struct KernelsArgs {
     tokens: Vec<usize>,
     #[command(flatten)]
     common: Common,
+}
+
+/// Reads `dense` or `decoded-4`.
+fn train_base(text: &str) -> Result<train::Base, String> {
+    let bits = |text: &str| text.parse().ok();
+    match text {
+        "stored" => Some(train::Base::Stored),
+        "dense" => Some(train::Base::Dense),
+        text => match text.strip_prefix("decoded-") {
+            Some(text) => bits(text).map(train::Base::Decoded),
+            None => bits(text).map(train::Base::Grouped),
+        },
+    }
+    .ok_or_else(|| "write stored, dense, a number of bits, or decoded- and one".to_owned())
 }
 
 /// Reads `576x1536`.
@@ -380,6 +404,9 @@ impl TrainArgs {
             self.common.apply()?;
             let model = import::open_any(&fetch(&self.model, &place, form)?)?;
             let run = train::Run {
+                base: self.base,
+                full: self.full,
+                adam: self.adam,
                 batch: self.batch,
                 length: self.length,
                 rank: self.rank,
@@ -389,8 +416,9 @@ impl TrainArgs {
                 forward_only: self.forward_only,
                 repetitions: self.common.repetitions.into(),
             };
-            let found = train::measure(&model, run)?;
-            let limits = self.common.limits(model.bytes());
+            let weights = model.bytes();
+            let found = train::measure(model, run)?;
+            let limits = self.common.limits(weights);
             print(form, "train", Some(&self.model), limits.as_ref(), found, train_text)
         })
         .await

@@ -63,7 +63,11 @@ impl Args {
         let measured = match prepared.await {
             Ok((client, name)) => {
                 let engine = own.engine(&name).await?;
-                own.during(measure(run, &client, &engine, &name)).await
+                // In a task, as services make their calls: the thread that waits for a whole program would have to
+                // be woken for every message.
+                let task = tokio::spawn(measure(run, client, engine, name));
+                let failed = |e| CliError::failure(format!("the measurement broke off: {e}"));
+                own.during(async { task.await.map_err(failed)? }).await
             }
             Err(error) => Err(error),
         };
@@ -73,7 +77,8 @@ impl Args {
 }
 
 /// The two ways in turn, each first in every other pair.
-async fn measure(run: Run, client: &Client, engine: &Engine, name: &str) -> Result<Wire> {
+async fn measure(run: Run, client: Client, engine: Engine, name: String) -> Result<Wire> {
+    let (client, engine, name) = (&client, &engine, &*name);
     let vocab = engine.model().decoder()?.vocab;
     let mut repetitions = Vec::with_capacity(run.repetitions);
     for repetition in 0..=run.repetitions {

@@ -74,6 +74,12 @@ pub struct Layout {
     /// Whether records that are well formed but of no use are left out, not refused.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub skip_unusable: bool,
+    /// Records at the start of the file that are left out, by their places.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skip_records: Option<u64>,
+    /// Records of the rest that are taken; all where not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_records: Option<u64>,
 }
 
 impl Layout {
@@ -106,6 +112,17 @@ impl Layout {
         if self.skip_unusable && used.is_empty() {
             let what = format!("{} have no columns that could be blank", kind.name());
             return Err(Error::field("skip_unusable", what));
+        }
+        for (field, given) in
+            [("skip_records", self.skip_records), ("max_records", self.max_records)]
+        {
+            if given.is_some() && used.is_empty() {
+                let what = format!("{} are taken from the whole file", kind.name());
+                return Err(Error::field(field, what));
+            }
+        }
+        if self.max_records == Some(0) {
+            return Err(Error::field("max_records", "no record is no data set; take 1 or more"));
         }
         Ok(())
     }

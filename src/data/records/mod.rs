@@ -198,6 +198,9 @@ fn resolve(source: &Source) -> Result<Layout> {
         if source.layout.columns.text.is_some() || source.layout.header.is_some() {
             return Err(Error::field("text_column", "a .txt file is one text without columns"));
         }
+        if source.layout.skip_records.is_some() || source.layout.max_records.is_some() {
+            return Err(Error::field("max_records", "a .txt file is one record; take it whole"));
+        }
         return Ok(source.layout.clone());
     }
     let rows = rows::open(&source.path, (format, packed), false, source.max_bytes)?;
@@ -217,6 +220,8 @@ pub struct Records {
     file_name: String,
     unit: &'static str,
     skipped: u64,
+    /// Rows that went by, used or not.
+    place: u64,
 }
 
 impl Records {
@@ -266,6 +271,7 @@ impl Records {
             file_name: file_name.clone(),
             unit: format.unit(),
             skipped: 0,
+            place: 0,
         })
     }
 
@@ -280,6 +286,15 @@ impl Records {
         }
         while let Some(row) = self.rows.as_mut().and_then(Iterator::next) {
             let row = row.map_err(|error| error.within(&self.file_name))?;
+            self.place += 1;
+            let before = self.layout.skip_records.unwrap_or(0);
+            if self.place <= before {
+                continue;
+            }
+            if self.layout.max_records.is_some_and(|most| self.place - before > most) {
+                self.rows = None;
+                return Ok(None);
+            }
             let at = |reason, what, remedy: &str| {
                 let (file, unit, line) = (&self.file_name, self.unit, row.line);
                 Error::new(reason, format!("{file}: {unit} {line}: {what}{remedy}"))

@@ -324,3 +324,29 @@ fn layouts_that_do_not_fit_are_refused() {
         Records::open(&file("a.jsonl", Kind::Choices, text).source).map(|_| ()).unwrap_err();
     assert_eq!(error.reason(), Reason::DatasetUnsuitable);
 }
+
+#[test]
+fn parts_of_a_file_are_taken_by_place() {
+    let text = "text,label\na,x\nb,y\n,x\nc,x\nd,y\ne,x\n";
+    let part = |skip: Option<u64>, most: Option<u64>| {
+        let taken = file("a.csv", Kind::Classification, text).with(|layout| {
+            layout.skip_records = skip;
+            layout.max_records = most;
+            layout.skip_unusable = true;
+        });
+        taken.read()
+    };
+    let lines = |found: &[(u64, Record)]| found.iter().map(|(line, _)| *line).collect::<Vec<_>>();
+    assert_eq!(lines(&part(None, Some(2)).unwrap().1), [2, 3]);
+    // What is of no use takes a place as well: the parts of a file have nothing in common.
+    let (checked, records) = part(Some(2), Some(3)).unwrap();
+    assert_eq!((lines(&records), checked.skipped), (vec![5, 6], 1));
+    assert_eq!(lines(&part(Some(4), None).unwrap().1), [6, 7]);
+    assert!(part(Some(9), None).is_err(), "nothing is left");
+    let refused = |kind: Kind, name: &str| {
+        let source = file(name, kind, "one two").with(|layout| layout.max_records = Some(1)).source;
+        check(&source).unwrap_err().violations()[0].field.clone()
+    };
+    assert_eq!(refused(Kind::Text, "a.txt"), "max_records");
+    assert_eq!(refused(Kind::Choices, "a.jsonl"), "max_records");
+}

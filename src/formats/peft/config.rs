@@ -1,5 +1,6 @@
 //! `adapter_config.json`: what decides kind, rank and scale, and what must be off.
 
+use regex::{Regex, RegexBuilder};
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::Value;
@@ -10,6 +11,9 @@ use crate::formats::{malformed, quoted};
 
 /// Most entries of a pattern.
 const MAX_PATTERN: usize = 1 << 14;
+/// Most entries that are more than names, and the bytes that one of them may be compiled to.
+const MAX_EXPRESSIONS: usize = 256;
+const EXPRESSION_BYTES: usize = 1 << 20;
 
 /// What an adapter is read for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,11 +46,12 @@ pub struct Settings {
     alphas: Vec<(Key, f64)>,
 }
 
-/// A key of a pattern: the end of a module's name at a dot, or all of it after `^`.
+/// A key of a pattern: PEFT looks for `(.*\.)?key$` from the start of a module's name.
 #[derive(Debug)]
-struct Key {
-    name: String,
-    whole: bool,
+enum Key {
+    /// The end of the name at a dot.
+    Name(String),
+    Expression(Box<Regex>),
 }
 
 #[derive(Deserialize)]
@@ -202,29 +207,47 @@ fn ranks(kind: Kind, pattern: Pattern<Ranks>) -> Result<Vec<(Key, u64)>> {
 
 /// The first key that matches wins, as in PEFT.
 fn find<T: Copy>(pattern: &[(Key, T)], module: &str) -> Option<T> {
-    let matches = |key: &Key| {
-        let Some(rest) = module.strip_suffix(key.name.as_str()) else { return false };
-        rest.is_empty() || (!key.whole && rest.ends_with('.'))
+    let matches = |key: &Key| match key {
+        Key::Name(name) => {
+            let rest = module.strip_suffix(name.as_str());
+            rest.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+        }
+        Key::Expression(expression) => expression.is_match(module),
     };
     pattern.iter().find(|(key, _)| matches(key)).map(|(_, value)| *value)
 }
 
 fn keys<T>(field: &str, pattern: Pattern<T>) -> Result<Vec<(Key, T)>> {
-    let read = |(text, value): (String, T)| {
-        let whole = text.starts_with('^');
-        let name = text.strip_prefix('^').unwrap_or(&text);
-        let name = name.strip_suffix('$').unwrap_or(name).replace("\\.", ".");
-        let plain = !name.is_empty()
-            && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-'));
+    let mut expressions = 0;
+    let mut read = |(text, value): (String, T)| {
+        // A dot of a name, which as an expression stands for any character, is meant as a dot.
+        let plain = !text.is_empty()
+            && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-'));
         if plain {
-            return Ok((Key { name, whole }, value));
+            return Ok((Key::Name(text), value));
         }
-        Err(unsupported(
-            field,
-            format!("has the key {}, but only names of modules are read", quoted(&text)),
-        ))
+        expressions += 1;
+        if expressions > MAX_EXPRESSIONS {
+            return Err(malformed(format!(
+                "{field} of {CONFIG} has more than {MAX_EXPRESSIONS} regular expressions"
+            )));
+        }
+        let compiled = RegexBuilder::new(&format!("^(?:.*\\.)?(?:{text})$"))
+            .size_limit(EXPRESSION_BYTES)
+            .dfa_size_limit(EXPRESSION_BYTES)
+            .build();
+        match compiled {
+            Ok(expression) => Ok((Key::Expression(Box::new(expression)), value)),
+            Err(_) => Err(unsupported(
+                field,
+                format!(
+                    "has the key {}, which is no regular expression of linear time",
+                    quoted(&text)
+                ),
+            )),
+        }
     };
-    pattern.0.into_iter().map(read).collect()
+    pattern.0.into_iter().map(&mut read).collect()
 }
 
 /// False for what stands for a setting that is not used.

@@ -61,6 +61,9 @@ pub struct Contents {
     pub kind: Kind,
     /// By the names of the modules: `model.layers.0.self_attn.q_proj`.
     pub modules: BTreeMap<String, Entry>,
+    /// Of embedding tables, by the names of their modules: `shape` is that of the table, `[vocabulary, width]`,
+    /// and `b` `[vocabulary, rank]` has a row for each token.
+    pub tables: BTreeMap<String, Entry>,
     /// Tensors that were trained whole, biases among them, by their names.
     pub whole: BTreeMap<String, Plain>,
 }
@@ -103,6 +106,7 @@ impl Contents {
         let settings = Settings::parse(config, for_what)?;
         let mut parts: BTreeMap<&str, BTreeMap<Part, &safetensors::Tensor>> = BTreeMap::new();
         let mut whole = BTreeMap::new();
+        let mut embedded: BTreeMap<&str, [Option<&safetensors::Tensor>; 2]> = BTreeMap::new();
         for (name, tensor) in tensors {
             let inner = name.strip_prefix(PREFIX).ok_or_else(|| {
                 unsupported(name, "does not have a name that starts with 'base_model.model.'")
@@ -127,7 +131,15 @@ impl Contents {
                     ));
                 }
                 None if inner.contains("lora_embedding_") => {
-                    return Err(unsupported(name, "changes an embedding"));
+                    let sides = [".lora_embedding_A", ".lora_embedding_B"];
+                    let found = sides
+                        .iter()
+                        .enumerate()
+                        .find_map(|(side, end)| Some((inner.strip_suffix(end)?, side)));
+                    let (Some((module, side)), Use::Keep) = (found, for_what) else {
+                        return Err(unsupported(name, "changes an embedding"));
+                    };
+                    embedded.entry(module).or_default()[side] = Some(tensor);
                 }
                 None if for_what == Use::Keep => {
                     whole.insert(inner.to_owned(), Plain::of(inner, tensor)?);
@@ -140,14 +152,18 @@ impl Contents {
                 }
             }
         }
-        if parts.is_empty() {
+        if parts.is_empty() && embedded.is_empty() {
             return Err(malformed(format!("{WEIGHTS} holds no factors")));
         }
+        let tables = embedded
+            .into_iter()
+            .map(|(module, sides)| Ok((module.to_owned(), table(module, sides, &settings)?)))
+            .collect::<Result<_>>()?;
         let modules = parts
             .into_iter()
             .map(|(module, parts)| Ok((module.to_owned(), entry(module, &parts, &settings)?)))
             .collect::<Result<_>>()?;
-        Ok(Self { kind: settings.kind, modules, whole })
+        Ok(Self { kind: settings.kind, modules, tables, whole })
     }
 
     /// As what serves: additions of low rank.
@@ -157,6 +173,9 @@ impl Contents {
     pub fn adapter(&self) -> Result<Adapter> {
         if let Some(name) = self.whole.keys().next() {
             return Err(unsupported(name, "was trained whole, which is not served"));
+        }
+        if let Some(name) = self.tables.keys().next() {
+            return Err(unsupported(name, "is an embedding"));
         }
         let linears = self.modules.iter().map(|(module, entry)| {
             if entry.magnitude.is_some() || entry.bias.is_some() {
@@ -180,6 +199,52 @@ fn unsupported(name: &str, what: &str) -> Error {
         Reason::UnsupportedFormat,
         format!("tensor {} {what}; only the factors of linear layers are read", quoted(name)),
     )
+}
+
+/// The factors of an embedding table: `A` `[rank, vocabulary]` and `B` `[width, rank]`, which give the row
+/// `scale * B A[.., token]` of a token.
+fn table(
+    module: &str,
+    sides: [Option<&safetensors::Tensor>; 2],
+    settings: &Settings,
+) -> Result<Entry> {
+    let wrong = |what: String| malformed(format!("the embedding {} {what}", quoted(module)));
+    let [Some(a), Some(b)] = sides else {
+        return Err(wrong("has one of two factors".to_owned()));
+    };
+    if settings.kind != Kind::Lora || settings.dora {
+        return Err(Error::new(
+            Reason::UnsupportedFormat,
+            format!("the embedding {} is changed by another method than LoRA", quoted(module)),
+        ));
+    }
+    let (&[rank, vocabulary], &[width, rank_b]) = (&a.shape[..], &b.shape[..]) else {
+        return Err(wrong(format!("has factors of the shapes {:?} and {:?}", a.shape, b.shape)));
+    };
+    let fits = rank == rank_b && rank > 0 && rank <= MAX_RANK && vocabulary > 0 && width > 0;
+    if !fits || rank as u64 != settings.rank(module) {
+        return Err(wrong(format!(
+            "has factors of the shapes {:?} and {:?}, and {CONFIG} says rank {}",
+            a.shape,
+            b.shape,
+            settings.rank(module)
+        )));
+    }
+    let transposed = |values: Vec<f32>, rows: usize, cols: usize| -> Vec<f32> {
+        (0..rows * cols).map(|i| values[i % rows * cols + i / rows]).collect()
+    };
+    Ok(Entry {
+        shape: [vocabulary, width],
+        rank,
+        a: transposed(floats(module, b)?, width, rank),
+        b: transposed(floats(module, a)?, rank, vocabulary),
+        diagonal: None,
+        matrix: None,
+        magnitude: None,
+        bias: None,
+        scale: settings.scale(module, rank)?,
+        rslora: settings.rslora,
+    })
 }
 
 fn entry(

@@ -67,11 +67,18 @@ impl Folder {
                 ));
             }
         }
-        let config = folder.join(CONFIG);
-        if std::fs::metadata(&config)?.len() > MAX_CONFIG {
+        Self::open(&folder.join(CONFIG), &folder.join(WEIGHTS))
+    }
+
+    /// Reads the two files wherever they lie.
+    ///
+    /// # Errors
+    /// MALFORMED_FILE for what breaks the form, IO.
+    pub fn open(config: &Path, weights: &Path) -> Result<Self> {
+        if std::fs::metadata(config)?.len() > MAX_CONFIG {
             return Err(malformed(format!("{CONFIG} has more than {MAX_CONFIG} bytes")));
         }
-        let file = safetensors::open(&folder.join(WEIGHTS))?;
+        let file = safetensors::open(weights)?;
         let config = std::fs::read(config)?;
         Ok(Self { config, tensors: file.tensors, metadata: file.metadata })
     }

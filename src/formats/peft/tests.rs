@@ -95,7 +95,8 @@ fn what_is_not_served_is_refused_with_its_reason() {
         (json!({ "init_lora_weights": "pissa_niter_4" }), "pissa"),
         (json!({ "alora_invocation_tokens": [1, 2] }), "alora"),
         (json!({ "layer_replication": [[0, 4]] }), "layer_replication"),
-        (json!({ "rank_pattern": { "layers\\.[0-3]\\..*q_proj": 4 } }), "rank_pattern"),
+        (json!({ "rank_pattern": { "(?=x)q_proj": 4 } }), "rank_pattern"),
+        (json!({ "rank_pattern": { "(a{1000}){1000}": 4 } }), "rank_pattern"),
     ] {
         refused(&settings(change), &pair(), NOT, word);
     }
@@ -108,6 +109,31 @@ fn what_is_not_served_is_refused_with_its_reason() {
     ] {
         refused(&settings(json!({})), &file(&[(&name, &[1], &[1.0])]), NOT, word);
     }
+}
+
+#[test]
+fn keys_of_patterns_are_regular_expressions_as_in_peft() {
+    // What PEFT 0.21 finds for `re.match(rf"(.*\\.)?({key})$", "model.layers.0.self_attn.q_proj")`.
+    for (key, matches) in [
+        ("layers\\.[0-3]\\..*q_proj", true),
+        ("layers\\.[1-3]\\..*q_proj", false),
+        ("(q|v)_proj", true),
+        ("^model\\.layers\\.\\d+\\.self_attn\\.q_proj$", true),
+        ("^layers.*", false),
+        ("k_proj|q_proj", true),
+        ("q_pro", false),
+    ] {
+        let found = parse(&settings(json!({ "alpha_pattern": { key: 2 } })), &pair()).unwrap();
+        let scale = found.linears.values().next().unwrap().scale();
+        assert_eq!(scale, if matches { 1.0 } else { 4.0 }, "{key}");
+        let (good, other) = if matches { (2, 7) } else { (7, 2) };
+        let ranks = json!({ "r": other, "rank_pattern": { key: good } });
+        assert!(parse(&settings(ranks), &pair()).is_ok(), "{key}");
+    }
+    let many: serde_json::Map<String, serde_json::Value> =
+        (0..300).map(|i| (format!("[ab]{i}"), json!(2))).collect();
+    let many = settings(json!({ "rank_pattern": many }));
+    refused(&many, &pair(), Reason::MalformedFile, "256");
 }
 
 #[test]

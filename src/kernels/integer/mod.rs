@@ -13,6 +13,25 @@ mod x86;
 
 use super::simd::Arrays;
 
+/// For each mask of eight bytes: which of the stored bytes each takes, and more than 127 where it takes none.
+#[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
+static EXPAND: [[u8; 8]; 256] = {
+    let mut table = [[0x80; 8]; 256];
+    let mut mask = 0;
+    while mask < 256 {
+        let (mut byte, mut next) = (0, 0);
+        while byte < 8 {
+            if mask >> byte & 1 == 1 {
+                table[mask][byte] = next;
+                next += 1;
+            }
+            byte += 1;
+        }
+        mask += 1;
+    }
+    table
+};
+
 /// 64 bytes (`C`) and 16 i32 (`I`). Byte `4 * lane + i` of the codes belongs to lane `lane`.
 ///
 /// # Safety
@@ -32,6 +51,19 @@ pub trait Integer: Copy {
     /// 64 bytes.
     unsafe fn codes(p: *const u8) -> Self::C;
     unsafe fn store_codes(p: *mut u8, c: Self::C);
+    /// One byte everywhere.
+    unsafe fn splat_codes(v: u8) -> Self::C;
+    /// A byte for each lane from 16 bytes at `p`, in all four of its places.
+    unsafe fn spread(p: *const u8) -> Self::C;
+    /// `base`, but where a bit of `mask` is set the next of the fields `(byte >> shift) & field` of the bytes at
+    /// `p`, in order; 64 bytes are valid there, and `field << shift` fits into a byte.
+    unsafe fn expand_codes(
+        base: Self::C,
+        mask: u64,
+        p: *const u8,
+        shift: u32,
+        field: u8,
+    ) -> Self::C;
     /// `(c >> shift) & mask` for each byte; `mask << shift` fits into a byte.
     unsafe fn field(c: Self::C, shift: u32, mask: u8) -> Self::C;
     /// `c | (d << shift)` for each byte; `d << shift` fits into a byte.
@@ -75,6 +107,31 @@ impl Integer for Arrays {
     #[inline(always)]
     unsafe fn store_codes(p: *mut u8, c: Self::C) {
         p.cast::<Self::C>().write(c);
+    }
+    #[inline(always)]
+    unsafe fn splat_codes(v: u8) -> Self::C {
+        [v; 64]
+    }
+    #[inline(always)]
+    unsafe fn spread(p: *const u8) -> Self::C {
+        std::array::from_fn(|i| *p.add(i / 4))
+    }
+    #[inline(always)]
+    unsafe fn expand_codes(
+        base: Self::C,
+        mask: u64,
+        p: *const u8,
+        shift: u32,
+        field: u8,
+    ) -> Self::C {
+        let mut next = 0;
+        std::array::from_fn(|i| {
+            if mask >> i & 1 == 0 {
+                return base[i];
+            }
+            next += 1;
+            (*p.add(next - 1) >> shift) & field
+        })
     }
     #[inline(always)]
     unsafe fn field(c: Self::C, shift: u32, mask: u8) -> Self::C {
@@ -144,6 +201,17 @@ impl Integer for Arrays {
 #[cfg(test)]
 mod tests {
     use super::super::simd::{self, Level, Simd, Task};
+    use super::{Arrays, Integer};
+
+    const MASKS: [u64; 7] = [
+        0,
+        u64::MAX,
+        1 << 63 | 1,
+        0x3333_5555_9999_cccc,
+        0x0000_ffff_0000_ff00,
+        0xff00_0000_0000_0001,
+        0x9e37_79b9_7f4a_7c15,
+    ];
 
     struct Probe([u8; 64], [u8; 64], [i8; 4]);
 
@@ -173,6 +241,15 @@ mod tests {
             let lanes: [i32; 16] = std::array::from_fn(|i| i as i32 * 1000 - 7000);
             let v = S::load_i32(lanes.as_ptr());
             put(S::add_i32(S::mul_i32(v, S::load_u8(self.1.as_ptr())), v));
+            let base = S::spread(self.1.as_ptr());
+            for mask in MASKS {
+                for (shift, field) in [(0, 255), (0, 15), (4, 15), (6, 3)] {
+                    let mut codes = [0; 64];
+                    let c = S::expand_codes(base, mask, self.0.as_ptr(), shift, field);
+                    S::store_codes(codes.as_mut_ptr(), c);
+                    out.extend(codes.map(i32::from));
+                }
+            }
             out
         }
     }
@@ -192,7 +269,18 @@ mod tests {
             assert_eq!(expected[7 * 16], wide, "codes as they are");
             for level in Level::available() {
                 assert_eq!(simd::run(level, Probe(c, noise(5), x)), expected, "{level:?}");
+                let expanding = simd::run_expanding(level, Probe(c, noise(5), x));
+                assert_eq!(expanding, expected, "{level:?}");
             }
         }
+    }
+    #[test]
+    fn fields_are_expanded_in_order() {
+        let (base, from) = ([7; 64], std::array::from_fn::<u8, 64, _>(|i| i as u8 * 16 + 1));
+        // SAFETY: arrays need no instructions.
+        let out = unsafe { Arrays::expand_codes(base, 1 << 63 | 0b1010, from.as_ptr(), 4, 15) };
+        let mut expected = base;
+        (expected[1], expected[3], expected[63]) = (0, 1, 2);
+        assert_eq!(out, expected);
     }
 }

@@ -4,7 +4,7 @@ use std::arch::aarch64::*;
 use std::arch::asm;
 
 use super::super::simd::neon::{Neon, each, widen};
-use super::Integer;
+use super::{EXPAND, Integer};
 
 /// Adds to each lane the product of its four bytes of `a` and of `b`, both signed; no byte of `b` is -128.
 ///
@@ -63,6 +63,41 @@ impl<const DOT: bool> Integer for Neon<DOT> {
         for (i, c) in c.into_iter().enumerate() {
             vst1q_u8(p.add(16 * i), c);
         }
+    }
+    #[inline(always)]
+    unsafe fn splat_codes(v: u8) -> Self::C {
+        [vdupq_n_u8(v); 4]
+    }
+    #[inline(always)]
+    unsafe fn spread(p: *const u8) -> Self::C {
+        let bytes = vld1q_u8(p);
+        let first =
+            vcombine_u8(vcreate_u8(0x0101_0101_0000_0000), vcreate_u8(0x0303_0303_0202_0202));
+        each(|i| vqtbl1q_u8(bytes, vaddq_u8(first, vdupq_n_u8(4 * i as u8))))
+    }
+    #[inline(always)]
+    unsafe fn expand_codes(
+        base: Self::C,
+        mask: u64,
+        p: *const u8,
+        shift: u32,
+        field: u8,
+    ) -> Self::C {
+        let (shift, field) = (vdupq_n_s8(-(shift as i8)), vdupq_n_u8(field));
+        let masks = mask.to_le_bytes();
+        let (mut at, mut out) = (p, base);
+        for (i, out) in out.iter_mut().enumerate() {
+            let (low, high) = (masks[2 * i], masks[2 * i + 1]);
+            let second = at.add(low.count_ones() as usize);
+            let bytes = vcombine_u8(vld1_u8(at), vld1_u8(second));
+            at = second.add(high.count_ones() as usize);
+            let bytes = vandq_u8(vshlq_u8(bytes, shift), field);
+            let (low, high) = (&EXPAND[usize::from(low)], &EXPAND[usize::from(high)]);
+            let high = vadd_u8(vld1_u8(high.as_ptr()), vdup_n_u8(8));
+            // Places beyond the table leave the base as it is.
+            *out = vqtbx1q_u8(*out, bytes, vcombine_u8(vld1_u8(low.as_ptr()), high));
+        }
+        out
     }
     #[inline(always)]
     unsafe fn field(c: Self::C, shift: u32, mask: u8) -> Self::C {

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::super::simd::x86::{Avx2, Avx512};
-use super::Integer;
+use super::{EXPAND, Integer};
 
 #[inline(always)]
 unsafe fn four(x: *const i8) -> i32 {
@@ -17,7 +17,29 @@ unsafe fn sum8(v: __m256i) -> i32 {
     _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<1>(two)))
 }
 
-impl<const VNNI: bool> Integer for Avx512<VNNI> {
+/// `base`, but where the mask's bit is set the next field of the bytes at `p`; 32 bytes are valid there.
+#[inline(always)]
+unsafe fn expand32(base: __m256i, mask: u32, p: *const u8, shift: u32, field: u8) -> __m256i {
+    let masks = mask.to_le_bytes().map(usize::from);
+    let mut at = p;
+    // Eight bytes at a time; where they are taken from, and which.
+    let next = masks.map(|mask| {
+        let eight = at.cast::<i64>().read_unaligned();
+        at = at.add(mask.count_ones() as usize);
+        eight
+    });
+    let place = |i: usize| i64::from_le_bytes(EXPAND[masks[i]]);
+    // The second eight of each half, which cannot carry: none is beyond 0x87.
+    const SECOND: i64 = 0x0808_0808_0808_0808;
+    let places = _mm256_setr_epi64x(place(0), place(1) | SECOND, place(2), place(3) | SECOND);
+    let bytes = _mm256_setr_epi64x(next[0], next[1], next[2], next[3]);
+    let bytes = _mm256_srl_epi16(bytes, _mm_cvtsi32_si128(shift as i32));
+    let bytes = _mm256_and_si256(bytes, _mm256_set1_epi8(field as i8));
+    // The highest bit of a place says that there is none.
+    _mm256_blendv_epi8(_mm256_shuffle_epi8(bytes, places), base, places)
+}
+
+impl<const VNNI: bool, const EXPANDS: bool> Integer for Avx512<VNNI, EXPANDS> {
     type C = __m512i;
     type I = __m512i;
     const WIDE_ZERO: i32 = if VNNI { 128 } else { 0 };
@@ -31,6 +53,53 @@ impl<const VNNI: bool> Integer for Avx512<VNNI> {
     #[inline(always)]
     unsafe fn store_codes(p: *mut u8, c: Self::C) {
         _mm512_storeu_si512(p.cast(), c);
+    }
+    #[inline(always)]
+    unsafe fn splat_codes(v: u8) -> Self::C {
+        _mm512_set1_epi8(v as i8)
+    }
+    #[inline(always)]
+    unsafe fn spread(p: *const u8) -> Self::C {
+        let bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(p.cast()));
+        let lane = |i: i32| i * 0x0101_0101;
+        let place = _mm512_setr_epi32(
+            lane(0),
+            lane(1),
+            lane(2),
+            lane(3),
+            lane(4),
+            lane(5),
+            lane(6),
+            lane(7),
+            lane(8),
+            lane(9),
+            lane(10),
+            lane(11),
+            lane(12),
+            lane(13),
+            lane(14),
+            lane(15),
+        );
+        _mm512_shuffle_epi8(bytes, place)
+    }
+    #[inline(always)]
+    unsafe fn expand_codes(
+        base: Self::C,
+        mask: u64,
+        p: *const u8,
+        shift: u32,
+        field: u8,
+    ) -> Self::C {
+        if EXPANDS {
+            let bytes = _mm512_loadu_si512(p.cast());
+            let bytes = if field == 255 { bytes } else { Self::field(bytes, shift, field) };
+            return _mm512_mask_expand_epi8(base, mask, bytes);
+        }
+        let (low, high) = (mask as u32, (mask >> 32) as u32);
+        let second = p.add(low.count_ones() as usize);
+        let low = expand32(_mm512_castsi512_si256(base), low, p, shift, field);
+        let high = expand32(_mm512_extracti64x4_epi64::<1>(base), high, second, shift, field);
+        _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
     }
     #[inline(always)]
     unsafe fn field(c: Self::C, shift: u32, mask: u8) -> Self::C {
@@ -129,6 +198,39 @@ impl Integer for Avx2 {
     unsafe fn store_codes(p: *mut u8, c: Self::C) {
         _mm256_storeu_si256(p.cast(), c[0]);
         _mm256_storeu_si256(p.add(32).cast(), c[1]);
+    }
+    #[inline(always)]
+    unsafe fn splat_codes(v: u8) -> Self::C {
+        [_mm256_set1_epi8(v as i8); 2]
+    }
+    #[inline(always)]
+    unsafe fn spread(p: *const u8) -> Self::C {
+        let bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(p.cast()));
+        let lane = |i: i32| i * 0x0101_0101;
+        let first = _mm256_setr_epi32(
+            lane(0),
+            lane(1),
+            lane(2),
+            lane(3),
+            lane(4),
+            lane(5),
+            lane(6),
+            lane(7),
+        );
+        let second = _mm256_add_epi8(first, _mm256_set1_epi8(8));
+        [_mm256_shuffle_epi8(bytes, first), _mm256_shuffle_epi8(bytes, second)]
+    }
+    #[inline(always)]
+    unsafe fn expand_codes(
+        base: Self::C,
+        mask: u64,
+        p: *const u8,
+        shift: u32,
+        field: u8,
+    ) -> Self::C {
+        let (low, high) = (mask as u32, (mask >> 32) as u32);
+        let second = p.add(low.count_ones() as usize);
+        [expand32(base[0], low, p, shift, field), expand32(base[1], high, second, shift, field)]
     }
     #[inline(always)]
     unsafe fn field(c: Self::C, shift: u32, mask: u8) -> Self::C {

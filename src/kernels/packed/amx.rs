@@ -12,9 +12,9 @@ use std::sync::OnceLock;
 
 use super::super::quantize::{self, Activations, BLOCK};
 use super::super::simd::Simd;
-use super::panels::{LANES, VECTOR, block_bytes};
+use super::panels::{LANES, VECTOR};
 use super::scales::Scales;
-use super::tile::{Codes, Panel, ask_ahead, each_token};
+use super::tile::{All, Panel, Stream, each_token};
 use super::whole::{self, Groups};
 
 /// Tokens of a tile.
@@ -205,22 +205,22 @@ pub(super) const fn unpacked_bytes(cols: usize) -> usize {
     cols / BLOCK * UNPACKED
 }
 
-/// Unpacks the codes of a panel into signed bytes, less `zero`.
+/// Unpacks the codes of a panel into signed bytes, less the panel's zero point.
 ///
 /// # Safety
-/// `codes` is the start of a panel of `cols` columns, `scratch` is valid for [`unpacked_bytes`], and the
+/// The pointers are those of a panel of `cols` columns, `scratch` is valid for [`unpacked_bytes`], and the
 /// processor has the instructions of `S`.
 #[inline(always)]
-pub(super) unsafe fn unpack<S: Simd, const BITS: u8>(
-    codes: *const u8,
-    zero: u8,
+pub(super) unsafe fn unpack<S: Simd, C: Stream, G: Scales>(
+    panel: Panel<G>,
     cols: usize,
     scratch: *mut u8,
 ) {
+    let (reader, zero) = (panel.reader, panel.zero);
+    let mut stream = C::new(panel.codes);
     for block in 0..cols / BLOCK {
-        let at = codes.add(block * block_bytes(BITS));
-        ask_ahead(at, block_bytes(BITS));
-        let w = Codes::<BITS>::unpack::<S>(at);
+        let unit = panel.scales.add(block / reader.blocks() * reader.bytes());
+        let w = stream.next::<S>(reader.absent::<S>(unit, zero), true);
         for (v, w) in w.into_iter().enumerate() {
             let w = if zero == 0 { w } else { S::less(w, zero) };
             S::store_codes(scratch.add(block * UNPACKED + v * VECTOR), w);
@@ -310,7 +310,13 @@ pub(super) unsafe fn expand<S: Simd, G: Groups, const BITS: u8>(
     if BITS == 8 {
         return panel.codes;
     }
-    unpack::<S, BITS>(panel.codes, 0, cols, scratch);
+    let mut stream = All::<BITS>::new(panel.codes);
+    for block in 0..cols / BLOCK {
+        let w = stream.next::<S>(S::splat_codes(0), true);
+        for (v, w) in w.into_iter().enumerate() {
+            S::store_codes(scratch.add(block * UNPACKED + v * VECTOR), w);
+        }
+    }
     let each = panel.groups.blocks();
     for block in 0..cols / BLOCK {
         let factors = panel.factors().add(2 * LANES * (block / each));

@@ -10,6 +10,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod kept;
 mod pack;
 mod panels;
 mod product;
@@ -23,7 +24,8 @@ pub use product::{Job, multiply};
 
 use self::panels::{LANES, Panels};
 use super::ggml::GgmlType;
-use super::quantize::Grain;
+use super::quantize::{BLOCK, Grain};
+use super::sparse::SparseRows;
 
 /// Where the codes and scales of a matrix come from.
 #[derive(Debug, Clone, Copy)]
@@ -93,8 +95,35 @@ pub struct Packed {
     cols: usize,
     bits: u8,
     kind: Kind,
-    codes: Panels,
+    codes: Codes,
     scales: Panels,
+    /// The step of activations, where it is fixed.
+    activations: Option<f32>,
+}
+
+/// How the codes of a matrix are stored.
+#[derive(Debug)]
+enum Codes {
+    All(Panels),
+    /// Those of a sparse matrix, with a bit for each element.
+    Kept(kept::Panels),
+}
+
+impl Codes {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::All(panels) => panels.bytes(),
+            Self::Kept(panels) => panels.bytes(),
+        }
+    }
+
+    /// Start of a panel; readable for the rest of the allocation and a line more.
+    fn start(&self, panel: usize) -> *const u8 {
+        match self {
+            Self::All(panels) => panels.start(panel),
+            Self::Kept(panels) => panels.start(panel),
+        }
+    }
 }
 
 impl Packed {
@@ -102,6 +131,22 @@ impl Packed {
     /// if the parts of the source do not have the sizes that their layout asks for.
     pub fn new(source: Source<'_>, rows: usize, cols: usize) -> Option<Self> {
         pack::pack(source, rows, cols)
+    }
+
+    /// Packs the codes of a sparse matrix; `None` if its values are no codes or their groups no whole blocks.
+    pub fn sparse(rows: &SparseRows<'_>) -> Option<Self> {
+        pack::sparse(rows)
+    }
+
+    /// The same matrix for activations that are rounded to multiples of one step, where there is one.
+    #[must_use]
+    pub fn with_activations(self, step: Option<f32>) -> Self {
+        Self { activations: step, ..self }
+    }
+
+    /// The step that activations are to be rounded to; none: as they ask for.
+    pub fn activations(&self) -> Option<f32> {
+        self.activations
     }
 
     pub fn rows(&self) -> usize {
@@ -125,15 +170,30 @@ impl Packed {
     /// Writes row `row` as f32 (`cols` elements).
     pub fn read_row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.rows && out.len() == self.cols, "no such row");
-        for (column, out) in out.iter_mut().enumerate() {
-            let code = f32::from(self.code(row, column));
-            let (scale, offset) = self.scale(row, column);
-            *out = match self.kind {
+        let element = |column: usize, code: u8| {
+            let (code, (scale, offset)) = (f32::from(code), self.scale(row, column));
+            match self.kind {
                 // The order of operations of the layouts that these came from.
                 Kind::BlockMin => code * scale + offset,
                 Kind::Super => code * scale - offset,
                 _ => (code - offset) * scale,
-            };
+            }
+        };
+        match &self.codes {
+            Codes::All(panels) => {
+                let each = panels::block_bytes(self.bits);
+                let blocks = panels.panel(row / LANES).chunks_exact(each);
+                for (b, (block, out)) in blocks.zip(out.chunks_exact_mut(BLOCK)).enumerate() {
+                    for (i, out) in out.iter_mut().enumerate() {
+                        let code = panels::get(block, self.bits, row % LANES, i);
+                        *out = element(b * BLOCK + i, code);
+                    }
+                }
+            }
+            Codes::Kept(panels) => {
+                out.fill(0.0);
+                panels.row(row, self.bits, |column, code| out[column] = element(column, code));
+            }
         }
     }
 

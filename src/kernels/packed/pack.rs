@@ -4,9 +4,10 @@ use rayon::prelude::*;
 
 use super::super::ggml::GgmlType;
 use super::super::quantize::BLOCK;
+use super::super::sparse::SparseRows;
 use super::panels::{self, LANES, Panels};
 use super::whole::MOST_COLS;
-use super::{Kind, Packed, Source};
+use super::{Codes, Kind, Packed, Source, kept};
 
 /// Columns of a block of the K types.
 const SUPER: usize = 256;
@@ -43,17 +44,60 @@ pub(super) fn pack(source: Source<'_>, rows: usize, cols: usize) -> Option<Packe
         cols,
         bits,
         kind,
-        codes: Panels::new(count, codes),
+        codes: Codes::All(Panels::new(0, 0)),
         scales: Panels::new(count, kind.scale_bytes(cols)),
+        activations: None,
     };
+    let mut all = Panels::new(count, codes);
     let reader = Reader::new(source, rows, cols);
-    let panels: Vec<_> = packed.codes.panels_mut().zip(packed.scales.panels_mut()).collect();
+    let panels: Vec<_> = all.panels_mut().zip(packed.scales.panels_mut()).collect();
     panels.into_par_iter().enumerate().for_each(|(panel, (codes, scales))| {
         for lane in 0..LANES.min(rows - panel * LANES) {
             reader.lane(panel * LANES + lane, lane, bits, codes, scales);
         }
     });
+    packed.codes = Codes::All(all);
     Some(packed)
+}
+
+/// The codes of a sparse matrix: scales as those of [`Source::Grouped`], and codes of what is kept.
+pub(super) fn sparse(from: &SparseRows<'_>) -> Option<Packed> {
+    let (grid, [rows, cols]) = (from.grid()?, from.shape());
+    let (bits, group, from_scales, zeros) = grid.parts();
+    if rows == 0 || cols == 0 || !group.is_multiple_of(BLOCK) {
+        return None;
+    }
+    let blocks = group / BLOCK;
+    let kind = match zeros {
+        None => Kind::Group { blocks, zero: 1 << (bits - 1) },
+        Some(_) => Kind::GroupZero { blocks },
+    };
+    let mut scales = Panels::new(rows.div_ceil(LANES), kind.scale_bytes(cols));
+    let panels: Vec<_> = scales.panels_mut().collect();
+    let packed = panels.into_par_iter().enumerate().map(|(panel, scales)| {
+        let first = panel * LANES;
+        let mut codes = vec![None; LANES * cols];
+        for (lane, codes) in codes.chunks_exact_mut(cols).take(rows - first).enumerate() {
+            from.kept_codes(first + lane, |column, code| codes[column] = Some(code));
+            let at = (first + lane) * (cols / group);
+            grid_row(&from_scales[2 * at..], zeros.map(|z| &z[at..]), cols / group, lane, scales);
+        }
+        kept::panel(&codes, cols, bits)
+    });
+    let codes = kept::Panels::new(packed.collect());
+    let codes = Codes::Kept(codes);
+    Some(Packed { rows, cols, bits, kind, codes, scales, activations: None })
+}
+
+/// Writes the scales and zero points of a row's groups into a lane.
+fn grid_row(from: &[u8], zeros: Option<&[u8]>, groups: usize, lane: usize, scales: &mut [u8]) {
+    let each = scales.len() / groups;
+    for (g, to) in scales.chunks_exact_mut(each).enumerate() {
+        half(to, 0, lane, &from[2 * g..]);
+        if let Some(zeros) = zeros {
+            to[2 * LANES + lane] = zeros[g];
+        }
+    }
 }
 
 /// Width of the codes and kind of the scales, if there is a kernel for them.
@@ -145,15 +189,8 @@ impl<'a> Reader<'a> {
                     put(block, &stream(bytes, bits));
                 }
                 let groups = self.cols / group;
-                let each = scales.len() / groups;
-                for g in 0..groups {
-                    let at = row * groups + g;
-                    let to = &mut scales[g * each..(g + 1) * each];
-                    half(to, 0, lane, &from[2 * at..]);
-                    if let Some(zeros) = zeros {
-                        to[2 * LANES + lane] = zeros[at];
-                    }
-                }
+                let at = row * groups;
+                grid_row(&from[2 * at..], zeros.map(|z| &z[at..]), groups, lane, scales);
             }
             Source::Rows { codes, scales: from } => {
                 let codes = &codes[row * self.cols..(row + 1) * self.cols];

@@ -11,7 +11,7 @@ pub(super) const VECTOR: usize = 64;
 #[repr(C, align(64))]
 struct Line([u8; VECTOR]);
 
-/// Zeroed bytes, one equal piece a panel, aligned to cache lines.
+/// Zeroed bytes, one equal piece a panel, aligned to cache lines, with a line more behind them.
 pub(super) struct Panels {
     lines: Vec<Line>,
     bytes: usize,
@@ -45,14 +45,19 @@ impl Panels {
         self.all()[panel * self.each..].as_ptr()
     }
 
-    pub fn panels_mut(&mut self) -> std::slice::ChunksExactMut<'_, u8> {
-        let (bytes, each) = (self.bytes, self.each.max(1));
+    /// The first `bytes` of them, in one piece.
+    pub fn all_mut(&mut self) -> &mut [u8] {
+        let bytes = self.bytes;
         // SAFETY: lines are plain bytes without gaps, and `bytes` of them are in the allocation.
-        let all = unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), bytes) };
-        <[u8]>::chunks_exact_mut(all, each)
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), bytes) }
     }
 
-    fn all(&self) -> &[u8] {
+    pub fn panels_mut(&mut self) -> std::slice::ChunksExactMut<'_, u8> {
+        let each = self.each.max(1);
+        self.all_mut().chunks_exact_mut(each)
+    }
+
+    pub fn all(&self) -> &[u8] {
         // SAFETY: as above.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.bytes) }
     }

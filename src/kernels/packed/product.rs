@@ -9,11 +9,12 @@ use super::super::simd::{self, Level, Simd, Task};
 use super::super::threads::{self, Shared};
 #[cfg(target_arch = "x86_64")]
 use super::amx;
+use super::kept::{self, Kept};
 use super::panels::LANES;
 use super::scales::{Factors, Min, One, Scales, SignedFactors, Zero};
-use super::tile::{Panel, tile};
+use super::tile::{All, Panel, Stream, tile};
 use super::whole::{self, Bytes, Dual, Groups};
-use super::{Kind, Packed};
+use super::{Codes, Kind, Packed};
 
 /// A matrix and where its product goes, `[tokens, rows]`.
 pub struct Job<'a> {
@@ -60,7 +61,11 @@ pub(super) fn multiply_at(
             if !own.is_empty() {
                 let panels = own.start - start..own.end - start;
                 threads::with_scratch(scratch, |scratch| {
-                    simd::run(level, Piece { weight, panels, x, y: *y, scratch });
+                    let piece = Piece { weight, panels, x, y: *y, scratch };
+                    match weight.codes {
+                        Codes::All(_) => simd::run(level, piece),
+                        Codes::Kept(_) => simd::run_expanding(level, Sparse(piece)),
+                    }
                 });
             }
             start = end;
@@ -103,23 +108,29 @@ impl Task for Piece<'_> {
     unsafe fn run<S: Simd>(self) {
         let w = self.weight;
         match (w.bits, w.kind) {
-            (4, Kind::Block { zero }) => self.panels::<S, 4, _>(One(1), zero),
-            (5, Kind::Block { zero }) => self.panels::<S, 5, _>(One(1), zero),
-            (8, Kind::Block { zero }) => self.panels::<S, 8, _>(One(1), zero),
-            (4, Kind::BlockMin) => self.panels::<S, 4, _>(Min, 0),
-            (5, Kind::BlockMin) => self.panels::<S, 5, _>(Min, 0),
-            (4, Kind::Super) => self.panels::<S, 4, _>(Factors, 0),
-            (5, Kind::Super) => self.panels::<S, 5, _>(Factors, 0),
-            (6, Kind::SuperSigned) => self.panels::<S, 6, _>(SignedFactors, 32),
-            (2, Kind::Group { blocks, zero }) => self.panels::<S, 2, _>(One(blocks), zero),
-            (3, Kind::Group { blocks, zero }) => self.panels::<S, 3, _>(One(blocks), zero),
-            (4, Kind::Group { blocks, zero }) => self.panels::<S, 4, _>(One(blocks), zero),
-            (8, Kind::Group { blocks, zero }) => self.panels::<S, 8, _>(One(blocks), zero),
-            (2, Kind::GroupZero { blocks }) => self.panels::<S, 2, _>(Zero { blocks, less: 0 }, 0),
-            (3, Kind::GroupZero { blocks }) => self.panels::<S, 3, _>(Zero { blocks, less: 0 }, 0),
-            (4, Kind::GroupZero { blocks }) => self.panels::<S, 4, _>(Zero { blocks, less: 0 }, 0),
+            (4, Kind::Block { zero }) => self.panels::<S, All<4>, _>(One(1), zero),
+            (5, Kind::Block { zero }) => self.panels::<S, All<5>, _>(One(1), zero),
+            (8, Kind::Block { zero }) => self.panels::<S, All<8>, _>(One(1), zero),
+            (4, Kind::BlockMin) => self.panels::<S, All<4>, _>(Min, 0),
+            (5, Kind::BlockMin) => self.panels::<S, All<5>, _>(Min, 0),
+            (4, Kind::Super) => self.panels::<S, All<4>, _>(Factors, 0),
+            (5, Kind::Super) => self.panels::<S, All<5>, _>(Factors, 0),
+            (6, Kind::SuperSigned) => self.panels::<S, All<6>, _>(SignedFactors, 32),
+            (2, Kind::Group { blocks, zero }) => self.panels::<S, All<2>, _>(One(blocks), zero),
+            (3, Kind::Group { blocks, zero }) => self.panels::<S, All<3>, _>(One(blocks), zero),
+            (4, Kind::Group { blocks, zero }) => self.panels::<S, All<4>, _>(One(blocks), zero),
+            (8, Kind::Group { blocks, zero }) => self.panels::<S, All<8>, _>(One(blocks), zero),
+            (2, Kind::GroupZero { blocks }) => {
+                self.panels::<S, All<2>, _>(Zero { blocks, less: 0 }, 0)
+            }
+            (3, Kind::GroupZero { blocks }) => {
+                self.panels::<S, All<3>, _>(Zero { blocks, less: 0 }, 0)
+            }
+            (4, Kind::GroupZero { blocks }) => {
+                self.panels::<S, All<4>, _>(Zero { blocks, less: 0 }, 0)
+            }
             (8, Kind::GroupZero { blocks }) => {
-                self.panels::<S, 8, _>(Zero { blocks, less: 128 }, 128);
+                self.panels::<S, All<8>, _>(Zero { blocks, less: 128 }, 128);
             }
             (8, Kind::Row) => {
                 let groups = Bytes { blocks: w.cols / BLOCK };
@@ -131,13 +142,39 @@ impl Task for Piece<'_> {
     }
 }
 
+/// Panels of which only some codes are stored.
+struct Sparse<'a>(Piece<'a>);
+
+impl Task for Sparse<'_> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let (width, kind) = (kept::width(self.0.weight.bits), self.0.weight.kind);
+        match (width, kind) {
+            (2, Kind::Group { blocks, zero }) => self.0.panels::<S, Kept<2>, _>(One(blocks), zero),
+            (4, Kind::Group { blocks, zero }) => self.0.panels::<S, Kept<4>, _>(One(blocks), zero),
+            (8, Kind::Group { blocks, zero }) => self.0.panels::<S, Kept<8>, _>(One(blocks), zero),
+            (2, Kind::GroupZero { blocks }) => {
+                self.0.panels::<S, Kept<2>, _>(Zero { blocks, less: 0 }, 0);
+            }
+            (4, Kind::GroupZero { blocks }) => {
+                self.0.panels::<S, Kept<4>, _>(Zero { blocks, less: 0 }, 0);
+            }
+            (8, Kind::GroupZero { blocks }) => {
+                self.0.panels::<S, Kept<8>, _>(Zero { blocks, less: 128 }, 128);
+            }
+            _ => unreachable!("no matrix is packed so"),
+        }
+    }
+}
+
 impl Piece<'_> {
     /// # Safety
-    /// `BITS`, the reader and `zero` are those of the matrix; the processor has the instructions of `S`;
+    /// `C`, the reader and `zero` are those of the matrix; the processor has the instructions of `S`;
     /// no other thread writes the columns of these panels.
     #[inline(always)]
-    unsafe fn panels<S: Simd, const BITS: u8, G: Scales>(mut self, reader: G, zero: u8) {
-        let whole = self.in_tiles::<S, BITS, G>(reader, zero);
+    unsafe fn panels<S: Simd, C: Stream, G: Scales>(mut self, reader: G, zero: u8) {
+        let whole = self.in_tiles::<S, C, G>(reader, zero);
         let tokens = self.x.tokens();
         if whole == tokens {
             return;
@@ -147,23 +184,23 @@ impl Piece<'_> {
             let mut token = whole;
             if S::TILE >= 8 {
                 while token + 8 <= tokens {
-                    let sums = tile::<S, BITS, G, 8>(panel, self.x, token);
+                    let sums = tile::<S, C, G, 8>(panel, self.x, token);
                     self.store::<S, 8>(index, token, sums);
                     token += 8;
                 }
             }
             while token + 4 <= tokens {
-                let sums = tile::<S, BITS, G, 4>(panel, self.x, token);
+                let sums = tile::<S, C, G, 4>(panel, self.x, token);
                 self.store::<S, 4>(index, token, sums);
                 token += 4;
             }
             if token + 2 <= tokens {
-                let sums = tile::<S, BITS, G, 2>(panel, self.x, token);
+                let sums = tile::<S, C, G, 2>(panel, self.x, token);
                 self.store::<S, 2>(index, token, sums);
                 token += 2;
             }
             if token < tokens {
-                let sums = tile::<S, BITS, G, 1>(panel, self.x, token);
+                let sums = tile::<S, C, G, 1>(panel, self.x, token);
                 self.store::<S, 1>(index, token, sums);
             }
         }
@@ -270,11 +307,7 @@ impl Piece<'_> {
     /// As of `panels`.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    unsafe fn in_tiles<S: Simd, const BITS: u8, G: Scales>(
-        &mut self,
-        reader: G,
-        zero: u8,
-    ) -> usize {
+    unsafe fn in_tiles<S: Simd, C: Stream, G: Scales>(&mut self, reader: G, zero: u8) -> usize {
         if !S::AMX || self.scratch.is_empty() {
             return 0;
         }
@@ -284,7 +317,7 @@ impl Piece<'_> {
         let start = start.add(start.align_offset(64));
         for index in self.panels.clone() {
             let panel = self.panel(index, reader, zero);
-            amx::unpack::<S, BITS>(panel.codes, zero, self.x.cols(), start);
+            amx::unpack::<S, C, G>(panel, self.x.cols(), start);
             for token in (0..whole).step_by(amx::TOKENS) {
                 let sums = amx::tile::<S, G>(&tiles, panel, start, self.x, token);
                 self.store::<S, { amx::TOKENS }>(index, token, sums);
@@ -298,7 +331,7 @@ impl Piece<'_> {
     #[cfg(not(target_arch = "x86_64"))]
     #[inline(always)]
     #[allow(clippy::extra_unused_type_parameters)]
-    unsafe fn in_tiles<S: Simd, const BITS: u8, G: Scales>(&mut self, _: G, _: u8) -> usize {
+    unsafe fn in_tiles<S: Simd, C: Stream, G: Scales>(&mut self, _: G, _: u8) -> usize {
         0
     }
 
@@ -308,7 +341,7 @@ impl Piece<'_> {
             codes: self.weight.codes.start(index),
             scales: self.weight.scales.start(index),
             reader,
-            zero: zero.into(),
+            zero,
         }
     }
 

@@ -6,7 +6,7 @@ use half::f16;
 
 use super::super::quantize::BLOCK;
 use super::super::simd::Simd;
-use super::panels::{self, LANES};
+use super::panels::LANES;
 use super::{Kind, Packed};
 
 /// Reads the scales of a panel, unit by unit, block by block.
@@ -27,6 +27,15 @@ pub(super) trait Scales: Copy {
     /// # Safety
     /// `p` is the start of a unit, and the processor has the instructions of `S`.
     unsafe fn unit<S: Simd>(self, p: *const u8) -> Self::Unit<S>;
+
+    /// The code that stands for 0.
+    ///
+    /// # Safety
+    /// As of `unit`.
+    #[inline(always)]
+    unsafe fn absent<S: Simd>(self, _: *const u8, zero: u8) -> S::C {
+        S::splat_codes(zero)
+    }
 
     /// Scales of the halves (equal if there is one) and the minimum of block `block` of the unit.
     ///
@@ -120,6 +129,10 @@ impl Scales for Zero {
         (scale, S::mul(scale, S::sub(S::splat(f32::from(self.less)), zero)))
     }
     #[inline(always)]
+    unsafe fn absent<S: Simd>(self, p: *const u8, _: u8) -> S::C {
+        S::spread(p.add(2 * LANES))
+    }
+    #[inline(always)]
     unsafe fn block<S: Simd>(
         self,
         (d, m): (S::F, S::F),
@@ -190,13 +203,6 @@ impl Scales for SignedFactors {
 }
 
 impl Packed {
-    /// The code of an element.
-    pub(super) fn code(&self, row: usize, column: usize) -> u8 {
-        let each = panels::block_bytes(self.bits);
-        let panel = &self.codes.panel(row / LANES)[column / BLOCK * each..][..each];
-        panels::get(panel, self.bits, row % LANES, column % BLOCK)
-    }
-
     /// The scale of a whole row.
     fn row_scale(&self, row: usize) -> f32 {
         let at = 4 * (row % LANES);

@@ -3,6 +3,7 @@ use super::super::ggml::{GgmlRows, testing::blocks};
 use super::super::grouped::{Grid, GroupedRows};
 use super::super::quantize::{Activations, Grain};
 use super::super::simd::Level;
+use super::super::sparse::{Places, SparseRows, Values, place_bits};
 use super::super::{dot, dot::Rows};
 use super::product::{Job, multiply, multiply_at};
 use super::*;
@@ -303,4 +304,161 @@ fn several_matrices_share_their_input() {
     }
     // Codes and scales as the file has them: 20 bytes for 32 weights.
     assert_eq!(weights[2].bytes(), 16 * 2 * 20);
+}
+
+/// Codes of a sparse matrix in its own layout and, with the zero point where nothing is kept, in that of a full one.
+struct Pruned {
+    places: Vec<u8>,
+    codes: Vec<u8>,
+    starts: Vec<usize>,
+    full: Vec<u8>,
+    scales: Vec<u8>,
+    zeros: Vec<u8>,
+}
+
+impl Pruned {
+    /// Elements where `kept(row, column)`, with a bitmap or, of groups of `of`, with places.
+    fn new(
+        [rows, cols]: [usize; 2],
+        bits: usize,
+        group: usize,
+        symmetric: bool,
+        of: Option<u32>,
+        kept: impl Fn(usize, usize) -> bool,
+    ) -> Self {
+        let mut state = (rows * cols * bits) as u32;
+        let mut next = |below: u32| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) % below
+        };
+        let groups = rows * cols / group;
+        let scales: Vec<u8> = (0..groups)
+            .flat_map(|_| half::f16::from_f32(0.001 + next(999) as f32 / 9000.0).to_le_bytes())
+            .collect();
+        let zeros: Vec<u8> = (0..groups).map(|_| next(1 << bits) as u8).collect();
+        let (mut places, mut codes, mut full) = (Vec::new(), Vec::new(), Vec::new());
+        let mut starts = Vec::new();
+        for row in 0..rows {
+            starts.push(codes.len());
+            let code: Vec<u8> = (0..cols).map(|_| next(1 << bits) as u8).collect();
+            let chosen: Vec<usize> = (0..cols).filter(|c| kept(row, *c)).collect();
+            put_stream(chosen.iter().map(|c| code[*c]), bits, &mut codes);
+            let place = |c: &usize| (*c % of.unwrap_or(1) as usize) as u8;
+            match of {
+                Some(of) => {
+                    put_stream(chosen.iter().map(place), place_bits(of) as usize, &mut places);
+                }
+                None => put_stream((0..cols).map(|c| u8::from(kept(row, c))), 1, &mut places),
+            }
+            let absent = |c: usize| match symmetric {
+                true => 1 << (bits - 1),
+                false => zeros[(row * cols + c) / group],
+            };
+            let all = (0..cols).map(|c| if kept(row, c) { code[c] } else { absent(c) });
+            put_stream(all, bits, &mut full);
+        }
+        Self { places, codes, starts, full, scales, zeros }
+    }
+}
+
+fn put_stream(codes: impl Iterator<Item = u8>, bits: usize, out: &mut Vec<u8>) {
+    let (mut word, mut have) = (0_u32, 0);
+    for code in codes {
+        word |= u32::from(code) << have;
+        have += bits;
+        while have >= 8 {
+            out.push(word as u8);
+            word >>= 8;
+            have -= 8;
+        }
+    }
+    if have > 0 {
+        out.push(word as u8);
+    }
+}
+
+#[test]
+fn sparse_codes_multiply_as_full_ones_with_zeros_to_the_bit() {
+    // Half of each four, a quarter of each eight, one of 32, anything, nothing in whole rows, all.
+    let patterns: [(&str, Option<(u32, u32)>, fn(usize, usize) -> bool); 6] = [
+        ("2:4", Some((2, 4)), |r, c| (c + r + c / 4) % 4 < 2),
+        ("2 of 8", Some((2, 8)), |r, c| matches!((c + 3 * (r + c / 8)) % 8, 0 | 5)),
+        ("1 of 32", Some((1, 32)), |r, c| (c * 7 + r * 5 + c / 32) % 32 == 0),
+        ("any", None, |r, c| (r * 31 + c * 17 + r * c) % 7 < 3),
+        ("some rows", None, |r, c| r % 3 == 0 && (c / 5 + r) % 2 == 0),
+        ("all", None, |_, _| true),
+    ];
+    for (name, list, kept) in patterns {
+        for (rows, blocks_each) in [(1, 1), (16, 3), (37, 5)] {
+            for (bits, group) in [(2, 32), (3, 64), (4, 32), (4, 96), (8, 32), (8, 64)] {
+                for symmetric in [false, true] {
+                    let (cols, what) =
+                        (blocks_each * group, format!("{name}, {bits} bits, {rows}"));
+                    let of = list.map(|(_, of)| of);
+                    let p = Pruned::new([rows, cols], bits, group, symmetric, of, kept);
+                    let zeros = (!symmetric).then_some(&p.zeros[..]);
+                    let places = match list {
+                        None => Places::Bitmap(&p.places),
+                        Some((keep, of)) => Places::NOfM { places: &p.places, keep, of },
+                    };
+                    let bits = bits as u8;
+                    let grid = Grid::new(bits, group, [rows, cols], &p.scales, zeros);
+                    let values = Values::Codes(&p.codes, grid);
+                    let from = SparseRows::new([rows, cols], places, values, &p.starts);
+                    let sparse = Packed::sparse(&from).unwrap();
+                    let (codes, scales) = (&p.full, &p.scales);
+                    let source = Source::Grouped { bits, group, codes, scales, zeros };
+                    let full = Packed::new(source, rows, cols).unwrap();
+                    let (mut own, mut read, mut same) =
+                        (vec![0.0; cols], vec![0.0; cols], vec![0.0; cols]);
+                    for row in 0..rows {
+                        dot::read(&from, row, &mut own);
+                        sparse.read_row(row, &mut read);
+                        full.read_row(row, &mut same);
+                        assert_eq!((&own, &own), (&read, &same), "{what}, row {row}");
+                    }
+                    for tokens in [1, 2, 4, 7, 9, 16, 37] {
+                        let x: Vec<f32> = (0..tokens * cols)
+                            .map(|i| ((i * 7919) % 1013) as f32 / 300.0 - 1.6)
+                            .collect();
+                        let mut rounded = Activations::default();
+                        rounded.set(&x, cols, sparse.grain());
+                        for (level, tiles) in paths() {
+                            let bits = |weight| {
+                                let mut y = vec![f32::NAN; tokens * rows];
+                                let jobs = &mut [Some(Job { weight, y: &mut y })];
+                                multiply_at(level, tiles, &rounded, jobs);
+                                y.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+                            };
+                            assert_eq!(bits(&sparse), bits(&full), "{what}, {tokens}, {level:?}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn sparse_codes_take_a_bit_an_element_and_their_own_bits() {
+    let (rows, cols, group) = (32, 128, 64);
+    for (bits, width) in [(2, 2), (3, 4), (4, 4), (8, 8)] {
+        let p = Pruned::new([rows, cols], bits, group, true, Some(4), |r, c| (c + r) % 4 < 2);
+        let grid = Grid::new(bits as u8, group, [rows, cols], &p.scales, None);
+        let places = Places::NOfM { places: &p.places, keep: 2, of: 4 };
+        let values = Values::Codes(&p.codes, grid);
+        let packed = Packed::sparse(&SparseRows::new([rows, cols], places, values, &p.starts));
+        let elements = rows * cols;
+        let (scales, starts) = (2 * elements / group, 2 * size_of::<usize>());
+        let codes = elements / 8 + elements / 2 * width / 8;
+        assert_eq!(packed.unwrap().bytes(), codes + scales + starts);
+    }
+    // Groups that are no whole blocks, and values that are no codes, are left to their own layout.
+    let (places, scales) = (vec![0; 8], vec![0; 8]);
+    let values = Values::Codes(&[], Grid::new(4, 16, [1, 64], &scales, None));
+    let rows = SparseRows::new([1, 64], Places::Bitmap(&places), values, &[0, 0]);
+    assert!(Packed::sparse(&rows).is_none());
+    let values = Values::Dense(&[], dot::DenseKind::F32);
+    let rows = SparseRows::new([1, 64], Places::Bitmap(&places), values, &[0, 0]);
+    assert!(Packed::sparse(&rows).is_none());
 }

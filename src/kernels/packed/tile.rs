@@ -54,6 +54,44 @@ impl<const BITS: u8> Codes<BITS> {
     }
 }
 
+/// The codes of a panel, block after block.
+pub(super) trait Stream: Copy {
+    /// Whether codes may be above 127.
+    const WIDE: bool;
+
+    /// From the start of a panel on.
+    fn new(codes: *const u8) -> Self;
+
+    /// The codes of the next block, four columns a vector; `absent` for those that are not stored. Asks for what
+    /// follows if `ahead`.
+    ///
+    /// # Safety
+    /// The panel has another block, and the processor has the instructions of `S`.
+    unsafe fn next<S: Simd>(&mut self, absent: S::C, ahead: bool) -> [S::C; 8];
+}
+
+/// All codes are stored.
+#[derive(Clone, Copy)]
+pub(super) struct All<const BITS: u8>(*const u8);
+
+impl<const BITS: u8> Stream for All<BITS> {
+    const WIDE: bool = BITS == 8;
+
+    #[inline(always)]
+    fn new(codes: *const u8) -> Self {
+        Self(codes)
+    }
+    #[inline(always)]
+    unsafe fn next<S: Simd>(&mut self, _: S::C, ahead: bool) -> [S::C; 8] {
+        let at = self.0;
+        if ahead {
+            ask_ahead(at, block_bytes(BITS));
+        }
+        self.0 = at.add(block_bytes(BITS));
+        Codes::<BITS>::unpack::<S>(at)
+    }
+}
+
 /// Up to so many tokens a panel is read too fast for the processor to fetch ahead by itself.
 pub(super) const FEW: usize = 16;
 
@@ -71,7 +109,7 @@ pub(super) struct Panel<G: Scales> {
     pub codes: *const u8,
     pub scales: *const u8,
     pub reader: G,
-    pub zero: i32,
+    pub zero: u8,
 }
 
 /// The same for each token of a tile, without a loop, so that sums stay in registers.
@@ -94,7 +132,7 @@ pub(super) use each_token;
 /// The pointers are those of a panel of `x.cols()` columns, tokens `first .. first + T` exist, and the
 /// processor has the instructions of `S`.
 #[inline(always)]
-pub(super) unsafe fn tile<S: Simd, const BITS: u8, G: Scales, const T: usize>(
+pub(super) unsafe fn tile<S: Simd, C: Stream, G: Scales, const T: usize>(
     panel: Panel<G>,
     x: &Activations,
     first: usize,
@@ -104,22 +142,22 @@ pub(super) unsafe fn tile<S: Simd, const BITS: u8, G: Scales, const T: usize>(
     let scales = x.scales().as_ptr().add(first * blocks);
     let weighted = x.weighted().as_ptr().add(first * blocks);
     let offsets = x.sums().as_ptr().add(2 * first * blocks);
-    let zero = if BITS == 8 { panel.zero - 128 + S::WIDE_ZERO } else { panel.zero };
-    let dot = |sum, w, x| if BITS == 8 { S::dot_wide(sum, w, x) } else { S::dot(sum, w, x) };
+    let zero = i32::from(panel.zero) + if C::WIDE { S::WIDE_ZERO - 128 } else { 0 };
+    let dot = |sum, w, x| if C::WIDE { S::dot_wide(sum, w, x) } else { S::dot(sum, w, x) };
 
     let mut sums = [S::splat(0.0); T];
     let reader = panel.reader;
     let mut block = 0;
     let mut unit_at = panel.scales;
+    let mut stream = C::new(panel.codes);
     while block < blocks {
         let unit = reader.unit::<S>(unit_at);
+        let absent = reader.absent::<S>(unit_at, panel.zero);
         for inside in 0..reader.blocks() {
-            let at = panel.codes.add(block * block_bytes(BITS));
             if T <= FEW {
-                ask_ahead(at, block_bytes(BITS));
                 prefetch(unit_at);
             }
-            let w = Codes::<BITS>::unpack::<S>(at);
+            let w = stream.next::<S>(absent, T <= FEW);
             let (scale, min) = reader.block::<S>(unit, unit_at, inside);
             each_token!(I => {
                 if I < T {

@@ -124,8 +124,9 @@ impl Pattern {
 
     /// Groups that are worth a thread of their own with `tokens`.
     fn grain(&self, tokens: usize) -> usize {
-        const GRAIN: usize = 1 << 17;
-        let group = self.values() / self.groups().max(1);
+        const GRAIN: usize = 1 << 16;
+        // Packing activations passes over all columns, whatever is kept.
+        let group = self.values() / self.groups().max(1) + self.cols;
         GRAIN / (group * tokens).max(1) + 1
     }
 }

@@ -149,6 +149,18 @@ pub fn run<T: Task>(level: Level, task: T) -> T::Out {
     }
 }
 
+/// The same, where the processor has it with an instruction that moves bytes to the places of a mask beside those
+/// of the highest level: what few kernels use is no level of its own, for which all others were compiled too.
+#[inline]
+pub fn run_expanding<T: Task>(level: Level, task: T) -> T::Out {
+    #[cfg(target_arch = "x86_64")]
+    if level == Level::Vnni && level <= Level::best() && is_x86_feature_detected!("avx512vbmi2") {
+        // SAFETY: the level and the extension were detected on this processor.
+        return unsafe { x86::with_expanding(task) };
+    }
+    run(level, task)
+}
+
 /// 16 f32 (`F`) and 16 bytes (`B`).
 ///
 /// # Safety
@@ -168,6 +180,19 @@ pub trait Simd: Integer {
     unsafe fn mul_add(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// Halves are added first: lane i to i + 8, then to i + 4, i + 2, i + 1.
     unsafe fn sum(v: Self::F) -> f32;
+
+    /// Lane `i` of vector `j` becomes lane `j` of vector `i`.
+    #[inline(always)]
+    unsafe fn transpose(rows: [Self::F; 16]) -> [Self::F; 16] {
+        let mut block = [[0.0; 16]; 16];
+        for (out, row) in block.iter_mut().zip(rows) {
+            Self::store(out.as_mut_ptr(), row);
+        }
+        std::array::from_fn(|i| {
+            let column: [f32; 16] = std::array::from_fn(|j| block[j][i]);
+            Self::load(column.as_ptr())
+        })
+    }
 
     /// Lane 0.
     unsafe fn first(v: Self::F) -> f32;

@@ -11,6 +11,13 @@ pub(super) unsafe fn with_vnni<T: Task>(task: T) -> T::Out {
     task.run::<Avx512<true>>()
 }
 
+#[target_feature(
+    enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi2,avx2,fma,f16c,popcnt,bmi1"
+)]
+pub(super) unsafe fn with_expanding<T: Task>(task: T) -> T::Out {
+    task.run::<Avx512<true, true>>()
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt,bmi1")]
 pub(super) unsafe fn with_avx512<T: Task>(task: T) -> T::Out {
     task.run::<Avx512<false>>()
@@ -68,9 +75,9 @@ unsafe fn sum8(v: __m256) -> f32 {
 
 /// With or without products of bytes.
 #[derive(Clone, Copy)]
-pub struct Avx512<const VNNI: bool>;
+pub struct Avx512<const VNNI: bool, const EXPANDS: bool = false>;
 
-impl<const VNNI: bool> Simd for Avx512<VNNI> {
+impl<const VNNI: bool, const EXPANDS: bool> Simd for Avx512<VNNI, EXPANDS> {
     type F = __m512;
     common!();
 
@@ -85,6 +92,37 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: Self::F) {
         _mm512_storeu_ps(p, v);
+    }
+    #[inline(always)]
+    unsafe fn transpose(rows: [Self::F; 16]) -> [Self::F; 16] {
+        // Pairs of rows, then rows by four: vector `4 g + c` holds column `4 l + c` of rows `4 g ..` in its
+        // quarter `l`. Then quarters change places.
+        let mut fours = rows;
+        for (rows, out) in rows.chunks_exact(4).zip(fours.chunks_exact_mut(4)) {
+            let pairs = [
+                _mm512_castps_pd(_mm512_unpacklo_ps(rows[0], rows[1])),
+                _mm512_castps_pd(_mm512_unpackhi_ps(rows[0], rows[1])),
+                _mm512_castps_pd(_mm512_unpacklo_ps(rows[2], rows[3])),
+                _mm512_castps_pd(_mm512_unpackhi_ps(rows[2], rows[3])),
+            ];
+            out[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[0], pairs[2]));
+            out[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[0], pairs[2]));
+            out[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[1], pairs[3]));
+            out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[1], pairs[3]));
+        }
+        let mut out = fours;
+        for c in 0..4 {
+            let [a, b, d, e] = [fours[c], fours[4 + c], fours[8 + c], fours[12 + c]];
+            let (even, odd) =
+                (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+            let (evens, odds) =
+                (_mm512_shuffle_f32x4::<0x88>(d, e), _mm512_shuffle_f32x4::<0xdd>(d, e));
+            out[c] = _mm512_shuffle_f32x4::<0x88>(even, evens);
+            out[4 + c] = _mm512_shuffle_f32x4::<0x88>(odd, odds);
+            out[8 + c] = _mm512_shuffle_f32x4::<0xdd>(even, evens);
+            out[12 + c] = _mm512_shuffle_f32x4::<0xdd>(odd, odds);
+        }
+        out
     }
     #[inline(always)]
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F {

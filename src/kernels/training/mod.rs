@@ -5,6 +5,7 @@ pub mod activation;
 pub mod attention;
 pub mod batch_norm;
 pub mod convolution;
+pub mod distillation;
 pub mod elementwise;
 pub mod entropy;
 pub mod lstm;

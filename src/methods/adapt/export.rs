@@ -37,8 +37,9 @@ pub struct About<'a> {
 /// The files of `tuned` in the form of PEFT.
 ///
 /// # Errors
-/// UNSUPPORTED for what PEFT has no files for: no adapter at all.
+/// UNSUPPORTED for what PEFT has no files for (no adapter at all), and for factors of embeddings.
 pub fn peft(tuned: &Tuned, about: &About<'_>) -> Result<Folder> {
+    check_linears(tuned, about)?;
     if tuned.modules.is_empty() {
         return Err(Error::new(
             Reason::Unsupported,
@@ -65,6 +66,103 @@ pub fn peft(tuned: &Tuned, about: &About<'_>) -> Result<Folder> {
         let root = if adapter.rslora { (rank as f64).sqrt() } else { rank as f64 };
         written.insert(path, (rank, adapter.scale * root));
     }
+    add_whole(tuned, about, &mut tensors)?;
+    Folder::new(config(tuned, about, &written, dora > 0)?, tensors)
+}
+
+/// The same as AdaLoRA: the columns of `B` with length 1, and their lengths in a vector between the factors,
+/// as that method trains them. The rank at the start is the largest there is.
+///
+/// # Errors
+/// UNSUPPORTED for DoRA and for what PEFT has no files for.
+pub fn adalora(tuned: &Tuned, about: &About<'_>) -> Result<Folder> {
+    check_linears(tuned, about)?;
+    let parts: Vec<(String, LowRank)> = tuned
+        .modules
+        .values()
+        .map(|adapter| {
+            Ok((format!("{}{}", about.inside, module(&adapter.linear)), adapter.low_rank()?))
+        })
+        .collect::<Result<_>>()?;
+    let Some(first) = parts.iter().map(|(_, part)| part.rank).max() else {
+        return Err(Error::new(
+            Reason::Unsupported,
+            "there is no adapter on a linear to write for PEFT: tensors that were trained whole make a \
+             model, export that",
+        ));
+    };
+    let mut tensors = BTreeMap::new();
+    let mut left = Map::new();
+    for (path, LowRank { shape: [rows, cols], rank, a, mut b, scale, .. }) in parts {
+        let mut lengths = vec![0f64; rank];
+        for row in b.chunks(rank) {
+            lengths.iter_mut().zip(row).for_each(|(l, b)| *l += f64::from(*b).powi(2));
+        }
+        lengths.iter_mut().for_each(|l| *l = l.sqrt());
+        for row in b.chunks_mut(rank) {
+            for (b, length) in row.iter_mut().zip(&lengths) {
+                *b = if *length > 0.0 { (f64::from(*b) / length) as f32 } else { 0.0 };
+            }
+        }
+        let e = lengths.iter().map(|length| (length * scale) as f32).collect();
+        let name = |end: &str| format!("{PREFIX}{path}.{end}");
+        tensors.insert(name("lora_A"), Plain::new(&[rank, cols], a));
+        tensors.insert(name("lora_B"), Plain::new(&[rows, rank], b));
+        tensors.insert(name("lora_E"), Plain::new(&[rank, 1], e));
+        let kept: Vec<bool> = (0..first).map(|i| i < rank).collect();
+        left.insert(format!("{path}.lora_E"), json!(kept));
+    }
+    add_whole(tuned, about, &mut tensors)?;
+    let (bias, saved) = saved(tuned, about)?;
+    let map = json!({
+        "base_model_name_or_path": about.base,
+        "beta1": 0.85,
+        "beta2": 0.85,
+        "bias": bias,
+        "deltaT": 1,
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "init_r": first,
+        // The scale is in E: alpha over the first rank and this offset is 1.
+        "lora_alpha": first as f64 + 1e-5,
+        "lora_dropout": tuned.dropout,
+        "modules_to_save": saved,
+        "orth_reg_weight": 0.5,
+        "peft_type": "ADALORA",
+        "r": first,
+        "rank_pattern": left,
+        "target_modules": targets(tuned, about),
+        "target_r": first,
+        "task_type": about.task,
+        "tfinal": 0,
+        "tinit": 0,
+        // PEFT wants a schedule; who trains on sets another.
+        "total_step": 1,
+    });
+    match map {
+        Value::Object(map) => Folder::new(map, tensors),
+        _ => Err(Error::internal("the settings of an adapter are no object")),
+    }
+}
+
+fn check_linears(tuned: &Tuned, about: &About<'_>) -> Result<()> {
+    let linear = |name: &&String| !about.shapes.linears.iter().any(|(known, _)| known == *name);
+    match tuned.modules.keys().find(linear) {
+        None => Ok(()),
+        Some(name) => Err(Error::new(
+            Reason::Unsupported,
+            format!("'{name}' is an embedding, whose factors are exported as they came"),
+        )),
+    }
+}
+
+/// Adds the tensors that were trained whole and those of the head.
+fn add_whole(
+    tuned: &Tuned,
+    about: &About<'_>,
+    tensors: &mut BTreeMap<String, Plain>,
+) -> Result<()> {
     for (name, var) in &tuned.whole {
         let values = var.flatten_all()?.to_vec1::<f32>()?;
         let key = format!("{PREFIX}{}{name}", about.inside);
@@ -73,7 +171,14 @@ pub fn peft(tuned: &Tuned, about: &About<'_>) -> Result<Folder> {
     for (name, plain) in about.heads {
         tensors.insert(format!("{PREFIX}{name}"), plain.clone());
     }
-    Folder::new(config(tuned, about, &written, dora > 0)?, tensors)
+    Ok(())
+}
+
+/// PEFT's `bias` and `modules_to_save`.
+fn saved(tuned: &Tuned, about: &About<'_>) -> Result<(&'static str, Value)> {
+    let (bias, mut saved) = whole(tuned, about)?;
+    saved.extend(about.heads.keys().map(|name| module(name).to_owned()));
+    Ok((bias, if saved.is_empty() { Value::Null } else { json!(saved) }))
 }
 
 fn config(
@@ -95,9 +200,7 @@ fn config(
             alphas.insert(path.clone(), number(*a));
         }
     }
-    let (bias, mut saved) = whole(tuned, about)?;
-    saved.extend(about.heads.keys().map(|name| module(name).to_owned()));
-    let saved = if saved.is_empty() { Value::Null } else { json!(saved) };
+    let (bias, saved) = saved(tuned, about)?;
     let map = json!({
         "alpha_pattern": alphas,
         "base_model_name_or_path": about.base,
@@ -210,10 +313,10 @@ pub fn served(tuned: &Tuned) -> Result<Adapter> {
 }
 
 /// What files say, as something that can be tuned further, merged and written. `inside` is cut from the
-/// names; tensors of heads are returned beside.
+/// names; tensors of heads are returned beside. A bias of factors becomes a part of the layer's bias.
 ///
 /// # Errors
-/// MODEL_UNSUITABLE for an adapter of another model; UNSUPPORTED_FORMAT for biases of factors.
+/// MODEL_UNSUITABLE for an adapter of another model; UNSUPPORTED_FORMAT for biases of DoRA's factors.
 pub fn load(
     contents: &Contents,
     inside: &str,
@@ -234,8 +337,19 @@ pub fn load(
                 entry.shape
             )));
         }
+        if let Some(own) = &entry.bias {
+            let (name, values) = bias(&linear, entry, own, weights)?;
+            tuned.whole.insert(name, values);
+        }
         let adapter = from_entry(linear, entry, weights)?;
         tuned.modules.insert(adapter.linear.clone(), adapter);
+    }
+    for (path, entry) in &contents.tables {
+        let name = format!("{}.weight", path.strip_prefix(inside).unwrap_or(path));
+        if shapes.tensors.get(&name).map(Vec::as_slice) != Some(&entry.shape) {
+            return Err(misfit(format!("it has no table '{name}' of shape {:?}", entry.shape)));
+        }
+        tuned.modules.insert(name.clone(), from_entry(name, entry, weights)?);
     }
     let mut heads = BTreeMap::new();
     for (name, plain) in &contents.whole {
@@ -243,7 +357,15 @@ pub fn load(
         match shapes.tensors.get(inner) {
             Some(shape) if *shape == plain.shape => {
                 let var = Var::from_vec(plain.values.clone(), shape.as_slice(), &Device::Cpu)?;
-                tuned.whole.insert(inner.to_owned(), var);
+                if tuned.whole.insert(inner.to_owned(), var).is_some() {
+                    return Err(Error::new(
+                        Reason::UnsupportedFormat,
+                        format!(
+                            "'{inner}' was trained whole and has a bias of factors beside; merge this \
+                             adapter into its base and import that instead"
+                        ),
+                    ));
+                }
             }
             Some(shape) => {
                 return Err(misfit(format!(
@@ -259,17 +381,34 @@ pub fn load(
     Ok((tuned, heads))
 }
 
+/// The bias of a linear with that of its factors in it; where the base has none it is one of zeros.
+fn bias(
+    linear: &str,
+    entry: &Entry,
+    own: &[f32],
+    weights: &BTreeMap<String, Arc<Weight>>,
+) -> Result<(String, Var)> {
+    if entry.magnitude.is_some() {
+        return Err(Error::new(
+            Reason::UnsupportedFormat,
+            format!("the adapter of '{linear}' is DoRA with a bias of its own, which is not read"),
+        ));
+    }
+    let name = format!("{}.bias", module(linear));
+    let mut values = match weights.get(&name) {
+        Some(stored) => stored.to_f32(),
+        None => vec![0.0; own.len()],
+    };
+    values.iter_mut().zip(own).for_each(|(v, o)| *v += entry.scale as f32 * o);
+    let len = values.len();
+    Ok((name, Var::from_vec(values, len, &Device::Cpu)?))
+}
+
 fn from_entry(
     linear: String,
     entry: &Entry,
     weights: &BTreeMap<String, Arc<Weight>>,
 ) -> Result<Module> {
-    if entry.bias.is_some() {
-        return Err(Error::new(
-            Reason::UnsupportedFormat,
-            format!("the adapter of '{linear}' has a bias of its own, which is not read"),
-        ));
-    }
     let ([rows, cols], rank) = (entry.shape, entry.rank);
     let (core, core_name) = match (&entry.matrix, &entry.diagonal) {
         (Some(matrix), _) => {
@@ -370,6 +509,39 @@ mod tests {
                 let ours = served(&tuned).unwrap();
                 assert_eq!(files::read(one.path()).unwrap(), ours, "{name}");
             }
+        }
+    }
+
+    #[test]
+    fn adalora_files_say_the_same() {
+        for method in testing::low_rank_methods() {
+            let (case, name) = (Case::decoder(), method.card().name);
+            let tuned = case.start(method.as_ref());
+            case.disturb(&tuned, 0.1);
+            let tuned = method.finish(tuned).unwrap();
+            let none = BTreeMap::new();
+            let folder = adalora(&tuned, &about(&case, &none));
+            if name == "dora" {
+                assert_eq!(folder.unwrap_err().reason(), Reason::Unsupported);
+                continue;
+            }
+            let folder = folder.unwrap();
+            let contents = read(&folder);
+            assert_eq!(contents.kind, crate::formats::peft::Kind::AdaLora);
+            let (loaded, _) = load(&contents, "", case.shapes(), case.weights()).unwrap();
+            for (got, want) in case.outputs(&loaded).iter().zip(case.outputs(&tuned)) {
+                assert!((got - want).abs() < 1e-4 * want.abs().max(1.0), "{name}: {got}, {want}");
+            }
+            for (path, entry) in &contents.modules {
+                for r in 0..entry.rank {
+                    let column = entry.b.iter().skip(r).step_by(entry.rank);
+                    let length: f32 = column.map(|b| b * b).sum::<f32>().sqrt();
+                    assert!((length - 1.0).abs() < 1e-5, "{name}: {path} has length {length}");
+                }
+            }
+            // As what serves, from the bytes.
+            let served = files::parse(&folder.config, &folder.file()).unwrap();
+            assert_eq!(served.linears.len(), tuned.modules.len(), "{name}");
         }
     }
 

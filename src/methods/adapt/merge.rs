@@ -42,33 +42,59 @@ pub fn merge(
     requantise: bool,
     progress: &Progress,
 ) -> Result<Merged> {
+    merge_weighted(tuned, 1.0, weights, requantise, progress)
+}
+
+/// The same of a change that is multiplied by `by`: 0.5 goes half of the way, negative numbers take away.
+///
+/// # Errors
+/// As [`merge`].
+pub fn merge_weighted(
+    tuned: &Tuned,
+    by: f32,
+    weights: &BTreeMap<String, Arc<Weight>>,
+    requantise: bool,
+    progress: &Progress,
+) -> Result<Merged> {
     let mut merged = Merged { weights: BTreeMap::new(), drift: Vec::new() };
     let count = (tuned.modules.len() + tuned.whole.len()).max(1) as f64;
     let names = tuned.modules.keys().chain(tuned.whole.keys());
     for (i, name) in names.enumerate() {
         progress.report(i as f64 / count, name)?;
         let stored = find(weights, name)?;
-        let values = match (tuned.modules.get(name), tuned.whole.get(name)) {
+        let mut values = match (tuned.modules.get(name), tuned.whole.get(name)) {
             (Some(module), _) => module.merged(stored)?,
             (None, Some(var)) => var.flatten_all()?.to_vec1::<f32>()?,
             (None, None) => continue,
         };
-        if !values.iter().all(|v| v.is_finite()) {
-            return Err(Error::new(
-                Reason::NonFinite,
-                format!(
-                    "'{name}' would not be finite after merging; nothing was merged: the adapter is \
-                     broken, train it anew with a smaller learning rate"
-                ),
-            ));
+        if by != 1.0 {
+            for (v, s) in values.iter_mut().zip(stored.to_f32()) {
+                *v = (f64::from(s) + f64::from(by) * (f64::from(*v) - f64::from(s))) as f32;
+            }
         }
+        finite(name, &values)?;
         let new = laid_out(name, stored, &values, requantise)?;
         if !matches!(&new, Weight::Dense(dense) if dense.as_f32().is_some()) {
-            merged.drift.push(drift(name, &stored.to_f32(), &values, &new.to_f32()));
+            let rounded = new.to_f32();
+            finite(name, &rounded)?;
+            merged.drift.push(drift(name, &stored.to_f32(), &values, &rounded));
         }
         merged.weights.insert(name.clone(), Arc::new(new));
     }
     Ok(merged)
+}
+
+fn finite(name: &str, values: &[f32]) -> Result<()> {
+    if values.iter().all(|v| v.is_finite()) {
+        return Ok(());
+    }
+    Err(Error::new(
+        Reason::NonFinite,
+        format!(
+            "'{name}' would not be finite after merging; nothing was merged: the adapter is broken or its \
+             weight too large, train it anew with a smaller learning rate or merge less of it"
+        ),
+    ))
 }
 
 /// Values in the layout of `like`.
@@ -164,6 +190,30 @@ mod tests {
         let merged = merge(&tuned, &weights, false, &Progress::silent()).unwrap();
         assert_eq!(merged.drift.len(), 1);
         assert!(merged.drift[0].of_weight < 0.004, "{:?}", merged.drift);
+    }
+
+    #[test]
+    fn weights_go_a_part_of_the_way_and_back() {
+        let case = Case::decoder();
+        let tuned = case.start(&v1::Dora { adapter: Some(all_linear(2)) });
+        case.disturb(&tuned, 0.1);
+        let all = merge(&tuned, case.weights(), false, &Progress::silent()).unwrap();
+        for by in [0.5, -2.0, 0.0] {
+            let part = merge_weighted(&tuned, by, case.weights(), false, &Progress::silent());
+            for (name, weight) in &part.unwrap().weights {
+                let (base, whole) = (case.weights()[name].to_f32(), all.weights[name].to_f32());
+                for ((got, base), whole) in weight.to_f32().iter().zip(base).zip(whole) {
+                    assert!((got - (base + by * (whole - base))).abs() < 1e-6, "{name}");
+                }
+            }
+        }
+        // What bf16 and f16 cannot hold is refused as well.
+        let (name, stored) = case.some_linear();
+        let half = Dense::from_f32(stored.shape().to_vec(), &stored.to_f32(), Dtype::F16).unwrap();
+        let mut weights = case.weights().clone();
+        weights.insert(name.to_owned(), Arc::new(Weight::Dense(half)));
+        let error = merge_weighted(&tuned, 1e9, &weights, false, &Progress::silent()).unwrap_err();
+        assert_eq!(error.reason(), Reason::NonFinite);
     }
 
     #[test]

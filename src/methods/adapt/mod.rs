@@ -8,6 +8,8 @@
 pub mod adalora;
 pub mod basis;
 pub mod bitfit;
+#[cfg(test)]
+mod contract;
 pub mod corda;
 mod cut;
 pub mod dora;
@@ -28,9 +30,12 @@ pub mod nola;
 pub mod options;
 pub mod pissa;
 pub mod qlora;
+#[cfg(test)]
+mod quantised_base;
 pub mod registry;
 pub mod shapes;
 pub mod sora;
+pub mod stored;
 pub mod targets;
 #[cfg(test)]
 mod testing;

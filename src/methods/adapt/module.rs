@@ -241,6 +241,13 @@ impl Module {
         Ok(y.reshape(dims)?)
     }
 
+    /// DoRA's factors on the rows, `m / n`; `None` of other adapters.
+    pub fn ratios(&self) -> Result<Option<Vec<f32>>> {
+        let Some(magnitude) = &self.magnitude else { return Ok(None) };
+        let (values, norms) = (magnitude.values.values()?, self.norms(magnitude)?);
+        Ok(Some(values.iter().zip(norms).map(|(m, n)| m / n).collect()))
+    }
+
     /// Norms of the rows of `W + delta` without making it: `|w + d|^2 = |w|^2 + 2 w.d + |d|^2`, where
     /// `w.d` needs the product of `W` with the few rows of `A` alone.
     fn norms(&self, magnitude: &Magnitude) -> Result<Vec<f32>> {
@@ -340,11 +347,9 @@ impl Module {
     pub fn merged(&self, stored: &Arc<Weight>) -> Result<Vec<f32>> {
         let mut out = stored.to_f32();
         self.low_rank_part()?.add_to(&mut out);
-        if let Some(magnitude) = &self.magnitude {
-            let values = magnitude.values.values()?;
-            let norms = self.norms(magnitude)?;
-            for (row, (m, n)) in out.chunks_mut(self.shape[1]).zip(values.iter().zip(norms)) {
-                row.iter_mut().for_each(|v| *v *= m / n);
+        if let Some(ratios) = self.ratios()? {
+            for (row, ratio) in out.chunks_mut(self.shape[1]).zip(ratios) {
+                row.iter_mut().for_each(|v| *v *= ratio);
             }
         }
         Ok(out)

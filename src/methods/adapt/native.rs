@@ -36,6 +36,8 @@ const MAX_HEADER: u64 = 16 << 20;
 /// Largest rank and number of random matrices that are believed.
 const MAX_RANK: usize = 1 << 14;
 const MAX_COUNT: usize = 1 << 20;
+/// Random numbers of a factor, at most: a few seconds of work.
+const MAX_DRAWN: usize = 1 << 34;
 const VERSION: u32 = 1;
 
 /// `adapter.json`.
@@ -45,7 +47,7 @@ struct Header {
     version: u32,
     /// The method with all its options.
     adaptation: v1::Adaptation,
-    /// Digest of the base.
+    /// Digest of the base's weights.
     base: String,
     dropout: f32,
     /// By the names of the weights.
@@ -107,7 +109,7 @@ enum CoreForm {
 /// Names of trained cores that files may have.
 const CORES: [&str; 4] = ["lora_R", "lora_E", "lora_g", "lora_z"];
 
-/// Writes an adapter.
+/// Writes an adapter. `base` is the digest of its base's weights.
 ///
 /// # Errors
 /// INTERNAL for an adapter whose parts make no sense; IO.
@@ -237,20 +239,33 @@ pub struct Read {
     pub base: String,
 }
 
-/// Reads an adapter of a base. `digest` is the base's.
+/// Reads an adapter of a base from its folder. `digest` is that of the base's weights.
 ///
 /// # Errors
-/// SOURCE_UNAVAILABLE for missing files, MALFORMED_FILE for what breaks the form, UNSUPPORTED_FORMAT for
-/// another version or generator, MODEL_UNSUITABLE for another base.
+/// As [`open`].
 pub fn read(
     folder: &Path,
     digest: &str,
     shapes: &Shapes,
     weights: &BTreeMap<String, Arc<Weight>>,
 ) -> Result<Read> {
-    let header = folder.join(HEADER);
-    for name in [HEADER, TENSORS] {
-        if !folder.join(name).is_file() {
+    open([&folder.join(HEADER), &folder.join(TENSORS)], Some(digest), shapes, weights)
+}
+
+/// Reads an adapter from its two files, wherever they lie. `digest` is that of the base's weights; without one the adapter
+/// may be of another version of its model, where none of its parts is made from the base's weights.
+///
+/// # Errors
+/// SOURCE_UNAVAILABLE for missing files, MALFORMED_FILE for what breaks the form, UNSUPPORTED_FORMAT for
+/// another version or generator, MODEL_UNSUITABLE for another base.
+pub fn open(
+    [header, tensors]: [&Path; 2],
+    digest: Option<&str>,
+    shapes: &Shapes,
+    weights: &BTreeMap<String, Arc<Weight>>,
+) -> Result<Read> {
+    for (name, path) in [(HEADER, header), (TENSORS, tensors)] {
+        if !path.is_file() {
             return Err(Error::new(
                 Reason::SourceUnavailable,
                 format!(
@@ -259,7 +274,7 @@ pub fn read(
             ));
         }
     }
-    if std::fs::metadata(&header)?.len() > MAX_HEADER {
+    if std::fs::metadata(header)?.len() > MAX_HEADER {
         return Err(malformed(format!("{HEADER} has more than {MAX_HEADER} bytes")));
     }
     let header: Header = serde_json::from_slice(&std::fs::read(header)?)
@@ -270,17 +285,37 @@ pub fn read(
             format!("{HEADER} has version {}, but {VERSION} is read", header.version),
         ));
     }
-    if header.base != digest {
+    let of_base = |form: &Form| {
+        form.magnitude || [&form.a, &form.b].iter().any(|s| matches!(s, Source::Ldu(_)))
+    };
+    let other = match digest {
+        Some(digest) => header.base != digest,
+        None => false,
+    };
+    if other {
         return Err(Error::new(
             Reason::ModelUnsuitable,
             format!(
-                "the adapter was made for the base {}, not for {digest}; name the version that it was \
+                "the adapter was made for the base {}, not for {}; name the version that it was \
                  trained on",
-                quoted(&header.base)
+                quoted(&header.base),
+                digest.unwrap_or_default()
             ),
         ));
     }
-    let mut file = Tensors(safetensors::open(&folder.join(TENSORS))?.tensors);
+    if let (None, Some((linear, _))) = (digest, header.modules.iter().find(|(_, f)| of_base(f))) {
+        return Err(Error::new(
+            Reason::ModelUnsuitable,
+            format!(
+                "the adapter of {} is made from the weights that it was trained on; name that version",
+                quoted(linear)
+            ),
+        ));
+    }
+    if !(0.0..1.0).contains(&header.dropout) {
+        return Err(malformed(format!("the dropout of {HEADER} is absurd")));
+    }
+    let mut file = Tensors(safetensors::open(tensors)?.tensors);
     let mut tuned = Tuned::new(header.dropout, "");
     // Decompositions take their time, so they are shared out.
     let mut forms = Vec::with_capacity(header.modules.len());
@@ -346,7 +381,9 @@ fn check(linear: &str, form: &Form, shapes: &Shapes) -> Result<()> {
                         ),
                     ));
                 }
-                if *count == 0 || *count > MAX_COUNT {
+                let longer = form.shape[0].max(form.shape[1]);
+                let drawn = count.saturating_mul(form.rank).saturating_mul(longer);
+                if *count == 0 || *count > MAX_COUNT || drawn > MAX_DRAWN {
                     return Err(absurd("the number of random matrices"));
                 }
                 if let Some(Rounding { bits, low, step }) = rounded {
@@ -620,6 +657,10 @@ mod tests {
             ("\"start\": false", "\"start\": true", Reason::MalformedFile),
             ("\"magnitude\": false", "\"magnitude\": true", Reason::MalformedFile),
             ("\"dropout\"", "\"drop\"", Reason::MalformedFile),
+            ("\n  \"dropout\": 0.0", "\n  \"dropout\": 1.0", Reason::MalformedFile),
+            ("\"count\": 7", "\"count\": 1048577", Reason::MalformedFile),
+            ("\"key\": [", "\"key\": [1,", Reason::MalformedFile),
+            ("\"a\": {", "\"a\": {\"x\": 1,", Reason::MalformedFile),
             ("down_proj", "other_proj", Reason::ModelUnsuitable),
         ] {
             let bad = good.replacen(from, to, 1);

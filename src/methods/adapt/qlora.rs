@@ -1,6 +1,12 @@
 //! QLoRA (Dettmers et al. 2023, "QLoRA: efficient finetuning of quantized LLMs", arXiv 2305.14314): LoRA on
 //! all linears of a base that is quantised and stays so; gradients pass through its weights to its inputs.
 //!
+//! This is also the memory-efficient tuning (EMEF) of INT2.1 (arXiv 2306.08162): nothing of the base is kept
+//! for the backward pass, its weights are decoded a panel at a time in both directions and never whole, they
+//! get no gradient, and their bytes stay as they are. With `checkpoint_activations` what is left are the base
+//! as stored, 16 bytes a trained number, the inputs of the blocks and the inside of one. That holds with
+//! precision f32; bf16 trades memory for speed, it packs every weight once for each direction.
+//!
 //! Decided here: the base may be in any quantised layout, the blocks of GGUF files or what the quantising
 //! methods make; the paper's own number format is not among them.
 
@@ -20,7 +26,8 @@ static CARD: Card = Card {
     title: "QLoRA",
     verb: "adapt",
     summary: "LoRA on all linears of a quantised base, which stays quantised in training.",
-    paper: "QLoRA: Efficient Finetuning of Quantized LLMs, arXiv 2305.14314",
+    paper: "QLoRA: Efficient Finetuning of Quantized LLMs, arXiv 2305.14314; the memory-efficient tuning of \
+            INT2.1, arXiv 2306.08162",
     needs_calibration: false,
     families: &["decoder"],
     followed_by: &[],

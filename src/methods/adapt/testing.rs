@@ -110,6 +110,14 @@ impl Case {
         Self { model, shapes, decoder }
     }
 
+    pub fn of_decoder(model: Model) -> Self {
+        Self::of(model.into())
+    }
+
+    pub fn model(&self) -> &AnyModel {
+        &self.model
+    }
+
     pub fn shapes(&self) -> &Shapes {
         &self.shapes
     }

@@ -199,5 +199,11 @@ fn files_for_the_peer() {
         .unwrap();
         let (loaded, _) = export::load(&contents, "", case.shapes(), case.weights()).unwrap();
         near(&logits(model, &loaded), &got, 1e-4, &name);
+        if name == "lora" || name == "lora_uneven" {
+            let folder = out.join(format!("{name}_as_adalora"));
+            std::fs::create_dir_all(&folder).unwrap();
+            export::adalora(&tuned, &about).unwrap().write(&folder).unwrap();
+            write(&folder.join("logits.json"), &json!(got));
+        }
     }
 }

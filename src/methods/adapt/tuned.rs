@@ -10,8 +10,10 @@ use super::basis;
 use super::module::{self, Module, Modules};
 use super::shapes;
 use crate::error::Result;
+use crate::nn::dtype::Dtype;
 use crate::nn::tuning::{Dropout, LowRank, Tuning};
-use crate::nn::weight::Weight;
+use crate::nn::weight::{Dense, Weight};
+use crate::progress::Progress;
 use crate::train::parameters::{Parameter, Parameters};
 
 /// How a kind of trained tensor is stepped.
@@ -88,6 +90,27 @@ impl Tuned {
     pub fn count(&self) -> u64 {
         let whole: usize = self.whole.values().map(|var| var.elem_count()).sum();
         self.modules.values().map(Module::parameters).sum::<u64>() + whole as u64
+    }
+
+    /// The tuned weights of a model as f32, with what was tuned put in.
+    pub fn dense(
+        &self,
+        weights: &BTreeMap<String, Arc<Weight>>,
+        progress: &Progress,
+    ) -> Result<BTreeMap<String, Arc<Weight>>> {
+        let mut dense = BTreeMap::new();
+        for name in self.modules.keys().chain(self.whole.keys()) {
+            progress.check()?;
+            let stored = super::find(weights, name)?;
+            let values = match (self.modules.get(name), self.whole.get(name)) {
+                (Some(module), _) => module.merged(stored)?,
+                (None, Some(var)) => var.flatten_all()?.to_vec1::<f32>()?,
+                (None, None) => continue,
+            };
+            let weight = Dense::from_f32(stored.shape().to_vec(), &values, Dtype::F32)?;
+            dense.insert(name.clone(), Arc::new(Weight::Dense(weight)));
+        }
+        Ok(dense)
     }
 
     /// The values of all trained tensors by name, for comparisons and files.

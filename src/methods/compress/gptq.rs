@@ -34,7 +34,7 @@ static CARD: Card = Card {
     paper: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, \
             arXiv 2210.17323",
     needs_calibration: true,
-    families: &["decoder"],
+    families: &["decoder", "encoder"],
     followed_by: &[],
 };
 

@@ -20,7 +20,7 @@ static CARD: Card = Card {
               other pruning.",
     paper: "Learning both Weights and Connections for Efficient Neural Networks, arXiv 1506.02626",
     needs_calibration: false,
-    families: &["decoder"],
+    families: &["decoder", "encoder"],
     followed_by: &["gptq", "magnitude", "round_to_nearest", "sparsegpt", "wanda"],
 };
 

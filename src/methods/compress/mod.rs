@@ -4,19 +4,40 @@
 //! the model ([`alone`], [`calibrated`]), the layouts that come out ([`store`]) and the accounts
 //! ([`report`]) are shared.
 
+pub mod awq;
+mod blockwise;
+pub mod cfsp;
+pub mod coarse_fine;
 mod cost;
+pub mod dgq;
+mod dgq_search;
+pub mod dsnot;
+pub mod ecoflap;
+pub mod ffn_walk;
+pub mod flap;
+mod folding;
 pub mod gptq;
 pub mod grid;
 pub mod hessian;
+pub mod ig_lora;
+pub mod keep_budget;
+pub mod low_rank;
+pub mod lrec;
+pub mod mag_sp;
 pub mod magnitude;
 pub mod mask;
+mod named_choice;
 mod options;
+pub mod regrow;
 mod report;
 pub mod round_to_nearest;
+pub mod slimming;
 pub mod sparsegpt;
 pub mod sparsity;
 mod store;
 pub mod wanda;
+pub mod wanda_sp;
+pub mod zeroth;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

@@ -22,7 +22,7 @@ static CARD: Card = Card {
     paper: "The baseline of GPTQ: Accurate Post-Training Quantization for Generative Pre-trained \
             Transformers, arXiv 2210.17323",
     needs_calibration: false,
-    families: &["decoder"],
+    families: &["decoder", "encoder"],
     followed_by: &[],
 };
 

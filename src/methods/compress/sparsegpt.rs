@@ -31,7 +31,7 @@ static CARD: Card = Card {
     summary: "Prunes column by column and corrects the columns to come with second-order updates.",
     paper: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, arXiv 2301.00774",
     needs_calibration: true,
-    families: &["decoder"],
+    families: &["decoder", "encoder"],
     followed_by: &["gptq", "magnitude", "round_to_nearest", "sparsegpt", "wanda"],
 };
 

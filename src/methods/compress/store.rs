@@ -24,22 +24,24 @@ pub fn matrix<'a>(model: &'a ModelInfo, name: &str) -> Result<(&'a TensorInfo, [
     }
 }
 
-/// Refuses to change a tensor that an earlier step rounded to a grid.
+/// Refuses to change a tensor that an earlier step rounded to a grid, or took apart: a change would undo what
+/// that step did.
 pub fn refuse_quantised(tensor: &TensorInfo, name: &str, verb: &str) -> Result<()> {
-    let on_grid = matches!(
-        tensor.record,
-        Record::Grouped { .. } | Record::Sparse { values: ValueFormat::Grouped(_), .. }
-    );
-    if !on_grid {
-        return Ok(());
-    }
-    let remedy = match verb {
-        "prune" => "prune first, then quantise what is left",
+    let done = match tensor.record {
+        Record::Grouped { .. }
+        | Record::DualGrained { .. }
+        | Record::Sparse { values: ValueFormat::Grouped(_), .. } => "quantised it",
+        Record::Sum { .. } => "given it a correction",
+        Record::Factored { .. } => "made it a product of two matrices",
+        _ => return Ok(()),
+    };
+    let remedy = match (verb, done) {
+        ("prune", "quantised it") => "prune first, then quantise what is left",
         _ => "start from the version before, or leave this weight out of one of the scopes",
     };
     Err(Error::new(
         Reason::InvalidRecipe,
-        format!("cannot {verb} '{name}': an earlier step has quantised it; {remedy}"),
+        format!("cannot {verb} '{name}': an earlier step has {done}; {remedy}"),
     ))
 }
 

@@ -22,7 +22,7 @@ static CARD: Card = Card {
               updated.",
     paper: "A Simple and Effective Pruning Approach for Large Language Models, arXiv 2306.11695",
     needs_calibration: true,
-    families: &["decoder"],
+    families: &["decoder", "encoder"],
     followed_by: &["gptq", "magnitude", "round_to_nearest", "sparsegpt", "wanda"],
 };
 

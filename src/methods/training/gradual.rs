@@ -17,7 +17,7 @@ use super::run::{self, Ended};
 use super::schedule::Schedule;
 use super::scope::{self, Scope};
 use crate::error::{Error, Result};
-use crate::methods::{AnyOutcome, Card, Estimate, Method, Outcome, StepContext};
+use crate::methods::{AnyOutcome, Card, Estimate, Learning, Method, Outcome, StepContext};
 use crate::models::footprint::footprint;
 use crate::models::{AnyInfo, AnyModel, Model, ModelInfo, TensorInfo};
 use crate::nn::weight::{Record, Sparse};
@@ -168,11 +168,12 @@ impl Method for v1::Gradual {
 
     fn check(&self, model: &ModelInfo) -> Result<(Estimate, ModelInfo)> {
         let (estimate, after) = self.check_any(&AnyInfo::from(model.clone()))?;
-        Ok((estimate, after.decoder()?))
+        Ok((estimate, after.walked()?))
     }
 
     fn apply(&self, cx: &mut StepContext<'_>, model: Model) -> Result<Outcome> {
-        self.apply_any(cx, model.into())?.decoder()
+        let mut learning = Learning::none(cx);
+        self.apply_any(cx, &mut learning, model.into())?.walked()
     }
 
     fn check_any(&self, model: &AnyInfo) -> Result<(Estimate, AnyInfo)> {
@@ -193,7 +194,12 @@ impl Method for v1::Gradual {
         Ok((run::estimate(&options.settings, model, after.bytes()), after))
     }
 
-    fn apply_any(&self, cx: &mut StepContext<'_>, model: AnyModel) -> Result<AnyOutcome> {
+    fn apply_any(
+        &self,
+        cx: &mut StepContext<'_>,
+        learning: &mut Learning<'_>,
+        model: AnyModel,
+    ) -> Result<AnyOutcome> {
         let info = model.info();
         let options = Options::read(self, &info)?;
         let training = self.training.clone().unwrap_or_default();
@@ -204,16 +210,17 @@ impl Method for v1::Gradual {
             .iter()
             .filter_map(|name| Some((name.clone(), matrix(&info.tensors.get(name)?.shape))))
             .collect();
-        let mut ended = run::train(cx, &model, (&training, &settings), |total, losses| {
-            let rule = Rule {
-                schedule: Schedule::read(self, options.last, total)?,
-                pattern: options.pattern,
-                pool: options.pool,
-                global: options.global,
-                regrow: self.regrow.unwrap_or(true),
-            };
-            Ok(Some(Pruner::new(rule, shapes, losses)))
-        })?;
+        let mut ended =
+            run::train((&*cx, &*learning), &model, (&training, &settings), |total, losses| {
+                let rule = Rule {
+                    schedule: Schedule::read(self, options.last, total)?,
+                    pattern: options.pattern,
+                    pool: options.pool,
+                    global: options.global,
+                    regrow: self.regrow.unwrap_or(true),
+                };
+                Ok(Some(Pruner::new(rule, shapes, losses)))
+            })?;
         let model = run::stored(model, &ended, |name| options.hint(name))?;
         let names: BTreeSet<String> = options.scope.names.iter().cloned().collect();
         let (tensors, zeros, elements) = run::record(&model, &names);
@@ -230,7 +237,7 @@ impl Method for v1::Gradual {
             .iter()
             .map(|u| json!({ "step": u.step, "sparsity": u.sparsity, "loss": u.loss }))
             .collect();
-        cx.training = Some(std::mem::take(&mut ended.report));
+        learning.training = Some(std::mem::take(&mut ended.report));
         let record = json!({
             "tensors": tensors,
             "total": { "zeros": zeros, "elements": elements },
@@ -239,7 +246,7 @@ impl Method for v1::Gradual {
             "skipped": options.scope.skipped,
             "warnings": warnings,
         });
-        cx.pruning = Some(pruning);
+        learning.pruning = Some(pruning);
         Ok(Outcome {
             record,
             model,

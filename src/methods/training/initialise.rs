@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::net::not_trained;
 use crate::error::{Error, Reason, Result};
-use crate::methods::{AnyOutcome, Card, Estimate, Method, Outcome, StepContext};
+use crate::methods::{AnyOutcome, Card, Estimate, Learning, Method, Outcome, StepContext};
 use crate::models::{AnyFamily, AnyInfo, AnyModel, Model, ModelInfo, footprint, random};
 use crate::proto::v1;
 
@@ -82,11 +82,12 @@ impl Method for v1::Initialise {
 
     fn check(&self, model: &ModelInfo) -> Result<(Estimate, ModelInfo)> {
         let (estimate, after) = self.check_any(&AnyInfo::from(model.clone()))?;
-        Ok((estimate, after.decoder()?))
+        Ok((estimate, after.walked()?))
     }
 
     fn apply(&self, cx: &mut StepContext<'_>, model: Model) -> Result<Outcome> {
-        self.apply_any(cx, model.into())?.decoder()
+        let mut learning = Learning::none(cx);
+        self.apply_any(cx, &mut learning, model.into())?.walked()
     }
 
     fn check_any(&self, model: &AnyInfo) -> Result<(Estimate, AnyInfo)> {
@@ -113,7 +114,12 @@ impl Method for v1::Initialise {
         Ok((estimate, after))
     }
 
-    fn apply_any(&self, cx: &mut StepContext<'_>, model: AnyModel) -> Result<AnyOutcome> {
+    fn apply_any(
+        &self,
+        cx: &mut StepContext<'_>,
+        _learning: &mut Learning<'_>,
+        model: AnyModel,
+    ) -> Result<AnyOutcome> {
         cx.progress.report(0.0, "drawing weights")?;
         let stream = cx.random.child("weights");
         let mut new = random::model(config(self, model.config())?, &stream).map_err(blame)?;

@@ -9,9 +9,9 @@ use super::data::Data;
 use super::net::{self, Trained, not_trained};
 use super::pruner::Pruner;
 use crate::error::{Error, Reason, Result};
-use crate::methods::{Estimate, StepContext};
+use crate::methods::{Estimate, Learning, StepContext};
 use crate::models::vision::Layer;
-use crate::models::{AnyFamily, AnyInfo, AnyModel, Family};
+use crate::models::{AnyFamily, AnyInfo, AnyModel};
 use crate::nn::dtype::Dtype;
 use crate::nn::weight::{Dense, Record, Sparse, ValueFormat, Weight};
 use crate::proto::v1;
@@ -162,7 +162,7 @@ fn activations(family: &AnyFamily, tokens: usize) -> u64 {
         AnyFamily::Lstm(config) => {
             config.layers * 12 * config.hidden + 2 * config.embedding + 2 * config.vocab
         }
-        AnyFamily::Decoder(Family::Decoder(config)) => {
+        AnyFamily::Decoder(config) => {
             return Transformer {
                 layers: config.layers.len(),
                 hidden: config.hidden,
@@ -189,14 +189,14 @@ pub struct Ended {
 
 /// Trains a model. `prune` gets the number of updates and gives the masks; without any it is plain training.
 pub fn train(
-    cx: &StepContext<'_>,
+    (cx, learning): (&StepContext<'_>, &Learning<'_>),
     model: &AnyModel,
     (training, settings): (&v1::Training, &Settings),
     prune: impl FnOnce(u64, Rc<Cell<LossSums>>) -> Result<Option<Pruner>>,
 ) -> Result<Ended> {
     let random = cx.random.child("train");
     let reading = cx.progress.part(0.0, 0.05);
-    let data = Data::read(cx.datasets, model, (training, settings), &random, &reading)?;
+    let data = Data::read(learning.datasets, model, (training, settings), &random, &reading)?;
     let mut settings = settings.clone();
     if let AnyModel::Vision(_) = model {
         // An image is one token.
@@ -212,7 +212,7 @@ pub fn train(
         padding: data.padding,
         masking: None,
         random,
-        folder: &cx.kept,
+        folder: &learning.kept,
         progress: &progress,
         needs: Needs { weights: model.bytes(), activations: &needed },
     };

@@ -24,7 +24,7 @@ pub fn of(model: &AnyInfo, patterns: &[String]) -> Result<Scope> {
     let matrices: Vec<&String> = matrices.map(|(name, _)| name).collect();
     let mut chosen: Vec<String> = if patterns.is_empty() {
         match &model.family {
-            AnyFamily::Decoder(family) => names(family, &[])?,
+            AnyFamily::Decoder(_) => names(&model.walked()?.family, &[])?,
             AnyFamily::Vision(config) => config.prunable(),
             AnyFamily::Lstm(config) => config.prunable(),
             AnyFamily::Encoder(_) => matrices.iter().map(|name| (*name).clone()).collect(),

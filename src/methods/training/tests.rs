@@ -13,7 +13,7 @@ use crate::data::images::Images;
 use crate::data::records::{Kind, Layout, Source};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Reason, Result};
-use crate::methods::{AnyOutcome, Datasets, Method, StepContext, registry};
+use crate::methods::{AnyOutcome, Datasets, Learning, StepContext, registry};
 use crate::models::{AnyModel, decoder, random};
 use crate::nn::weight::{Sparse, ValueFormat, Weight};
 use crate::progress::Progress;
@@ -143,15 +143,12 @@ fn run_in(step: &v1::Step, model: AnyModel, kept: &Path, progress: &Progress) ->
         calibrations: &calibrate::Shared::default(),
         digest: "",
         scratch: scratch.path().to_owned(),
-        datasets: &data,
-        kept: kept.to_owned(),
-        training: None,
-        pruning: None,
     };
+    let mut learning = Learning::new(&data, kept.to_owned());
     let method = registry::method(step)?;
     method.check_any(&model.info())?;
-    let outcome = method.apply_any(&mut cx, model)?;
-    Ok(Made { outcome, training: cx.training.unwrap_or_default(), pruning: cx.pruning })
+    let outcome = method.apply_any(&mut cx, &mut learning, model)?;
+    Ok(Made { outcome, training: learning.training.unwrap_or_default(), pruning: learning.pruning })
 }
 
 fn run(step: &v1::Step, model: AnyModel) -> Result<Made> {
@@ -324,14 +321,11 @@ fn new_weights_have_the_width_that_is_asked_for() {
             calibrations: &calibrate::Shared::default(),
             digest: "",
             scratch: scratch.path().to_owned(),
-            datasets: &crate::methods::NoDatasets,
-            kept: scratch.path().join("kept"),
-            training: None,
-            pruning: None,
         };
+        let mut learning = Learning::none(&cx);
         let method = registry::method(&step).unwrap();
         let (_, after) = method.check_any(&model.info())?;
-        let made = method.apply_any(&mut cx, model.clone())?.model;
+        let made = method.apply_any(&mut cx, &mut learning, model.clone())?.model;
         assert_eq!(made.bytes(), after.bytes());
         Ok::<_, Error>(made)
     };

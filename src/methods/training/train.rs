@@ -7,7 +7,7 @@ use serde_json::json;
 use super::pruner::Pruner;
 use super::run;
 use crate::error::Result;
-use crate::methods::{AnyOutcome, Card, Estimate, Method, Outcome, StepContext};
+use crate::methods::{AnyOutcome, Card, Estimate, Learning, Method, Outcome, StepContext};
 use crate::models::{AnyInfo, AnyModel, Model, ModelInfo};
 use crate::proto::v1;
 
@@ -41,11 +41,12 @@ impl Method for v1::Train {
 
     fn check(&self, model: &ModelInfo) -> Result<(Estimate, ModelInfo)> {
         let (estimate, after) = self.check_any(&AnyInfo::from(model.clone()))?;
-        Ok((estimate, after.decoder()?))
+        Ok((estimate, after.walked()?))
     }
 
     fn apply(&self, cx: &mut StepContext<'_>, model: Model) -> Result<Outcome> {
-        self.apply_any(cx, model.into())?.decoder()
+        let mut learning = Learning::none(cx);
+        self.apply_any(cx, &mut learning, model.into())?.walked()
     }
 
     fn check_any(&self, model: &AnyInfo) -> Result<(Estimate, AnyInfo)> {
@@ -53,17 +54,22 @@ impl Method for v1::Train {
         Ok((run::estimate(&settings, model, model.bytes()), model.clone()))
     }
 
-    fn apply_any(&self, cx: &mut StepContext<'_>, model: AnyModel) -> Result<AnyOutcome> {
+    fn apply_any(
+        &self,
+        cx: &mut StepContext<'_>,
+        learning: &mut Learning<'_>,
+        model: AnyModel,
+    ) -> Result<AnyOutcome> {
         let settings = run::check(self.training.as_ref(), &model.info())?;
         let training = self.training.clone().unwrap_or_default();
         let masks = run::sparse_masks(&model);
         let names: BTreeSet<String> = masks.iter().map(|(name, ..)| name.clone()).collect();
-        let mut ended = run::train(cx, &model, (&training, &settings), |_, _| {
+        let mut ended = run::train((&*cx, &*learning), &model, (&training, &settings), |_, _| {
             Ok((!masks.is_empty()).then(|| Pruner::fixed(masks)))
         })?;
         let model = run::stored(model, &ended, |_| None)?;
         let (tensors, zeros, elements) = run::record(&model, &names);
-        cx.training = Some(std::mem::take(&mut ended.report));
+        learning.training = Some(std::mem::take(&mut ended.report));
         Ok(Outcome {
             record: json!({
                 "tensors": tensors,

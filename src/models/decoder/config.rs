@@ -56,7 +56,10 @@ pub struct Config {
     pub architecture: String,
     pub vocab: usize,
     pub hidden: usize,
+    /// Channels inside of the feed-forward network of a block; of the widest, where they differ.
     pub intermediate: usize,
+    /// The same by block, where they differ; otherwise empty.
+    pub widths: Vec<usize>,
     pub layers: Vec<LayerKind>,
     pub heads: usize,
     pub kv_heads: usize,
@@ -87,6 +90,20 @@ pub struct Config {
 }
 
 impl Config {
+    /// Channels inside of the feed-forward network of block `layer`.
+    pub fn wide(&self, layer: usize) -> usize {
+        self.widths.get(layer).copied().unwrap_or(self.intermediate)
+    }
+
+    /// Sets the channels inside of the feed-forward network of each block.
+    pub fn set_widths(&mut self, widths: &[usize]) {
+        self.intermediate = widths.iter().copied().max().unwrap_or(self.intermediate);
+        self.widths = match widths.iter().all(|w| *w == self.intermediate) {
+            true => Vec::new(),
+            false => widths.to_vec(),
+        };
+    }
+
     /// Channels of the queries.
     pub fn query_channels(&self) -> usize {
         self.heads * self.head_dim
@@ -126,10 +143,11 @@ impl Config {
 
     /// Every tensor the model must have, with its shape.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let (hidden, wide) = (self.hidden, self.intermediate);
+        let hidden = self.hidden;
         let (q, kv) = (self.query_channels(), self.key_channels());
         let mut all = vec![(EMBEDDING.to_owned(), vec![self.vocab, hidden])];
         for layer in 0..self.layers.len() {
+            let wide = self.wide(layer);
             let mut add = |name: &str, shape: &[usize]| {
                 all.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
             };

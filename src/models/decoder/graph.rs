@@ -9,7 +9,7 @@ use super::{Activation, Config, LayerKind, plan};
 use crate::error::Result;
 use crate::models::Model;
 use crate::nn::ops::{
-    Angles, Attention, Function, Loss, Matrix, Network, Precision, Run, Stored, Value,
+    Angles, Attention, Function, Linear, Loss, Matrix, Network, Precision, Run, Stored, Value,
 };
 
 /// A decoder whose forward can be taken back.
@@ -53,6 +53,11 @@ impl<'a> Graph<'a> {
     /// The states that the head makes logits of.
     pub fn normed(&self, run: &Run<'_>, hidden: &Value) -> Result<Value> {
         self.norm(run, hidden, FINAL_NORM)
+    }
+
+    /// The matrix that makes logits of normed states.
+    pub fn head(&self) -> Result<&Arc<Linear>> {
+        self.stored.matrix(self.config.head_name())
     }
 
     /// Logits `[rows, vocab]` of normed states, all of them in memory.
@@ -217,6 +222,11 @@ mod tests {
             for tied in [true, false] {
                 let mut config = random::tiny(architecture);
                 config["tie_word_embeddings"] = json!(tied);
+                if !tied {
+                    let layers = config["num_hidden_layers"].as_u64().unwrap();
+                    let widths: Vec<u64> = (0..layers).map(|layer| 80 - 16 * layer).collect();
+                    config["intermediate_size"] = json!(widths);
+                }
                 config["rope_scaling"] =
                     json!({ "rope_type": "yarn", "factor": 2.0, "beta_fast": 4.0 });
                 let model = random::model(config, 11).unwrap();

@@ -117,11 +117,16 @@ impl Config {
             false => head_dim as f64,
         };
 
-        let config = Self {
+        let widths = keys.sizes("intermediate_size", layers, 1 << 20)?;
+        let mut config = Self {
             architecture: architecture.to_owned(),
             vocab: keys.size("vocab_size", None, 1 << 24)?,
             hidden,
-            intermediate: keys.size("intermediate_size", None, 1 << 20)?,
+            intermediate: match &widths {
+                Some(_) => 0,
+                None => keys.size("intermediate_size", None, 1 << 20)?,
+            },
+            widths: Vec::new(),
             layers: kinds,
             heads,
             kv_heads,
@@ -132,7 +137,8 @@ impl Config {
             activation: activation(&keys, defaults.activation)?,
             qkv_bias: defaults.qkv_bias || attention_bias,
             output_bias: attention_bias,
-            mlp_bias: architecture == "llama" && keys.flag("mlp_bias", false)?,
+            // Hugging Face knows it of llama; channels that were removed may leave biases in any.
+            mlp_bias: keys.flag("mlp_bias", false)?,
             qk_norm: matches!(architecture, "qwen3" | "gemma3_text"),
             // Hugging Face rounds this factor to the type of the embedding; activations here are f32.
             embedding_scale: if gemma { (hidden as f64).sqrt() as f32 } else { 1.0 },
@@ -148,6 +154,9 @@ impl Config {
             },
             max_positions,
         };
+        if let Some(widths) = &widths {
+            config.set_widths(widths);
+        }
         let per_layer = 2 * (config.query_channels() as u128 + config.key_channels() as u128)
             + 3 * config.intermediate as u128;
         let parameters = hidden as u128 * (per_layer * layers as u128 + 2 * config.vocab as u128);
@@ -228,6 +237,19 @@ impl<'a> Keys<'a> {
             Some(n) if n >= 1 && n <= most as u64 => Ok(n as usize),
             _ => Err(refuse(key, format!("{} is not a whole number in 1..={most}", brief(value)))),
         }
+    }
+
+    /// A list of `count` whole numbers in `1..=most`; `None` where the key holds something else.
+    pub fn sizes(&self, key: &str, count: usize, most: usize) -> Result<Option<Vec<usize>>> {
+        let Some(list) = self.get(key).and_then(Value::as_array) else { return Ok(None) };
+        if list.len() != count {
+            return Err(refuse(key, format!("has {} entries for {count} layers", list.len())));
+        }
+        let whole = |value: &Value| match value.as_u64() {
+            Some(n) if n >= 1 && n <= most as u64 => Ok(n as usize),
+            _ => Err(refuse(key, format!("{} is not a whole number in 1..={most}", brief(value)))),
+        };
+        list.iter().map(whole).collect::<Result<_>>().map(Some)
     }
 
     pub fn number(

@@ -47,7 +47,10 @@ pub struct Config {
     pub architecture: String,
     pub vocab: usize,
     pub hidden: usize,
+    /// Channels inside of the feed-forward network of a block; of the widest, where they differ.
     pub intermediate: usize,
+    /// The same by block, where they differ; otherwise empty.
+    pub widths: Vec<usize>,
     pub layers: usize,
     pub heads: usize,
     /// Rows of the position embeddings: the longest text in tokens.
@@ -117,12 +120,18 @@ impl Config {
         };
         let max_tokens =
             sentence.size("max_seq_length", Some(max_positions), 1 << 24).map_err(inside)?;
-        let config = Self {
+        let layers = keys.size("num_hidden_layers", Some(12), 1024)?;
+        let widths = keys.sizes("intermediate_size", layers, 1 << 20)?;
+        let mut config = Self {
             architecture: "bert".to_owned(),
             vocab: keys.size("vocab_size", Some(30522), 1 << 24)?,
             hidden,
-            intermediate: keys.size("intermediate_size", Some(3072), 1 << 20)?,
-            layers: keys.size("num_hidden_layers", Some(12), 1024)?,
+            intermediate: match &widths {
+                Some(_) => 0,
+                None => keys.size("intermediate_size", Some(3072), 1 << 20)?,
+            },
+            widths: Vec::new(),
+            layers,
             heads,
             max_positions,
             types: keys.size("type_vocab_size", Some(2), 1 << 10)?,
@@ -144,6 +153,9 @@ impl Config {
             max_tokens: max_tokens.min(max_positions),
             lowercase: sentence.flag("do_lower_case", false).map_err(inside)?,
         };
+        if let Some(widths) = &widths {
+            config.set_widths(widths);
+        }
         let per_layer = 4 * hidden as u128 + 2 * config.intermediate as u128;
         let tables = (config.vocab + config.max_positions + config.types) as u128;
         let parameters = hidden as u128 * (per_layer * config.layers as u128 + tables);
@@ -161,9 +173,37 @@ impl Config {
         self.hidden / self.heads
     }
 
+    /// Channels inside of the feed-forward network of block `layer`.
+    pub fn wide(&self, layer: usize) -> usize {
+        self.widths.get(layer).copied().unwrap_or(self.intermediate)
+    }
+
+    /// Sets the channels inside of the feed-forward network of each block.
+    pub fn set_widths(&mut self, widths: &[usize]) {
+        self.intermediate = widths.iter().copied().max().unwrap_or(self.intermediate);
+        self.widths = match widths.iter().all(|w| *w == self.intermediate) {
+            true => Vec::new(),
+            false => widths.to_vec(),
+        };
+    }
+
+    /// Names of the linear weights of block `layer`, grouped by the input they share, in the order in
+    /// which they run: query key value; output; up; down.
+    pub fn linears(&self, layer: usize) -> Vec<Vec<String>> {
+        [
+            &["attention.self.query", "attention.self.key", "attention.self.value"][..],
+            &["attention.output.dense"],
+            &["intermediate.dense"],
+            &["output.dense"],
+        ]
+        .iter()
+        .map(|group| group.iter().map(|n| format!("encoder.layer.{layer}.{n}.weight")).collect())
+        .collect()
+    }
+
     /// Every tensor the model must have, with its shape.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let (hidden, wide) = (self.hidden, self.intermediate);
+        let hidden = self.hidden;
         let mut all = Vec::new();
         let mut add = |name: String, shape: &[usize]| all.push((name, shape.to_vec()));
         for (name, rows) in [
@@ -179,6 +219,7 @@ impl Config {
         };
         norm(&mut add, "embeddings");
         for layer in 0..self.layers {
+            let wide = self.wide(layer);
             let place = |name: &str| format!("encoder.layer.{layer}.{name}");
             for (name, rows, cols) in [
                 ("attention.self.query", hidden, hidden),

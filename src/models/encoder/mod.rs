@@ -14,5 +14,8 @@ pub(super) use config::{is_encoder, tensor_name};
 /// Name of the family in versions and messages.
 pub const FAMILY: &str = "encoder";
 
+/// Name of the embeddings of words.
+pub const WORDS: &str = "embeddings.word_embeddings.weight";
+
 /// A model of this family.
 pub type Model = super::Model<Config>;

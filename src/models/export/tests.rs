@@ -36,7 +36,15 @@ fn configs() -> Vec<Value> {
     pattern["sliding_window_pattern"] = json!(6);
     pattern["num_hidden_layers"] = json!(7);
     pattern["rope_local_base_freq"] = json!(20_000.0);
+    let mut narrower = tiny("llama");
+    narrower["intermediate_size"] = json!([64, 32, 96]);
+    narrower["mlp_bias"] = json!(true);
+    let mut narrow_gemma = gemma.clone();
+    narrow_gemma["intermediate_size"] = json!([32, 32, 64, 32]);
+    narrow_gemma["mlp_bias"] = json!(true);
     vec![
+        narrower,
+        narrow_gemma,
         tiny("llama"),
         llama3,
         tied,

@@ -101,7 +101,7 @@ pub(in crate::models) fn to_config(file: &File) -> Result<Json> {
     set("model_type", json!(model_type));
     set("vocab_size", json!(embedding.shape[0]));
     set("hidden_size", json!(hidden));
-    set("intermediate_size", json!(keys.need("feed_forward_length")?));
+    set("intermediate_size", widths(&keys)?);
     set("num_hidden_layers", json!(layers));
     set("num_attention_heads", json!(heads));
     set("num_key_value_heads", json!(keys.size("attention.head_count_kv")?.unwrap_or(heads)));
@@ -127,6 +127,8 @@ pub(in crate::models) fn to_config(file: &File) -> Result<Json> {
         }
     } else {
         set("hidden_act", json!("silu"));
+    }
+    if !gemma || has("blk.0.ffn_gate.bias") {
         set("mlp_bias", json!(has("blk.0.ffn_gate.bias")));
     }
     if let Some(window) = keys.size("attention.sliding_window")?.filter(|&n| n > 0) {
@@ -204,6 +206,16 @@ fn layer_types(keys: &Keys<'_>, layers: u64, gemma: bool) -> Result<Json> {
     };
     let name = |local| if local { "sliding_attention" } else { "full_attention" };
     Ok(local.into_iter().map(name).collect())
+}
+
+/// Channels of the feed-forward networks: one number, or one for each block.
+fn widths(keys: &Keys<'_>) -> Result<Json> {
+    const KEY: &str = "feed_forward_length";
+    Ok(match keys.metadata.get(&keys.key(KEY)) {
+        Some(Value::Array(Array::U32(widths))) => json!(widths),
+        Some(Value::Array(Array::I32(widths))) => json!(widths),
+        _ => json!(keys.need(KEY)?),
+    })
 }
 
 fn rope_scaling(keys: &Keys<'_>) -> Result<Option<Json>> {
@@ -320,7 +332,13 @@ pub(in crate::models) fn from_config(config: &Config) -> Result<Metadata> {
     let size = |n: usize| Value::U32(n as u32);
     set("block_count", size(config.layers.len()));
     set("embedding_length", size(config.hidden));
-    set("feed_forward_length", size(config.intermediate));
+    set(
+        "feed_forward_length",
+        match config.widths.as_slice() {
+            [] => size(config.intermediate),
+            widths => Value::Array(Array::U32(widths.iter().map(|w| *w as u32).collect())),
+        },
+    );
     set("vocab_size", size(config.vocab));
     set("attention.head_count", size(config.heads));
     set("attention.head_count_kv", size(config.kv_heads));

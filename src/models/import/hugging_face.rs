@@ -18,7 +18,7 @@ pub(super) fn open(folder: &Path, only: Option<&Path>) -> Result<AnyModel> {
     let (mut config, family) = files::config(&folder.join(files::CONFIG))?;
     let find = |name: &str| Some(folder.join(name)).filter(|path| path.is_file());
     let decoder = match family {
-        AnyFamily::Decoder(Family::Decoder(decoder)) => decoder,
+        AnyFamily::Decoder(decoder) => decoder,
         AnyFamily::Encoder(_) => {
             encoder::sentence::read(folder, &mut config)?;
             let family = encoder::Config::from_hugging_face(&config)?;

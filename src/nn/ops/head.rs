@@ -12,9 +12,9 @@ use crate::kernels::training::{elementwise, entropy};
 pub use crate::kernels::training::entropy::Sums;
 
 /// Bytes of logits that are in memory at once.
-const LOGITS: usize = 64 << 20;
+pub(super) const LOGITS: usize = 64 << 20;
 /// Rows of a chunk, where they fit: enough to use each weight of the head well.
-const ROWS: usize = 256;
+pub(super) const ROWS: usize = 256;
 
 /// What makes logits of rows.
 pub enum Matrix<'a> {

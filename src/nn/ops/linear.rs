@@ -18,8 +18,8 @@ pub enum Precision {
     /// Weights as their layout has them, activations f32.
     #[default]
     F32,
-    /// Weights, activations and gradients rounded to bf16, sums in f32. Weights are packed once, when they
-    /// are first used in a direction.
+    /// Weights, activations and gradients rounded to bf16, sums in f32. Weights are packed when they are first
+    /// used, and kept so.
     Bf16,
 }
 
@@ -27,18 +27,12 @@ pub enum Precision {
 pub struct Linear {
     weight: Arc<Weight>,
     precision: Precision,
-    forward: OnceLock<Bf16Panels>,
-    backward: OnceLock<Bf16Panels>,
+    packed: OnceLock<Bf16Panels>,
 }
 
 impl Linear {
     pub fn new(weight: &Arc<Weight>, precision: Precision) -> Self {
-        Self {
-            weight: Arc::clone(weight),
-            precision,
-            forward: OnceLock::new(),
-            backward: OnceLock::new(),
-        }
+        Self { weight: Arc::clone(weight), precision, packed: OnceLock::new() }
     }
 
     pub fn weight(&self) -> &Arc<Weight> {
@@ -55,8 +49,7 @@ impl Linear {
 
     /// Bytes that packing has taken so far, beside the weight itself.
     pub fn packed_bytes(&self) -> u64 {
-        let panels = [&self.forward, &self.backward];
-        panels.into_iter().filter_map(OnceLock::get).map(|panels| panels.bytes() as u64).sum()
+        self.packed.get().map_or(0, |panels| panels.bytes() as u64)
     }
 
     /// `y = x w^T`, overwritten.
@@ -64,7 +57,7 @@ impl Linear {
         match self.precision {
             Precision::F32 => self.weight.multiply(x, y),
             Precision::Bf16 => {
-                product(self.forward.get_or_init(|| pack(&self.weight)), x, self.cols(), y);
+                product(self.packed.get_or_init(|| pack(&self.weight)), x, self.cols(), y);
             }
         }
     }
@@ -74,8 +67,13 @@ impl Linear {
         match self.precision {
             Precision::F32 => self.weight.multiply_transposed(g, dx),
             Precision::Bf16 => {
-                let panels = self.backward.get_or_init(|| pack_transposed(&self.weight));
-                product(panels, g, self.rows(), dx);
+                // Packed anew each time: that costs a tenth of the product, and keeping it would double
+                // what the weights take.
+                let mut panels = TRANSPOSED.take();
+                let read = |row: usize, out: &mut [f32]| self.weight.read_rows(row, out);
+                panels.set_transposed(self.rows(), self.cols(), read);
+                product(&panels, g, self.rows(), dx);
+                TRANSPOSED.set(panels);
             }
         }
     }
@@ -84,6 +82,9 @@ impl Linear {
 thread_local! {
     /// Room for rounded inputs, kept from one product to the next.
     static ROUNDED: RefCell<Rounded> = RefCell::default();
+
+    /// Room for a transposed weight.
+    static TRANSPOSED: RefCell<Bf16Panels> = RefCell::default();
 }
 
 /// The product of rows `x` of width `cols` with packed panels.
@@ -96,25 +97,6 @@ fn product(panels: &Bf16Panels, x: &[f32], cols: usize, y: &mut [f32]) {
 
 fn pack(weight: &Weight) -> Bf16Panels {
     Bf16Panels::pack(weight.rows(), weight.cols(), |row, out| weight.read_rows(row, out))
-}
-
-fn pack_transposed(weight: &Weight) -> Bf16Panels {
-    /// Columns that are gathered at once, so that lines of memory are read once.
-    const COLUMNS: usize = 32;
-    let (rows, cols) = (weight.rows(), weight.cols());
-    let dense = weight.to_f32();
-    let mut gathered = vec![0.0; COLUMNS * rows];
-    Bf16Panels::pack(cols, rows, |column, out| {
-        let place = column % COLUMNS;
-        if place == 0 {
-            for (row, values) in dense.chunks_exact(cols).enumerate() {
-                for (i, v) in values[column..].iter().take(COLUMNS).enumerate() {
-                    gathered[i * rows + row] = *v;
-                }
-            }
-        }
-        out.copy_from_slice(&gathered[place * rows..][..rows]);
-    })
 }
 
 impl Tape {

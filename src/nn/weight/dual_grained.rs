@@ -13,6 +13,8 @@ use crate::kernels::{dot, product};
 
 /// The largest magnitude of `(code - zero) * factor`.
 const TOP: u8 = 127;
+/// Part of the step of activations.
+const ACTIVATIONS: &str = "activations";
 /// The largest code and zero point.
 const TOP_CODE: u8 = 15;
 
@@ -26,6 +28,8 @@ pub struct DualGrained {
     factors: Bytes,
     zeros: Bytes,
     scales: Bytes,
+    /// The step of 8-bit activations, where it is fixed; each token has its own otherwise.
+    activations: Option<f32>,
 }
 
 impl DualGrained {
@@ -101,6 +105,7 @@ impl DualGrained {
             factors: Bytes::copy_from_slice(factors),
             zeros: Bytes::copy_from_slice(zeros),
             scales: scales.iter().flat_map(|s| s.to_le_bytes()).collect(),
+            activations: None,
         };
         weight.check_grid().map_err(Error::internal)?;
         Ok(weight)
@@ -133,6 +138,19 @@ impl DualGrained {
             scales.push(scale);
         }
         Self::pack(shape, group, &codes, &factors, &zeros, &scales)
+    }
+
+    /// The same weight, whose products in integers round activations to multiples of `step`, up to 127 of
+    /// them either way.
+    ///
+    /// # Errors
+    /// NON_FINITE unless `step` is a number above 0.
+    pub fn with_activations(self, step: f32) -> Result<Self> {
+        if !fixed(step) {
+            let message = format!("activations cannot be rounded to multiples of {step}");
+            return Err(Error::new(Reason::NonFinite, message));
+        }
+        Ok(Self { activations: Some(step), ..self })
     }
 
     /// What the values of every group must keep to, sizes being right.
@@ -179,7 +197,9 @@ impl DualGrained {
     }
 
     pub fn bytes(&self) -> u64 {
-        (self.codes.len() + self.factors.len() + self.zeros.len() + self.scales.len()) as u64
+        let step = if self.activations.is_some() { size_of::<f32>() } else { 0 };
+        let parts = [&self.codes, &self.factors, &self.zeros, &self.scales];
+        (parts.into_iter().map(Bytes::len).sum::<usize>() + step) as u64
     }
 
     pub fn read_rows(&self, first: usize, out: &mut [f32]) {
@@ -196,7 +216,8 @@ impl DualGrained {
             zeros: &self.zeros,
             scales: &scales,
         };
-        Packed::new(source, self.shape[0], self.shape[1])
+        let packed = Packed::new(source, self.shape[0], self.shape[1])?;
+        Some(packed.with_activations(self.activations))
     }
 
     pub fn multiply(&self, x: &[f32], y: &mut [f32]) {
@@ -208,27 +229,35 @@ impl DualGrained {
     }
 
     /// `codes` (U8: 16 bytes for 32 columns of a row, column i in the low half of byte i, column i + 16 in
-    /// its high half), `factors` and `zeros` (U8, by row and group), `scales` (F32, by row).
+    /// its high half), `factors` and `zeros` (U8, by row and group), `scales` (F32, by row), and `activations`
+    /// (F32, one) where their step is fixed.
     pub fn parts(&self) -> Vec<Part> {
         let [rows, cols] = self.shape;
         let part =
             |suffix, dtype, shape, data: &Bytes| Part { suffix, dtype, shape, data: data.clone() };
         let groups = vec![rows, cols / self.group];
-        vec![
+        let mut parts = vec![
             part("codes", Dtype::U8, vec![rows, cols / 2], &self.codes),
             part("factors", Dtype::U8, groups.clone(), &self.factors),
             part("zeros", Dtype::U8, groups, &self.zeros),
             part("scales", Dtype::F32, vec![rows], &self.scales),
-        ]
+        ];
+        if let Some(step) = self.activations {
+            let step = Bytes::copy_from_slice(&step.to_le_bytes());
+            parts.push(part(ACTIVATIONS, Dtype::F32, vec![1], &step));
+        }
+        parts
     }
 
     pub fn record(&self) -> Record {
-        Record::DualGrained { shape: self.shape, group: self.group }
+        let static_activations = self.activations.is_some();
+        Record::DualGrained { shape: self.shape, group: self.group, static_activations }
     }
 
     pub fn from_parts(
         shape: [usize; 2],
         group: usize,
+        static_activations: bool,
         parts: &mut BTreeMap<String, Part>,
     ) -> Result<Self> {
         let [rows, cols] = shape;
@@ -242,7 +271,14 @@ impl DualGrained {
             factors: take_exact(parts, "factors", Dtype::U8, &groups)?,
             zeros: take_exact(parts, "zeros", Dtype::U8, &groups)?,
             scales: take_exact(parts, "scales", Dtype::F32, &[rows])?,
+            activations: match static_activations {
+                true => floats(&take_exact(parts, ACTIVATIONS, Dtype::F32, &[1])?).next(),
+                false => None,
+            },
         };
+        if let Some(step) = weight.activations.filter(|step| !fixed(*step)) {
+            return Err(malformed(format!("part '{ACTIVATIONS}' holds {step}, no step")));
+        }
         if let Some(scale) = floats(&weight.scales).find(|s| !usable(*s)) {
             return Err(malformed(format!(
                 "part 'scales' holds {scale}, whose weights are not finite"
@@ -251,6 +287,11 @@ impl DualGrained {
         weight.check_grid().map_err(malformed)?;
         Ok(weight)
     }
+}
+
+/// Whether activations can be rounded to multiples of this step.
+fn fixed(step: f32) -> bool {
+    step.is_finite() && step > 1e-38
 }
 
 fn floats(bytes: &[u8]) -> impl Iterator<Item = f32> {
@@ -440,7 +481,7 @@ mod tests {
         let w = Weight::DualGrained(DualGrained::round([1, 96], 96, &[1.0; 96]).unwrap());
         for group in [0, 1, 64, 192, usize::MAX, usize::MAX - 31] {
             let parts = w.parts().into_iter().map(|p| (p.suffix.to_string(), p)).collect();
-            let record = Record::DualGrained { shape: [1, 96], group };
+            let record = Record::DualGrained { shape: [1, 96], group, static_activations: false };
             let error = Weight::from_parts(&record, parts).unwrap_err();
             assert_eq!(error.reason(), Reason::MalformedFile, "{group}");
         }

@@ -83,6 +83,9 @@ pub enum Record {
     DualGrained {
         shape: [usize; 2],
         group: usize,
+        /// Whether the step of 8-bit activations is stored with the weight.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        static_activations: bool,
     },
     Ggml {
         shape: [usize; 2],
@@ -204,11 +207,17 @@ impl Weight {
             Self::Ggml(weight) => weight.packed(),
             Self::Grouped(weight) => weight.packed(),
             Self::DualGrained(weight) => weight.packed(),
-            Self::Dense(_)
-            | Self::Sparse(_)
-            | Self::RowGroups(_)
-            | Self::Factored(_)
-            | Self::Sum(_) => None,
+            Self::Sparse(weight) => weight.packed(),
+            Self::Dense(_) | Self::RowGroups(_) | Self::Factored(_) | Self::Sum(_) => None,
+        }
+    }
+
+    /// The same numbers in another layout whose products are faster, not equal to the bit: a bitmap for lists of
+    /// places. `None` where there is none.
+    pub fn faster(&self) -> Option<Self> {
+        match self {
+            Self::Sparse(weight) => weight.with_bitmap().map(Self::Sparse),
+            _ => None,
         }
     }
 
@@ -229,9 +238,9 @@ impl Weight {
             Record::Grouped { shape, spec } => {
                 Self::Grouped(Grouped::from_parts(*shape, *spec, &mut parts)?)
             }
-            Record::DualGrained { shape, group } => {
-                Self::DualGrained(DualGrained::from_parts(*shape, *group, &mut parts)?)
-            }
+            Record::DualGrained { shape, group, static_activations } => Self::DualGrained(
+                DualGrained::from_parts(*shape, *group, *static_activations, &mut parts)?,
+            ),
             Record::Ggml { shape, r#type } => {
                 Self::Ggml(Ggml::from_parts(*shape, *r#type, &mut parts)?)
             }

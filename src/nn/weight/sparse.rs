@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::kernels::dot::DenseKind;
+use crate::kernels::packed::Packed;
 use crate::kernels::sparse::{MAX_OF, Places, SparseRows, Values, list_row_bytes, place_bits};
 use crate::kernels::{dot, product};
 
@@ -237,6 +238,28 @@ impl Sparse {
 
     pub fn multiply_transposed(&self, g: &[f32], dx: &mut [f32]) {
         product::multiply_transposed(&self.view(), g, dx);
+    }
+
+    /// Packed for products with 8-bit activations, if the values are codes in groups of whole blocks of 32
+    /// columns.
+    pub fn packed(&self) -> Option<Packed> {
+        Packed::sparse(&self.view())
+    }
+
+    /// The same elements with a bitmap in place of a list: some more bytes where few of a group are kept, but
+    /// vectors can use them as they are. `None` if there is one already, or if values are codes.
+    pub fn with_bitmap(&self) -> Option<Self> {
+        if self.pattern == SparsePattern::Bitmap || self.format.dense().is_none() {
+            return None;
+        }
+        let mut stored = vec![false; self.shape[0] * self.shape[1]];
+        let view = self.view();
+        for (row, stored) in stored.chunks_exact_mut(self.shape[1]).enumerate() {
+            view.mask(row, stored);
+        }
+        let pattern = SparsePattern::Bitmap;
+        let places = pack_places(self.shape, pattern, &stored);
+        Some(Self { pattern, places, ..self.clone() })
     }
 
     /// `mask` (a bit a column) or `places` (a little-endian bit stream), rows padded to a byte; `values`

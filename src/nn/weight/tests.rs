@@ -94,6 +94,37 @@ fn all(shape: [usize; 2]) -> Vec<Weight> {
     weights
 }
 
+#[test]
+fn packed_and_faster_forms_hold_the_same_numbers() {
+    let (mut packed, mut faster) = (0, 0);
+    for shape in [[7, 32], [17, 96], [5, 20]] {
+        let [rows, cols] = shape;
+        for w in all(shape) {
+            let (dense, record) = (w.to_f32(), w.record());
+            if let Some(form) = w.packed() {
+                packed += usize::from(matches!(w, Weight::Sparse(_)));
+                let mut row = vec![f32::NAN; cols];
+                for r in 0..rows {
+                    form.read_row(r, &mut row);
+                    assert_eq!(row, dense[r * cols..(r + 1) * cols], "{record:?}");
+                }
+            }
+            if let Some(form) = w.faster() {
+                faster += 1;
+                assert_eq!(form.to_f32(), dense, "{record:?}");
+                let x = noise(3 * cols);
+                let (mut y, mut exact) = (vec![f32::NAN; 3 * rows], vec![f32::NAN; 3 * rows]);
+                form.multiply(&x, &mut y);
+                w.multiply(&x, &mut exact);
+                close(&y, &exact.into_iter().map(f64::from).collect::<Vec<_>>(), &record);
+                assert!(form.faster().is_none());
+            }
+        }
+    }
+    // Bits, symmetry, two patterns, and groups of 32 and of a row; three kinds of values with places.
+    assert_eq!((packed, faster), (4 * 2 * 2 * (2 + 2), 3 * 3));
+}
+
 /// The layouts whose products round activations too.
 fn rounding(shape: [usize; 2]) -> Vec<Weight> {
     let values = noise(shape[0] * shape[1]);

@@ -2,7 +2,7 @@
 
 use crate::eval::metrics;
 use crate::proto::v1::{self, ClaimVerdict, FindingVerdict, Relation};
-use crate::recipe::compare::{BASE, report};
+use crate::recipe::compare::{BASE, gap, report};
 
 /// The contrast that an expectation speaks of; values are held against the base only to have one.
 pub fn contrast_of(expectation: &v1::Expectation) -> v1::Contrast {
@@ -38,6 +38,10 @@ fn finding(expectation: &v1::Expectation, measured: &v1::ComparisonReport) -> v1
         Relation::DifferenceAtMost => (found.difference, false),
         Relation::ValueAtLeast => (value(expectation, measured), true),
         Relation::ValueAtMost => (value(expectation, measured), false),
+        Relation::GapClosedAtLeast => {
+            let v1::Expectation { metric, arm, against, .. } = expectation;
+            (gap::closed(measured, metric, arm, against), true)
+        }
         Relation::Unspecified => (None, true),
     };
     let mut finding = v1::Finding {

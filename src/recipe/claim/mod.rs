@@ -10,13 +10,14 @@ pub mod verify;
 use std::collections::{BTreeMap, BTreeSet};
 
 use prost::Message as _;
+use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::compare::{self, BASE};
 use crate::error::{Error, Result};
 use crate::eval::metrics;
-use crate::methods::registry;
+use crate::methods::{adapt, registry};
 use crate::proto::v1::{self, Relation};
 use crate::{code, machine};
 
@@ -35,7 +36,7 @@ pub fn check_text(claim: &v1::Claim) -> Result<()> {
             return Err(Error::field(field, format!("write 1 to {MAX_TEXT} bytes")));
         }
     }
-    let comparison = given(claim)?;
+    let comparison = &given(claim)?;
     compare::check_counts(comparison).map_err(|e| e.within("comparison"))?;
     if comparison.arms.iter().any(|arm| !arm.version.is_empty()) {
         let problem = "a claim's arms take steps: a version elsewhere is another one";
@@ -46,6 +47,12 @@ pub fn check_text(claim: &v1::Claim) -> Result<()> {
         return Err(Error::field("comparison.model", problem));
     }
     let known: BTreeSet<&str> = claim.data.iter().map(|data| data.dataset.as_str()).collect();
+    for (i, data) in claim.data.iter().enumerate() {
+        if v1::DatasetKind::try_from(data.kind).is_err() {
+            let problem = format!("{} is no kind of data set", data.kind);
+            return Err(Error::field(format!("data[{i}].kind"), problem));
+        }
+    }
     for dataset in compare::datasets(comparison) {
         if !known.contains(dataset.as_str()) {
             let problem = format!("says nothing of '{dataset}', which the comparison reads");
@@ -98,14 +105,19 @@ fn check_expectation(expectation: &v1::Expectation, arms: &BTreeSet<&str>) -> Re
     Ok(())
 }
 
-fn given(claim: &v1::Claim) -> Result<&v1::Comparison> {
-    claim.comparison.as_ref().ok_or_else(|| Error::field("comparison", "is missing"))
+/// The comparison, with its tasks put into its arms.
+fn given(claim: &v1::Claim) -> Result<v1::Comparison> {
+    let given = claim.comparison.as_ref();
+    let given = given.ok_or_else(|| Error::field("comparison", "is missing"))?;
+    compare::check_counts(given)
+        .and_then(|()| compare::expand(given))
+        .map_err(|e| e.within("comparison"))
 }
 
 /// The comparison that a form of a claim runs; its model is empty. Each expectation becomes a contrast
 /// of it.
 pub fn form(claim: &v1::Claim, short: bool) -> Result<v1::Comparison> {
-    let mut comparison = given(claim)?.clone();
+    let mut comparison = given(claim)?;
     if short {
         let short = claim.short.clone().unwrap_or_default();
         shorten(&mut comparison, &short)?;
@@ -153,28 +165,42 @@ fn shorten(comparison: &mut v1::Comparison, short: &v1::ShortForm) -> Result<()>
         if let (Some(choice), Some(items)) = (&mut evaluation.choice, short.max_items) {
             choice.max_items = Some(items);
         }
+        if let (Some(task), Some(items)) = (&mut evaluation.task, short.max_items) {
+            task.max_records = Some(items);
+        }
     }
     if let Some(sequences) = short.calibration_sequences {
         for step in comparison.arms.iter_mut().flat_map(|arm| &mut arm.steps) {
-            *step = with_sequences(step, sequences)?;
+            *step = with_sequences(&registry::resolve(step), sequences)?;
+        }
+    }
+    for tuning in comparison.arms.iter_mut().filter_map(|arm| arm.tuning.as_mut()) {
+        if let (Some(adaptation), Some(sequences)) =
+            (&mut tuning.adaptation, short.calibration_sequences)
+        {
+            *adaptation = with_sequences(&adapt::registry::resolve(adaptation), sequences)?;
+        }
+        if let (Some(training), Some(steps)) = (&mut tuning.training, short.training_steps) {
+            (training.steps, training.epochs) = (Some(steps), None);
         }
     }
     Ok(())
 }
 
-/// The step with another number of calibration sequences, whatever method it is of: its message is
-/// searched for `calibration`, so that new methods need nothing here.
-fn with_sequences(step: &v1::Step, sequences: u32) -> Result<v1::Step> {
+/// The message of a method with another number of calibration sequences, whatever method it is: it is
+/// searched for `calibration`, for what CorDA calls `context`, and for the `text` that a step learns from, so
+/// that new methods need nothing here.
+fn with_sequences<M: Serialize + DeserializeOwned>(method: &M, sequences: u32) -> Result<M> {
     fn change(value: &mut Value, sequences: u32) {
         let Value::Object(fields) = value else { return };
         for (name, value) in fields {
-            if name == "calibration" && value.is_object() {
+            if matches!(name.as_str(), "calibration" | "context" | "text") && value.is_object() {
                 value["sequences"] = sequences.into();
             }
             change(value, sequences);
         }
     }
-    let mut json = serde_json::to_value(registry::resolve(step)).map_err(unwritable)?;
+    let mut json = serde_json::to_value(method).map_err(unwritable)?;
     change(&mut json, sequences);
     serde_json::from_value(json).map_err(unwritable)
 }
@@ -236,7 +262,11 @@ fn sha256(bytes: &[u8]) -> String {
 /// Names of the methods that a comparison runs.
 pub fn methods(comparison: &v1::Comparison) -> BTreeSet<&'static str> {
     let steps = comparison.arms.iter().flat_map(|arm| &arm.steps);
-    steps.filter_map(|step| registry::method(step).ok()).map(|m| m.card().name).collect()
+    let steps = steps.filter_map(|step| registry::method(step).ok()).map(|m| m.card().name);
+    let tunings = comparison.arms.iter().filter_map(|arm| arm.tuning.as_ref());
+    let tunings = tunings.filter_map(|tuning| tuning.adaptation.as_ref());
+    let tunings = tunings.filter_map(|a| adapt::registry::method(a).ok()).map(|m| m.card().name);
+    steps.chain(tunings).collect()
 }
 
 /// Where and with what this program measures.

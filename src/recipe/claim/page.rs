@@ -67,7 +67,8 @@ fn section(entry: &v1::MeasuredClaim) -> String {
         let sign = match expectation.relation() {
             v1::Relation::RatioAtLeast
             | v1::Relation::DifferenceAtLeast
-            | v1::Relation::ValueAtLeast => "≥",
+            | v1::Relation::ValueAtLeast
+            | v1::Relation::GapClosedAtLeast => "≥",
             _ => "≤",
         };
         out += &format!(

@@ -36,6 +36,7 @@ pub fn claim() -> v1::Claim {
             dataset: "datasets/text".into(),
             file: "text.txt".into(),
             digest: "sha256:text".into(),
+            ..Default::default()
         }],
         comparison: Some(comparison),
         expectations: vec![

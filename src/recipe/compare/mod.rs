@@ -6,7 +6,9 @@
 
 pub mod chart;
 mod draw;
+mod expand;
 pub mod front;
+pub mod gap;
 mod labels;
 pub mod picture;
 pub mod plan;
@@ -20,11 +22,14 @@ use std::collections::BTreeSet;
 
 pub(super) use draw::{GREY, SMALL, line, text as label};
 
-use super::{check_steps, evaluation_datasets, step_datasets, unique};
+pub use expand::expand;
+use serde_json::Value;
+
+use super::{adapt, check_steps, evaluation_datasets, step_datasets, unique};
 use crate::error::{Error, Reason, Result};
 use crate::eval::{self, metrics};
 use crate::methods::{Estimate, registry};
-use crate::models::AnyInfo;
+use crate::models::{AnyInfo, encoder, not_a_decoder};
 use crate::proto::v1::{self, KeepVersions};
 
 /// Name that stands for the base in contrasts and tables.
@@ -35,6 +40,42 @@ const MAX_SEEDS: usize = 32;
 const MAX_CONTRASTS: usize = 256;
 const MAX_NAME: usize = 40;
 const MAX_TITLE: usize = 512;
+
+/// What is known of a base before its weights are read.
+#[derive(Debug, Clone)]
+pub struct Base {
+    pub family: String,
+    /// `config.json` in Hugging Face form.
+    pub config: Value,
+    /// Bytes of the weights.
+    pub bytes: u64,
+    /// Of what takes steps: all but encoders.
+    pub info: Option<AnyInfo>,
+}
+
+impl Base {
+    /// A decoder.
+    pub fn decoder(config: Value, info: AnyInfo) -> Self {
+        let family = info.family.name().to_owned();
+        Self { family, config, bytes: info.bytes(), info: Some(info) }
+    }
+
+    fn info(&self) -> Result<&AnyInfo> {
+        self.info.as_ref().ok_or_else(|| not_a_decoder(&self.family))
+    }
+
+    /// Whether it reads texts, and does not continue them.
+    pub fn is_encoder(&self) -> bool {
+        self.family == encoder::FAMILY
+    }
+
+    fn check_evaluation(&self, evaluation: &v1::Evaluation) -> Result<()> {
+        match &self.info {
+            Some(info) => eval::check_any(evaluation, info),
+            None => eval::check_encoder(evaluation),
+        }
+    }
+}
 
 /// Refuses comparisons that are larger than any is run, before anything is done with one.
 pub fn check_counts(comparison: &v1::Comparison) -> Result<()> {
@@ -64,10 +105,11 @@ pub fn check_counts(comparison: &v1::Comparison) -> Result<()> {
     Ok(())
 }
 
-/// Checks all of a comparison that its base's header can tell; gives the cost of each arm's steps. Arms
-/// that measure another version are checked against that by who knows it. Errors point into the
+/// Checks all of a comparison, [expanded](expand), that its base's header can tell; gives the cost of each
+/// arm's steps and the memory of its tuning. Arms that measure another version are checked against that, and
+/// data sets against what they are for, by who knows them. Errors point into the
 /// comparison (`arms[2].steps[0].wanda.sparsity.share`).
-pub fn check(comparison: &v1::Comparison, base: &AnyInfo) -> Result<Vec<Estimate>> {
+pub fn check(comparison: &v1::Comparison, base: &Base) -> Result<Vec<Estimate>> {
     check_counts(comparison)?;
     let arms = &comparison.arms;
     if KeepVersions::try_from(comparison.keep).is_err() {
@@ -78,7 +120,7 @@ pub fn check(comparison: &v1::Comparison, base: &AnyInfo) -> Result<Vec<Estimate
         metrics::metric(metric).map_err(|e| e.within(&format!("metrics[{i}]")))?;
     }
     let evaluation = comparison.evaluation.clone().unwrap_or_default();
-    eval::check_any(&evaluation, base).map_err(|e| e.within("evaluation"))?;
+    base.check_evaluation(&evaluation).map_err(|e| e.within("evaluation"))?;
 
     let mut names = BTreeSet::from([BASE]);
     let mut estimates = Vec::with_capacity(arms.len());
@@ -93,20 +135,31 @@ pub fn check(comparison: &v1::Comparison, base: &AnyInfo) -> Result<Vec<Estimate
             let problem = "an arm takes steps or measures a version, not both";
             return Err(bad(format!("{place}.version"), problem));
         }
-        if arm.version.is_empty() && arm.steps.is_empty() && arm.evaluation.is_none() {
-            let problem =
-                "the arm does nothing: give steps, a version, or an evaluation of its own";
+        let idle = arm.steps.is_empty() && arm.tuning.is_none() && arm.evaluation.is_none();
+        if arm.version.is_empty() && idle {
+            let problem = "the arm does nothing: give steps, a tuning, a version, or an \
+                           evaluation of its own";
             return Err(bad(place, problem));
         }
-        if let Some(evaluation) = &arm.evaluation {
-            eval::check_any(evaluation, base)
-                .map_err(|e| e.within(&format!("{place}.evaluation")))?;
+        if !arm.version.is_empty() && arm.tuning.is_some() {
+            let problem = "an arm tunes what its steps make; compare over the version to tune it";
+            return Err(bad(format!("{place}.tuning"), problem));
         }
-        let estimate = if arm.steps.is_empty() {
-            Estimate { memory_bytes: base.bytes(), ..Estimate::default() }
+        if let Some(evaluation) = &arm.evaluation {
+            let within = |e: Error| e.within(&format!("{place}.evaluation"));
+            base.check_evaluation(evaluation).map_err(within)?;
+        }
+        let mut estimate = if arm.steps.is_empty() {
+            Estimate { memory_bytes: base.bytes, ..Estimate::default() }
         } else {
-            check_steps(&arm.steps, base).map_err(|e| e.within(&place))?.total
+            let steps = base.info().and_then(|info| check_steps(&arm.steps, info));
+            steps.map_err(|e| e.within(&place))?.total
         };
+        if let Some(tuning) = &arm.tuning {
+            let place = format!("{place}.tuning");
+            let memory = check_tuning(tuning, base).map_err(|e| e.within(&place))?;
+            estimate.memory_bytes = estimate.memory_bytes.max(memory);
+        }
         estimates.push(estimate);
     }
 
@@ -123,9 +176,21 @@ pub fn check(comparison: &v1::Comparison, base: &AnyInfo) -> Result<Vec<Estimate
     Ok(estimates)
 }
 
-/// The same comparison with every default written out.
+/// Checks what an arm trains; gives the bytes of memory that it takes.
+fn check_tuning(tuning: &v1::Tuning, base: &Base) -> Result<u64> {
+    let training = tuning.training.as_ref();
+    if training.is_none_or(|training| training.dataset.is_empty()) {
+        return Err(Error::field("training.dataset", "missing; name the data to learn from"));
+    }
+    let model = (base.family.as_str(), &base.config);
+    let plan = adapt::Plan::new(tuning.adaptation.as_ref(), training, model)?;
+    Ok(plan.message(base.bytes).memory_bytes.unsigned_abs())
+}
+
+/// The same comparison, [expanded](expand), with every default written out that does not depend on the base.
 pub fn resolve(comparison: &v1::Comparison) -> v1::Comparison {
-    let mut comparison = comparison.clone();
+    // What cannot be expanded is refused elsewhere.
+    let mut comparison = expand(comparison).unwrap_or_else(|_| comparison.clone());
     if comparison.seeds.is_empty() {
         comparison.seeds = vec![0];
     }
@@ -138,6 +203,12 @@ pub fn resolve(comparison: &v1::Comparison) -> v1::Comparison {
             arm.display_name.clone_from(&arm.name);
         }
         arm.steps = arm.steps.iter().map(registry::resolve).collect();
+        if let Some(tuning) = &mut arm.tuning {
+            let adaptation = tuning.adaptation.clone().unwrap_or_default();
+            let training = tuning.training.clone().unwrap_or_default();
+            let (adaptation, training) = adapt::resolve(&adaptation, &training);
+            (tuning.adaptation, tuning.training) = (Some(adaptation), Some(training));
+        }
     }
     for contrast in &mut comparison.contrasts {
         if contrast.against.is_empty() {
@@ -149,10 +220,17 @@ pub fn resolve(comparison: &v1::Comparison) -> v1::Comparison {
 
 /// Resource names of the data sets that a comparison reads, each once, sorted.
 pub fn datasets(comparison: &v1::Comparison) -> Vec<String> {
+    let expanded = expand(comparison);
+    let comparison = expanded.as_ref().unwrap_or(comparison);
     let arms = &comparison.arms;
+    let of_tunings = arms.iter().filter_map(|arm| arm.tuning.as_ref()).flat_map(|tuning| {
+        let adaptation = tuning.adaptation.clone().unwrap_or_default();
+        let training = tuning.training.clone().unwrap_or_default();
+        adapt::names(&adaptation, &training).unwrap_or_default()
+    });
     let of_steps = arms.iter().flat_map(|arm| &arm.steps).flat_map(step_datasets);
     let evaluations = comparison.evaluation.iter().chain(arms.iter().flat_map(|a| &a.evaluation));
-    unique(of_steps.chain(evaluations.flat_map(evaluation_datasets)))
+    unique(of_steps.chain(of_tunings).chain(evaluations.flat_map(evaluation_datasets)))
 }
 
 /// Resource names of the versions that a comparison reads.
@@ -200,7 +278,8 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_named_by_its_place() {
-        let base = AnyInfo::from(random::model(random::tiny("llama"), 1).expect("a model").info());
+        let info = random::model(random::tiny("llama"), 1).expect("a model").info();
+        let base = Base::decoder(random::tiny("llama"), info.into());
         let good = comparison(vec![arm("a", vec![wanda(0.5)]), arm("b", vec![round(4)])]);
         assert_eq!(check(&good, &base).expect("fits").len(), 2);
         type Change = fn(&mut v1::Comparison);
@@ -238,6 +317,61 @@ mod tests {
             let error = check(&bad, &base).unwrap_err();
             assert_eq!(error.violations()[0].field, field, "{error}");
         }
+    }
+
+    #[test]
+    fn tunings_are_checked_like_adaptations() {
+        let info = random::model(random::tiny("llama"), 1).expect("a model").info();
+        let base = Base::decoder(random::tiny("llama"), info.into());
+        let tuned = |json: Value| {
+            let mut arm = arm("a", Vec::new());
+            arm.tuning = Some(serde_json::from_value(json).expect("a tuning"));
+            comparison(vec![arm])
+        };
+        let good = serde_json::json!({
+            "adaptation": { "lora": {} }, "training": { "dataset": "datasets/d" },
+        });
+        let plan = check(&tuned(good.clone()), &base).expect("fits");
+        assert!(plan[0].memory_bytes > base.bytes);
+        for (path, value, field) in [
+            ("/training/dataset", Value::from(""), "arms[0].tuning.training.dataset"),
+            (
+                "/training",
+                serde_json::json!({ "dataset": "datasets/d", "batch_size": 0 }),
+                "arms[0].tuning.training.batch_size",
+            ),
+            (
+                "/adaptation",
+                serde_json::json!({ "lora": { "adapter": { "r": 0 } } }),
+                "arms[0].tuning.adaptation.lora.adapter.r",
+            ),
+            ("/adaptation", serde_json::json!({ "head_only": {} }), "arms[0].tuning.adaptation"),
+        ] {
+            let mut bad = good.clone();
+            *bad.pointer_mut(path).expect("there") = value;
+            let error = check(&tuned(bad), &base).unwrap_err();
+            assert_eq!(error.violations()[0].field, field, "{error}");
+        }
+        let mut elsewhere = tuned(good.clone());
+        elsewhere.arms[0].version = "models/x/versions/1".into();
+        let error = check(&elsewhere, &base).unwrap_err();
+        assert_eq!(error.violations()[0].field, "arms[0].tuning");
+
+        // An encoder takes no steps and has no perplexity.
+        let encoder = Base {
+            family: encoder::FAMILY.into(),
+            config: crate::models::encoder::random::tiny(),
+            bytes: 1000,
+            info: None,
+        };
+        assert!(check(&tuned(good), &encoder).is_ok());
+        let error = check(&comparison(vec![arm("a", vec![wanda(0.5)])]), &encoder).unwrap_err();
+        assert_eq!(error.reason(), Reason::ModelUnsuitable);
+        let mut text = comparison(vec![arm("a", Vec::new())]);
+        text.evaluation =
+            Some(v1::Evaluation { dataset: "datasets/d".into(), ..Default::default() });
+        let error = check(&text, &encoder).unwrap_err();
+        assert_eq!(error.violations()[0].field, "evaluation.dataset", "{error}");
     }
 
     #[test]

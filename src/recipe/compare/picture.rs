@@ -3,7 +3,7 @@
 use super::chart::{Axis, Chart, Point};
 use super::report::{base_column, bytes, cell, points, quality};
 use crate::error::{Error, Result};
-use crate::eval::metrics::{self, DECODE_RATE, PRODUCT_1};
+use crate::eval::metrics::{self, ADAPTER_BYTES, DECODE_RATE, PRODUCT_1};
 use crate::proto::v1;
 
 /// A picture spans decades when its largest value is this many times its smallest.
@@ -20,7 +20,9 @@ pub fn against_bytes(report: &v1::ComparisonReport) -> Result<Chart> {
         v if v >= 1e3 => ("kB", 1e3),
         _ => ("bytes", 1.0),
     };
-    chart(report, cost, &format!("weights, {unit}"), &|v| v / scale)
+    let what =
+        if report.columns[cost].metric == ADAPTER_BYTES.name { "adapter" } else { "weights" };
+    chart(report, cost, &format!("{what}, {unit}"), &|v| v / scale)
 }
 
 /// Quality against the time of a token: in decode where that was measured, else in the products alone.

@@ -60,7 +60,8 @@ impl Plan {
                         Some(*drawn)
                     })
                     .collect();
-                let drawn = draws.last().copied().unwrap_or(false);
+                let tuned = arm.tuning.is_some();
+                let drawn = draws.last().copied().unwrap_or(false) || tuned;
                 if !drawn && seed != first {
                     plan.shared += arm.steps.len();
                     continue;
@@ -126,6 +127,28 @@ mod tests {
         assert_eq!((plan.nodes[1].index, plan.nodes[3].index), (1, 0));
         let nodes: Vec<_> = plan.runs.iter().map(|run| run.node).collect();
         assert_eq!(nodes, [Some(1), Some(2), Some(0), Some(3)]);
+    }
+
+    #[test]
+    fn tunings_draw_and_their_steps_are_shared() {
+        let tuned = |name: &str, steps: Vec<v1::Step>| {
+            let mut arm = arm(name, steps);
+            arm.tuning = Some(v1::Tuning::default());
+            arm
+        };
+        let arms =
+            vec![tuned("a", Vec::new()), tuned("b", vec![round(4)]), arm("c", vec![round(4)])];
+        let plan = plan(arms, &[7, 8]);
+        let runs: Vec<_> = plan.runs.iter().map(|run| (run.arm, run.seed, run.node)).collect();
+        let expected = [
+            (0, Some(7), None),
+            (1, Some(7), Some(0)),
+            (2, None, Some(0)),
+            (0, Some(8), None),
+            (1, Some(8), Some(0)),
+        ];
+        assert_eq!(runs, expected);
+        assert_eq!((plan.nodes.len(), plan.nodes[0].runs.as_slice()), (1, &[1, 2, 4][..]));
     }
 
     #[test]

@@ -102,7 +102,10 @@ fn columns(arms: &[v1::ArmReport]) -> Vec<v1::Column> {
     columns
 }
 
-fn in_column<'a>(run: &'a v1::ArmRun, column: &v1::Column) -> Option<&'a v1::Measurement> {
+pub(super) fn in_column<'a>(
+    run: &'a v1::ArmRun,
+    column: &v1::Column,
+) -> Option<&'a v1::Measurement> {
     run.measurements.iter().find(|m| m.metric == column.metric && m.protocol == column.protocol)
 }
 
@@ -133,17 +136,31 @@ pub fn cell(arm: &v1::ArmReport, column: usize) -> Option<&v1::Cell> {
 }
 
 /// The column that says how good the arms are: of the metrics asked for, else of the registry, the first
-/// quality that the base has too.
+/// quality that the base has too; where the base has none, as it has no head for a task, the first that an arm
+/// has.
 pub fn quality(report: &v1::ComparisonReport) -> Option<usize> {
     let asked = report.comparison.iter().flat_map(|c| &c.metrics).map(String::as_str);
     let all = metrics::ALL.iter().map(|m| m.name);
     let qualities = asked.chain(all).filter(|name| metrics::metric(name).is_ok_and(|m| m.quality));
-    qualities.into_iter().find_map(|name| base_column(report, name))
+    let qualities: Vec<&str> = qualities.collect();
+    let of_base = qualities.iter().find_map(|name| base_column(report, name));
+    of_base.or_else(|| qualities.iter().find_map(|name| arm_column(report, name)))
 }
 
-/// The column of stored bytes.
+/// The column of stored bytes: of the weights, or, where no arm has weights of its own, of the adapters.
 pub fn bytes(report: &v1::ComparisonReport) -> Option<usize> {
+    let arms = report.comparison.iter().flat_map(|c| &c.arms);
+    let tuned = |arm: &v1::Arm| arm.tuning.is_some() || arm.steps.is_empty();
+    let some = arms.clone().any(|arm| arm.tuning.is_some());
+    if some && arms.clone().all(tuned) {
+        return arm_column(report, metrics::ADAPTER_BYTES.name);
+    }
     base_column(report, metrics::WEIGHT_BYTES.name)
+}
+
+/// The first column of `metric`.
+fn arm_column(report: &v1::ComparisonReport, metric: &str) -> Option<usize> {
+    report.columns.iter().position(|column| column.metric == metric)
 }
 
 /// The column of `metric` in which the base has a value.
@@ -177,7 +194,7 @@ pub fn points(
 }
 
 /// The values of an arm in a column for these seeds; a run without a seed stands for each.
-fn series<'a>(
+pub(super) fn series<'a>(
     arm: &'a v1::ArmReport,
     column: &v1::Column,
     seeds: &[Option<u64>],
@@ -387,6 +404,38 @@ mod tests {
         // What is in no column with the others is held against none of them.
         assert!(report.contrasts[0].difference.is_none());
         assert!(!report.arms[2].on_front);
+    }
+
+    #[test]
+    fn arms_that_only_tune_are_held_against_the_bytes_of_their_adapters() {
+        let tuned =
+            |name: &str| v1::Arm { tuning: Some(v1::Tuning::default()), ..arm(name, Vec::new()) };
+        let comparison = comparison(vec![tuned("small"), tuned("large"), tuned("worse")]);
+        let made = |name: &str, right: &[f64], bytes: f64| {
+            let bytes = [bytes];
+            run(
+                name,
+                Some(0),
+                &[
+                    (&metrics::TASK_ACCURACY, right),
+                    (&metrics::ADAPTER_BYTES, &bytes),
+                    (&metrics::WEIGHT_BYTES, &[1e6]),
+                ],
+            )
+        };
+        let runs = vec![
+            made("small", &[1.0, 0.0, 1.0, 0.0], 10.0),
+            made("large", &[1.0, 1.0, 1.0, 0.0], 100.0),
+            made("worse", &[1.0, 1.0, 0.0, 0.0], 200.0),
+        ];
+        // The base has no head for the task, so no value in its column.
+        let base = run(BASE, None, &[(&metrics::WEIGHT_BYTES, &[1e6])]);
+        let report = report(&comparison, &Facts::default(), Some(base), runs);
+        let metric = |column: Option<usize>| &report.columns[column.expect("a column")].metric;
+        assert_eq!(metric(quality(&report)), "task_accuracy");
+        assert_eq!(metric(bytes(&report)), "adapter_bytes");
+        let front: Vec<bool> = report.arms.iter().map(|arm| arm.on_front).collect();
+        assert_eq!(front, [false, true, true, false]);
     }
 
     #[test]

@@ -296,7 +296,13 @@ fn stateful() -> Case {
 
 /// What must not depend on interruptions.
 fn numbers(report: v1::TrainingReport) -> v1::TrainingReport {
-    v1::TrainingReport { seconds: 0.0, tokens_per_second: 0.0, resident_memory_bytes: 0, ..report }
+    v1::TrainingReport {
+        seconds: 0.0,
+        step_seconds: 0.0,
+        tokens_per_second: 0.0,
+        resident_memory_bytes: 0,
+        ..report
+    }
 }
 
 #[test]
@@ -500,6 +506,51 @@ fn numbers_that_are_not_finite_end_the_run_and_the_checkpoint_stays() {
         whole.run(&mut Toy::default(), &mut wanted, &mut Remember(0.0)).unwrap();
         // Options differ in what does not change numbers only.
         assert_eq!(values(&parameters), values(&wanted));
+    }
+}
+
+/// Lets a number of updates in a row pass.
+struct Patient {
+    most: u32,
+    in_a_row: u32,
+    skipped: u32,
+}
+
+impl Hooks for Patient {
+    fn skip(&mut self, _: Place) -> bool {
+        self.in_a_row += 1;
+        self.skipped += u32::from(self.in_a_row < self.most);
+        self.in_a_row < self.most
+    }
+
+    fn after_step(&mut self, _: Updated<'_>) -> Result<()> {
+        self.in_a_row = 0;
+        Ok(())
+    }
+}
+
+#[test]
+fn hooks_may_let_updates_pass_that_are_not_finite() {
+    for broken in [Broken::Loss, Broken::Gradient] {
+        let case = Case::new(|t| t.epochs = Some(2.0));
+        // The first five of twelve updates are as they would be; the others leave the parameters alone.
+        let mut model = Toy { broken: Some((6, broken)), ..Default::default() };
+        let mut hooks = Patient { most: 8, in_a_row: 0, skipped: 0 };
+        let mut parameters = zeros(12);
+        let report = case.run(&mut model, &mut parameters, &mut hooks).unwrap();
+        assert_eq!((report.steps, hooks.skipped), (12, 7));
+        let mut wanted = zeros(12);
+        let cut = Case::new(|t| t.epochs = Some(2.0));
+        let mut five = Toy { fail: Some(6), ..Default::default() };
+        cut.run(&mut five, &mut wanted, &mut super::super::hooks::Plain).unwrap_err();
+        assert_eq!(values(&parameters), values(&wanted));
+
+        let case = Case::new(|t| t.epochs = Some(2.0));
+        let mut model = Toy { broken: Some((6, broken)), ..Default::default() };
+        let mut hooks = Patient { most: 4, in_a_row: 0, skipped: 0 };
+        let error = case.run(&mut model, &mut zeros(12), &mut hooks).unwrap_err();
+        assert_eq!(error.reason(), Reason::NonFinite);
+        assert!(error.message().contains("update 9 of 12"), "{error}");
     }
 }
 

@@ -4,6 +4,7 @@
 //! share the pass through the `A` factors: it runs when the first of them asks, the others find its
 //! result.
 
+mod extras;
 #[cfg(test)]
 mod tests;
 
@@ -11,10 +12,14 @@ use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
+pub(super) use self::extras::Norm;
+
+use self::extras::Extras;
 use super::super::Config;
+use super::super::config::EMBEDDING;
 use crate::error::{Error, Reason, Result};
 use crate::kernels::lowrank::{self, Down, RowGroups, TILE, Tile};
-use crate::nn::adapter::{Adapter, Factors};
+use crate::nn::adapter::{Adapter, Changes, Factors};
 
 /// Ranks of a unit of work.
 const RANKS: usize = 16;
@@ -53,15 +58,29 @@ impl Site {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Shape {
     layers: usize,
-    /// `[out, in]` of each linear of a block.
+    /// `[out, in]` of each linear of a block, of the widest where they differ.
     sites: [[usize; 2]; SITES],
+    /// Channels of the feed-forward networks, where they differ.
+    widths: Vec<usize>,
 }
 
 impl Shape {
     fn of(config: &Config) -> Self {
-        let (hidden, wide) = (config.hidden, config.intermediate);
+        let sites = Self::sites(config, config.intermediate);
+        Self { layers: config.layers.len(), sites, widths: config.widths.clone() }
+    }
+
+    /// Whether `config` has these shapes.
+    fn is_of(&self, config: &Config) -> bool {
+        self.layers == config.layers.len()
+            && self.sites == Self::sites(config, config.intermediate)
+            && self.widths == config.widths
+    }
+
+    fn sites(config: &Config, wide: usize) -> [[usize; 2]; SITES] {
+        let hidden = config.hidden;
         let (q, kv) = (config.query_channels(), config.key_channels());
-        let sites = [
+        [
             [q, hidden],
             [kv, hidden],
             [kv, hidden],
@@ -69,8 +88,7 @@ impl Shape {
             [wide, hidden],
             [wide, hidden],
             [hidden, wide],
-        ];
-        Self { layers: config.layers.len(), sites }
+        ]
     }
 }
 
@@ -80,6 +98,8 @@ pub struct Fitted {
     digest: String,
     shape: Shape,
     layers: Vec<[Option<Arc<Factors>>; SITES]>,
+    /// What is more than products; most adapters have none of it.
+    extras: Option<Box<Extras>>,
     bytes: u64,
 }
 
@@ -95,7 +115,8 @@ impl Fitted {
         let mut placed = 0;
         for (layer, sites) in layers.iter_mut().enumerate() {
             let names = config.linears(layer).concat();
-            for ((site, name), wanted) in sites.iter_mut().zip(names).zip(shape.sites) {
+            let wanted = Shape::sites(config, config.wide(layer));
+            for ((site, name), wanted) in sites.iter_mut().zip(names).zip(wanted) {
                 let Some(factors) = adapter.linears.get(&name) else { continue };
                 if factors.shape() != wanted {
                     return Err(misfit(format!(
@@ -120,7 +141,37 @@ impl Fitted {
         if placed == 0 {
             return Err(misfit("the adapter adds to nothing"));
         }
-        Ok(Self { digest: digest.to_owned(), shape, layers, bytes: adapter.bytes() })
+        let (digest, bytes) = (digest.to_owned(), adapter.bytes());
+        Ok(Self { digest, shape, layers, extras: None, bytes })
+    }
+
+    /// The same of an adapter that is more than products. `digest` stands for its content and the version
+    /// that it was made ready for.
+    ///
+    /// # Errors
+    /// As [`Fitted::new`]; UNSUPPORTED for a tensor that does not serve beside its base.
+    pub fn of(digest: &str, changes: &Changes, config: &Config) -> Result<Self> {
+        // A table is read by rows, not multiplied with.
+        let linears = changes.products.iter().filter(|(name, _)| *name != EMBEDDING);
+        let linears = linears.map(|(name, p)| {
+            let factors = Factors::from_f32(p.shape, p.rank, &p.a, &p.b, p.scale)?;
+            Ok((name.clone(), Arc::new(factors)))
+        });
+        let adapter = Adapter { linears: linears.collect::<Result<_>>()? };
+        let extras = Extras::new(changes, config)?;
+        let mut fitted = match adapter.linears.is_empty() && !extras.is_empty() {
+            false => Self::new(digest, &adapter, config)?,
+            true => {
+                let shape = Shape::of(config);
+                let layers = vec![[const { None }; SITES]; shape.layers];
+                Self { digest: digest.to_owned(), shape, layers, extras: None, bytes: 0 }
+            }
+        };
+        if !extras.is_empty() {
+            fitted.bytes += extras.bytes();
+            fitted.extras = Some(Box::new(extras));
+        }
+        Ok(fitted)
     }
 
     /// Digest of the adapter's content.
@@ -128,14 +179,14 @@ impl Fitted {
         &self.digest
     }
 
-    /// Bytes of all factors.
+    /// Bytes in memory.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
     /// Refuses a decoder with other shapes than the one it was fitted to.
     pub fn check(&self, config: &Config) -> Result<()> {
-        if self.shape == Shape::of(config) {
+        if self.shape.is_of(config) {
             return Ok(());
         }
         Err(misfit("the adapter was made for a model with other shapes"))
@@ -194,6 +245,13 @@ impl Mix {
         self.parts.iter().try_for_each(|(adapter, _)| adapter.check(config))
     }
 
+    /// What of the adapters is more than products, with the weights.
+    fn extras(&self) -> impl Iterator<Item = (&Extras, f32)> {
+        self.parts
+            .iter()
+            .filter_map(|(adapter, weight)| Some((adapter.extras.as_deref()?, *weight)))
+    }
+
     /// The factors that add to a linear, with their weights.
     fn at(&self, layer: usize, site: Site) -> impl Iterator<Item = (&Factors, f32)> {
         self.parts.iter().filter_map(move |(adapter, weight)| {
@@ -213,6 +271,9 @@ pub(super) struct Adapters {
     units: Vec<Unit>,
     ends: Vec<usize>,
     h: Vec<f32>,
+    /// Whether some adapter is more than products.
+    more: bool,
+    scratch: Vec<f32>,
 }
 
 /// Some ranks of one factor for the rows of a tile.
@@ -242,6 +303,7 @@ impl Adapters {
                 self.mixes.push(mix.clone());
             }
         }
+        self.more = self.mixes.iter().any(|mix| mix.extras().next().is_some());
         if self.mixes.is_empty() {
             return;
         }
@@ -257,13 +319,17 @@ impl Adapters {
     /// Lets go of the adapters.
     pub fn end(&mut self) {
         self.mixes.clear();
+        self.more = false;
     }
 
-    /// `y += weight * scale * B A x` for every row with its adapters; `x` is `[rows, in]` and `y`
-    /// `[rows, out]`. The linears that share an input must be asked for in order.
+    /// `y += weight * (g y + scale * B A x + t)` for every row with its adapters; `x` is `[rows, in]` and
+    /// `y` `[rows, out]`. The linears that share an input must be asked for in order.
     pub fn add(&mut self, layer: usize, site: Site, x: &[f32], y: &mut [f32]) {
         if self.mixes.is_empty() {
             return;
+        }
+        if self.more {
+            self.shift(layer, site, y);
         }
         if site.shared()[0] == site {
             self.project(layer, site.shared(), x);

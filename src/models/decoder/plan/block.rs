@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::super::rotary::{Rotary, Table};
 use super::super::{Activation, Config, LayerKind};
-use super::adapters::{Adapters, Site};
+use super::adapters::{Adapters, Norm, Site};
 use super::attention::{self, Span, Store};
 use super::linear::{self, Arithmetic, Linear};
 use super::{Chunk, Tap, vector};
@@ -73,7 +73,7 @@ pub(super) fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
 
 /// Calls `f` with the index and the rows of two matrices of equally many rows, in parallel when there
 /// is enough of them.
-fn each_row(
+pub(super) fn each_row(
     a: &mut [f32],
     a_width: usize,
     b: &mut [f32],
@@ -87,6 +87,8 @@ fn each_row(
 pub(super) struct Layer {
     config: Arc<Config>,
     index: usize,
+    /// Channels inside of the feed-forward network.
+    wide: usize,
     rotary: Arc<Rotary>,
     q: Linear,
     k: Linear,
@@ -111,7 +113,7 @@ impl Layer {
         rotaries: &Rotaries,
         arithmetic: Arithmetic,
     ) -> Result<Self> {
-        let (hidden, wide) = (config.hidden, config.intermediate);
+        let (hidden, wide) = (config.hidden, config.wide(index));
         let (q, kv) = (config.query_channels(), config.key_channels());
         let linear = |name: &str, rows: usize, cols: usize, biased: bool| {
             let name = format!("model.layers.{index}.{name}");
@@ -130,6 +132,7 @@ impl Layer {
         let post = config.post_norms;
         Ok(Self {
             index,
+            wide,
             rotary: Arc::clone(rotaries.of(config.layers[index])),
             q: linear("self_attn.q_proj", q, hidden, config.qkv_bias)?,
             k: linear("self_attn.k_proj", kv, hidden, config.qkv_bias)?,
@@ -173,7 +176,7 @@ impl Layer {
         mut tap: Option<&mut Tap<'_>>,
     ) {
         let config = &*self.config;
-        let (width, wide) = (config.hidden, config.intermediate);
+        let (width, wide) = (config.hidden, self.wide);
         let (q_width, kv_width) = (config.query_channels(), config.key_channels());
         let rows = hidden.len() / width;
         let eps = config.norm_eps;
@@ -192,18 +195,18 @@ impl Layer {
             }
         };
 
-        each_row(hidden, width, x, width, |_, h, x| {
-            norm::rms_norm(h, &self.before_attention, eps, x);
-        });
-        tap(0, x);
         let rounded = &mut buffers.rounded;
         let outputs = [(&self.q, &mut *q), (&self.k, &mut *k), (&self.v, &mut *v)];
-        linear::run(x, width, rounded, outputs);
+        linear::run_made([hidden, x], [width; 2], rounded, outputs, |_, h, x| {
+            norm::rms_norm(h, &self.before_attention, eps, x);
+        });
+        adapters.norm(self.index, Norm::BeforeAttention, hidden, x, eps);
+        tap(0, x);
         adapters.add(self.index, Site::Q, x, q);
         adapters.add(self.index, Site::K, x, k);
         adapters.add(self.index, Site::V, x, v);
         let end = spans.iter().map(|s| s.first + s.rows.len()).max().unwrap_or(0);
-        self.place(&self.rotary.upto(end), spans, q, k);
+        self.place(&self.rotary.upto(end), spans, adapters, q, k);
         match chunks {
             Some(chunks) => {
                 for span in spans {
@@ -220,23 +223,26 @@ impl Layer {
         tap(1, attended);
         linear::run(attended, q_width, rounded, [(&self.o, &mut *delta)]);
         adapters.add(self.index, Site::O, attended, delta);
-        each_row(hidden, width, x, width, |i, h, x| {
+        adapters.norm(self.index, Norm::AfterAttention, delta, hidden, eps);
+        let outputs = [(&self.gate, &mut *gate), (&self.up, &mut *up)];
+        linear::run_made([hidden, x], [width; 2], rounded, outputs, |i, h, x| {
             let delta = &delta[i * width..][..width];
             add_normed(h, delta, self.after_attention.as_deref(), eps, x);
             norm::rms_norm(h, &self.before_mlp, eps, x);
         });
+        adapters.norm(self.index, Norm::BeforeMlp, hidden, x, eps);
         tap(2, x);
-        linear::run(x, width, rounded, [(&self.gate, &mut *gate), (&self.up, &mut *up)]);
         adapters.add(self.index, Site::Gate, x, gate);
         adapters.add(self.index, Site::Up, x, up);
         let gated = match config.activation {
             Activation::Silu => activation::silu_gated,
             Activation::GeluTanh => activation::gelu_gated,
         };
-        each_row(gate, wide, up, wide, |_, gate, up| gated(gate, up));
+        let outputs = [(&self.down, &mut *delta)];
+        linear::run_made([up, gate], [wide; 2], rounded, outputs, |_, up, gate| gated(gate, up));
         tap(3, gate);
-        linear::run(gate, wide, rounded, [(&self.down, &mut *delta)]);
         adapters.add(self.index, Site::Down, gate, delta);
+        adapters.norm(self.index, Norm::AfterMlp, delta, hidden, eps);
         each_row(hidden, width, x, width, |i, h, x| {
             add_normed(h, &delta[i * width..][..width], self.after_mlp.as_deref(), eps, x);
         });
@@ -244,8 +250,17 @@ impl Layer {
 
     /// Norms the heads of queries and keys where the architecture does, and turns them to their
     /// positions.
-    fn place(&self, table: &Table, spans: &[Span], q: &mut [f32], k: &mut [f32]) {
+    fn place(
+        &self,
+        table: &Table,
+        spans: &[Span],
+        adapters: &Adapters,
+        q: &mut [f32],
+        k: &mut [f32],
+    ) {
         let config = &*self.config;
+        let changed =
+            adapters.head_norms(self.index, [self.q_norm.as_deref(), self.k_norm.as_deref()]);
         let (q_width, kv_width) = (config.query_channels(), config.key_channels());
         let heads = |row: &mut [f32], weight: Option<&Vec<f32>>| {
             if let Some(weight) = weight {
@@ -258,8 +273,9 @@ impl Layer {
             let q = &mut q[span.rows.start * q_width..span.rows.end * q_width];
             let k = &mut k[span.rows.start * kv_width..span.rows.end * kv_width];
             each_row(q, q_width, k, kv_width, |i, q, k| {
-                heads(q, self.q_norm.as_ref());
-                heads(k, self.k_norm.as_ref());
+                let own = changed.as_ref().map(|c| c.of(span.rows.start + i)).unwrap_or_default();
+                heads(q, own[0].or(self.q_norm.as_ref()));
+                heads(k, own[1].or(self.k_norm.as_ref()));
                 let (cos, sin) = table.at(span.first + i);
                 rope::rotate(q, cos, sin);
                 rope::rotate(k, cos, sin);

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::block::each_row;
 use super::{tensor, vector};
 use crate::error::Result;
 use crate::kernels::norm;
@@ -43,7 +44,7 @@ impl Matrix {
         }
         match weight.packed() {
             Some(packed) => Self::Packed(Arc::new(packed)),
-            None => Self::Plain(Arc::clone(weight)),
+            None => Self::Plain(weight.faster().map_or_else(|| Arc::clone(weight), Arc::new)),
         }
     }
 
@@ -53,6 +54,16 @@ impl Matrix {
             Self::Plain(weight) => weight.bytes(),
             Self::Packed(packed) => packed.bytes() as u64,
             Self::Corrected(packed, correction) => packed.bytes() as u64 + correction.bytes(),
+        }
+    }
+
+    /// What shares a scale among the activations, where they are rounded by their own size.
+    fn grain(&self) -> Option<Grain> {
+        match self {
+            Self::Plain(_) => None,
+            Self::Packed(packed) | Self::Corrected(packed, _) => {
+                packed.activations().is_none().then(|| packed.grain())
+            }
         }
     }
 
@@ -118,6 +129,27 @@ pub(super) fn run<const N: usize>(
     }
 }
 
+/// [`run`] over rows of `x` that are made now, each rounded while it is near, where a matrix asks for that: `make`
+/// gets the index of a row, its row of `a` (`[tokens, widths[0]]`) and the row of `x` (`[tokens, widths[1]]`).
+pub(super) fn run_made<const N: usize>(
+    [a, x]: [&mut [f32]; 2],
+    widths: [usize; 2],
+    rounded: &mut Activations,
+    mut outputs: [(&Linear, &mut [f32]); N],
+    make: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
+) {
+    let ready = outputs.iter().find_map(|(linear, _)| linear.matrix.grain());
+    match ready {
+        Some(grain) => rounded.set_made([a, &mut *x], widths, grain, make),
+        None => each_row(a, widths[0], x, widths[1], make),
+    }
+    let products = outputs.each_mut().map(|(linear, y)| (&linear.matrix, &mut **y));
+    multiply_rounded(x, widths[1], rounded, ready, products);
+    for (linear, y) in outputs {
+        linear.add_bias(y);
+    }
+}
+
 /// `y = x w^T` for up to four matrices that share their input, `[tokens, width]`; `rounded` is scratch.
 pub(super) fn multiply<const N: usize>(
     x: &[f32],
@@ -125,7 +157,18 @@ pub(super) fn multiply<const N: usize>(
     rounded: &mut Activations,
     products: [(&Matrix, &mut [f32]); N],
 ) {
-    let mut products = products;
+    multiply_rounded(x, width, rounded, None, products);
+}
+
+/// [`multiply`] where `x` may be rounded already, with scales of `ready`.
+fn multiply_rounded<const N: usize>(
+    x: &[f32],
+    width: usize,
+    rounded: &mut Activations,
+    ready: Option<Grain>,
+    products: [(&Matrix, &mut [f32]); N],
+) {
+    let (mut products, mut ready) = (products, ready);
     let mut jobs = products.each_mut().map(|(matrix, y)| match matrix {
         Matrix::Plain(weight) => {
             weight.multiply(x, y);
@@ -133,16 +176,24 @@ pub(super) fn multiply<const N: usize>(
         }
         Matrix::Packed(packed) | Matrix::Corrected(packed, _) => Some(Job { weight: packed, y }),
     });
-    // Layouts differ in what shares a scale among the activations.
-    for grain in [Grain::Block, Grain::Token] {
+    // Layouts differ in what shares a scale among the activations, and whether it is fixed.
+    while let Some(weight) = jobs.iter().flatten().map(|job| job.weight).next() {
+        let (grain, step) = (weight.grain(), weight.activations());
         let mut some = [const { None }; N];
         for (job, some) in jobs.iter_mut().zip(&mut some) {
-            *some = job.take_if(|job| job.weight.grain() == grain);
+            let alike =
+                |job: &mut Job<'_>| job.weight.grain() == grain && job.weight.activations() == step;
+            *some = job.take_if(alike);
         }
-        if some.iter().any(Option::is_some) {
-            rounded.set(x, width, grain);
-            packed::multiply(rounded, &mut some);
+        match step {
+            Some(step) => {
+                ready = None;
+                rounded.set_fixed(x, width, step);
+            }
+            None if ready.take() == Some(grain) => {}
+            None => rounded.set(x, width, grain),
         }
+        packed::multiply(rounded, &mut some);
     }
     for (matrix, y) in products {
         if let Matrix::Corrected(_, correction) = matrix {

@@ -58,6 +58,8 @@ pub struct Decoder {
     buffers: Buffers,
     /// Those of the present step; kept, like the buffers, so that decoding allocates nothing.
     spans: Vec<Span>,
+    /// The rows of the step whose output is wanted.
+    rows: Vec<usize>,
     out: Vec<f32>,
 }
 
@@ -99,6 +101,7 @@ impl Decoder {
             wanted: Vec::new(),
             buffers: Buffers::default(),
             spans: Vec::new(),
+            rows: Vec::new(),
             out: Vec::new(),
         })
     }
@@ -225,32 +228,41 @@ impl Decoder {
         }
         let mixes = spans.iter().filter_map(|s| Some((adapters.get(s.chunk)?, s.rows.clone())));
         self.buffers.adapters.start(rows, mixes);
+        let token = |row: usize| {
+            let at = spans.partition_point(|span| span.rows.end <= row);
+            let Span { chunk, token, rows, .. } = &spans[at];
+            chunks[*chunk].tokens[token + row - rows.start]
+        };
+        self.buffers.adapters.embed(token, self.config.embedding_scale, hidden);
         for layer in &self.layers {
             layer.forward(&mut self.buffers, hidden, spans, Some(&mut *chunks), None);
         }
         for span in spans {
             chunks[span.chunk].cache.advance(span.rows.len());
         }
-        self.buffers.adapters.end();
 
         // Only the rows whose logits are wanted go through the head.
         let wanted = sized(&mut self.wanted, rows * width);
         let mut count = 0;
+        self.rows.clear();
         for Span { chunk, token, rows, .. } in spans {
             let Range { start, end } = chunks[*chunk].logits;
             let low = start.clamp(*token, token + rows.len()) - token;
             let high = end.clamp(*token, token + rows.len()) - token;
             let from = &hidden[(rows.start + low) * width..(rows.start + high) * width];
             wanted[count * width..][..from.len()].copy_from_slice(from);
+            self.rows.extend(rows.start + low..rows.start + high);
             count += high - low;
         }
         let wanted = &mut wanted[..count * width];
+        let more = self.buffers.adapters.last_norm(&self.rows, wanted, self.config.norm_eps);
+        self.buffers.adapters.end();
         match output {
             _ if count == 0 => {}
             Output::Logits => {
                 let vocab = self.config.vocab;
                 let logits = &mut self.out[first * vocab..(first + count) * vocab];
-                self.head.finish_with(wanted, logits, &mut self.buffers.rounded);
+                self.head.finish_with(wanted, more.as_deref(), logits, &mut self.buffers.rounded);
             }
             Output::States => {
                 self.out[first * width..(first + count) * width].copy_from_slice(wanted);
@@ -294,12 +306,22 @@ impl Head {
 
     /// Logits `[rows, vocab]` of final hidden states `[rows, hidden]`, which are left normed.
     pub fn finish(&self, hidden: &mut [f32], logits: &mut [f32]) {
-        self.finish_with(hidden, logits, &mut Activations::default());
+        self.finish_with(hidden, None, logits, &mut Activations::default());
     }
 
-    fn finish_with(&self, hidden: &mut [f32], logits: &mut [f32], rounded: &mut Activations) {
+    /// `more` is added to the normed states.
+    fn finish_with(
+        &self,
+        hidden: &mut [f32],
+        more: Option<&[f32]>,
+        logits: &mut [f32],
+        rounded: &mut Activations,
+    ) {
         for row in hidden.chunks_exact_mut(self.norm.len()) {
             norm::rms_norm_in_place(row, &self.norm, self.eps);
+        }
+        if let Some(more) = more {
+            norm::add(hidden, more);
         }
         let width = self.norm.len();
         linear::multiply(hidden, width, rounded, [(&self.matrix, &mut *logits)]);

@@ -65,6 +65,21 @@ fn llama_biases_and_odd_shapes() {
 }
 
 #[test]
+fn blocks_of_different_widths() {
+    for architecture in ARCHITECTURES {
+        let mut config = random::tiny(architecture);
+        let layers = config["num_hidden_layers"].as_u64().unwrap();
+        let widths: Vec<u64> = (0..layers).map(|layer| 16 + 24 * ((layer + 1) % 3)).collect();
+        config["intermediate_size"] = json!(widths);
+        config["mlp_bias"] = json!(true);
+        let model = random::model(config, 6).unwrap();
+        let tokens = tokens(11, 4);
+        let got = whole(&mut Decoder::new(&model).unwrap(), &tokens);
+        assert_close(&got, reference::logits(&model, &tokens).concat(), architecture);
+    }
+}
+
+#[test]
 fn pieces_equal_the_whole() {
     for architecture in ARCHITECTURES {
         let model = random::model(random::tiny(architecture), 7).unwrap();

@@ -4,17 +4,20 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::super::{Activation, Config, Model};
+use super::adapters::{Place, Room, Rows, Site};
 use super::linear::{Inputs, Linear, Precision, products};
 use super::{GRAIN, MLP_ROWS};
 use crate::error::{Error, Reason, Result};
 use crate::kernels::quantize::Grain;
 use crate::kernels::{activation, bidirectional, norm, threads};
+use crate::models::decoder::plan::Tap;
 use crate::nn::weight::Weight;
 
 /// A layer normalisation.
+#[derive(Debug, Clone)]
 pub(super) struct Norm {
-    weight: Vec<f32>,
-    shift: Vec<f32>,
+    pub weight: Vec<f32>,
+    pub shift: Vec<f32>,
     eps: f32,
 }
 
@@ -30,6 +33,26 @@ impl Norm {
 
     pub fn apply(&self, rows: &mut [f32]) {
         norm::layer_norm(rows, &self.weight, &self.shift, self.eps);
+    }
+
+    /// Calls `f` with runs of rows, in order, and the normalisation that is theirs.
+    pub fn by_runs(
+        &self,
+        (adapters, place): (&Rows<'_>, Place),
+        rows: usize,
+        mut f: impl FnMut(&Self, Range<usize>),
+    ) {
+        let mut at = 0;
+        for (run, own) in adapters.norms(place, self) {
+            if at < run.start {
+                f(self, at..run.start);
+            }
+            at = run.end;
+            f(&own, run);
+        }
+        if at < rows {
+            f(self, at..rows);
+        }
     }
 
     /// The end of a block's half: `states = norm(states + delta + bias)`.
@@ -53,11 +76,16 @@ pub(super) struct Buffers {
     wide: Vec<f32>,
     /// The input of products, in fewer bits.
     inputs: Inputs,
+    /// What adapters take.
+    room: Room,
 }
 
 /// The weights of one block, ready to run.
 pub(super) struct Layer {
     config: Arc<Config>,
+    index: usize,
+    /// Channels inside of the feed-forward network.
+    wide: usize,
     /// Of queries, keys and values; they share their input.
     qkv: [Linear; 3],
     out: Linear,
@@ -74,7 +102,7 @@ impl Layer {
         index: usize,
         precision: Precision,
     ) -> Result<Self> {
-        let (hidden, wide) = (config.hidden, config.intermediate);
+        let (hidden, wide) = (config.hidden, config.wide(index));
         let place = |name: &str| format!("encoder.layer.{index}.{name}");
         let linear = |name: &str, rows, cols, grain| {
             Linear::new(model, &place(name), [rows, cols], precision, grain)
@@ -94,12 +122,23 @@ impl Layer {
             up: linear("intermediate.dense", wide, hidden, coarse)?,
             down: linear("output.dense", hidden, wide, coarse)?,
             after_mlp: Norm::new(model, &place("output"))?,
+            wide,
             config: Arc::clone(config),
+            index,
         })
     }
 
-    /// Runs the block over `states` (`[rows, hidden]`, in place); `sequences` tile the rows.
-    pub fn forward(&self, buffers: &mut Buffers, states: &mut [f32], sequences: &[Range<usize>]) {
+    /// Runs the block over `states` (`[rows, hidden]`, in place); `sequences` tile the rows. `tap` sees the
+    /// input rows of each group of linears, as [`Config::linears`] has them, those of the last two piece by
+    /// piece.
+    pub fn forward(
+        &self,
+        buffers: &mut Buffers,
+        states: &mut [f32],
+        sequences: &[Range<usize>],
+        adapters: &Rows<'_>,
+        mut tap: Option<&mut Tap<'_>>,
+    ) {
         let config = &*self.config;
         let rows = states.len() / config.hidden;
         let len = states.len();
@@ -108,13 +147,22 @@ impl Layer {
         let v = sized(&mut buffers.v, len);
         let attended = sized(&mut buffers.attended, len);
         let delta = sized(&mut buffers.delta, len);
-        let wide = sized(&mut buffers.wide, rows.min(MLP_ROWS) * config.intermediate);
+        let wide = sized(&mut buffers.wide, rows.min(MLP_ROWS) * self.wide);
+        let mut tap = |group: usize, rows: &[f32]| {
+            if let Some(tap) = &mut tap {
+                tap(group, rows);
+            }
+        };
 
-        let inputs = &mut buffers.inputs;
-        let width = config.hidden;
+        let (inputs, room) = (&mut buffers.inputs, &mut buffers.room);
+        let (width, index) = (config.hidden, self.index);
         let [query, key, value] = &self.qkv;
         let outputs = [(query, &mut *q), (key, &mut *k), (value, &mut *v)];
+        tap(0, states);
         products(states, width, inputs, outputs);
+        adapters.add((index, Site::Query), states, q, &query.bias, room);
+        adapters.add((index, Site::Key), states, k, &key.bias, room);
+        adapters.add((index, Site::Value), states, v, &value.bias, room);
         let shape = bidirectional::Shape {
             heads: config.heads,
             dim: config.head_dim(),
@@ -122,15 +170,31 @@ impl Layer {
         };
         let qkv = (biased(q, query), biased(k, key), biased(v, value));
         bidirectional::attend(&shape, sequences, qkv, attended);
+        tap(1, attended);
         products(attended, width, inputs, [(&self.out, &mut *delta)]);
-        self.after_attention.add(states, delta, &self.out.bias);
+        adapters.add((index, Site::Out), attended, delta, &self.out.bias, room);
+        let place = (adapters, Place::AfterAttention(index));
+        self.after_attention.by_runs(place, rows, |norm, run| {
+            let run = run.start * width..run.end * width;
+            norm.add(&mut states[run.clone()], &delta[run], &self.out.bias);
+        });
         let pieces = states.chunks_mut(MLP_ROWS * width).zip(delta.chunks_mut(MLP_ROWS * width));
-        for (states, delta) in pieces {
-            let wide = &mut wide[..states.len() / width * config.intermediate];
+        for (piece, (states, delta)) in pieces.enumerate() {
+            let (rows, first) = (states.len() / width, piece * MLP_ROWS);
+            let adapters = &adapters.within(first..first + rows);
+            let wide = &mut wide[..rows * self.wide];
+            tap(2, states);
             products(states, width, inputs, [(&self.up, &mut *wide)]);
+            adapters.add((index, Site::Up), states, wide, &self.up.bias, room);
             self.activate(wide);
-            products(wide, config.intermediate, inputs, [(&self.down, &mut *delta)]);
-            self.after_mlp.add(states, delta, &self.down.bias);
+            tap(3, wide);
+            products(wide, self.wide, inputs, [(&self.down, &mut *delta)]);
+            adapters.add((index, Site::Down), wide, delta, &self.down.bias, room);
+            let place = (adapters, Place::AfterMlp(index));
+            self.after_mlp.by_runs(place, rows, |norm, run| {
+                let run = run.start * width..run.end * width;
+                norm.add(&mut states[run.clone()], &delta[run], &self.down.bias);
+            });
         }
     }
 

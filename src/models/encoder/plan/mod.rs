@@ -1,6 +1,8 @@
 //! The forward that serves: texts of all lengths in one matrix without padding, preallocated buffers,
 //! weights in their layouts.
 
+pub mod adapters;
+mod block;
 mod layer;
 mod linear;
 #[cfg(test)]
@@ -9,11 +11,13 @@ mod tests;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+pub use self::block::Block;
 pub(super) use self::layer::tensor;
 pub use self::linear::Precision;
 
+use self::adapters::{Mix, Place, Rows};
 use self::layer::{Buffers, Layer, Norm, sized};
-use super::{Config, Model, Pooling};
+use super::{Config, Model, Pooling, WORDS};
 use crate::error::{Error, Result};
 use crate::kernels::{norm, threads};
 use crate::nn::weight::Weight;
@@ -59,20 +63,10 @@ impl Encoder {
     /// An encoder that computes as asked. Checks that every tensor is there and has its shape.
     pub fn with(model: &Model, precision: Precision) -> Result<Self> {
         let config = Arc::new(model.family.clone());
-        let table = |name: &str, rows: usize| {
-            let name = format!("embeddings.{name}.weight");
-            layer::tensor(model, &name, &[rows, config.hidden]).cloned()
-        };
-        let words = table("word_embeddings", config.vocab)?;
-        let mut positions = table("position_embeddings", config.max_positions)?.to_f32();
-        let mut first = vec![0.0; config.hidden];
-        table("token_type_embeddings", config.types)?.read_rows(0, &mut first);
-        for row in positions.chunks_exact_mut(config.hidden) {
-            norm::add(row, &first);
-        }
+        let words = layer::tensor(model, WORDS, &[config.vocab, config.hidden])?;
         Ok(Self {
-            words,
-            positions,
+            words: Arc::clone(words),
+            positions: positions(model)?,
             norm: Norm::new(model, "embeddings")?,
             layers: (0..config.layers)
                 .map(|i| Layer::new(model, &config, i, precision))
@@ -107,8 +101,26 @@ impl Encoder {
     pub fn embed(&mut self, inputs: &[Input<'_>], out: &mut [f32]) -> Result<()> {
         let width = self.config.hidden;
         assert_eq!(out.len(), inputs.len() * width, "room for one vector an input");
+        self.run(inputs, &[], &mut |i, states| {
+            pool(inputs[i].pooling, states, &mut out[i * width..][..width]);
+        })
+    }
+
+    /// Runs the inputs, each with the adapters at its place (inputs beyond the end of `adapters` have none),
+    /// and calls `see` once for each, in any order, with its index and the states of its tokens `[tokens,
+    /// hidden]`; [`pool`] makes a vector of them. Adapters must fit (checked).
+    ///
+    /// # Errors
+    /// As [`Encoder::embed`]; MODEL_UNSUITABLE for adapters of other shapes.
+    pub fn run(
+        &mut self,
+        inputs: &[Input<'_>],
+        adapters: &[Mix],
+        see: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<()> {
         for (i, input) in inputs.iter().enumerate() {
             check_tokens(&self.config, input.tokens)
+                .and_then(|()| adapters.get(i).map_or(Ok(()), |mix| mix.check(&self.config)))
                 .map_err(|e| e.within(&format!("inputs[{i}]")))?;
         }
         // Texts of like length side by side, the long ones first: threads end at the same time.
@@ -123,14 +135,20 @@ impl Encoder {
                 rows <= most
             });
             let (step, rest) = left.split_at(fitting.count().max(1));
-            self.step(inputs, step, out);
+            self.step(inputs, adapters, step, see);
             left = rest;
         }
         Ok(())
     }
 
     /// Runs some of the inputs at once.
-    fn step(&mut self, inputs: &[Input<'_>], step: &[usize], out: &mut [f32]) {
+    fn step(
+        &mut self,
+        inputs: &[Input<'_>],
+        adapters: &[Mix],
+        step: &[usize],
+        see: &mut dyn FnMut(usize, &[f32]),
+    ) {
         let width = self.config.hidden;
         // With their positions.
         let mut tokens: Vec<(u32, usize)> = Vec::new();
@@ -157,32 +175,58 @@ impl Encoder {
                 .iter()
                 .map(|s| s.start - rows.start..s.end - rows.start)
                 .collect();
-            pieces.push(Mutex::new((states, buffers, own, &tokens[rows])));
+            let mixes = step[group.clone()].iter().map(|&i| adapters.get(i));
+            let mixes = Rows::new(own.iter().cloned().zip(mixes));
+            pieces.push(Mutex::new((states, buffers, own, &tokens[rows], mixes)));
         }
         let (words, positions, norm) = (&*self.words, &self.positions, &self.norm);
         // Inside of a group that shares the threads with others nothing is shared out again.
         threads::share(pieces.len(), &|i| {
             let mut piece = pieces[i].lock().unwrap_or_else(PoisonError::into_inner);
-            let (states, buffers, sequences, tokens) = &mut *piece;
+            let (states, buffers, sequences, tokens, mixes) = &mut *piece;
+            let changed = mixes.embed();
             threads::for_rows(states, width, GRAIN / width + 1, |first, rows| {
                 for (row, &(token, position)) in rows.chunks_exact_mut(width).zip(&tokens[first..])
                 {
                     words.read_rows(token as usize, row);
                     norm::add(row, &positions[position * width..][..width]);
                 }
-                norm.apply(rows);
+                if !changed {
+                    norm.apply(rows);
+                }
             });
+            if changed {
+                mixes.add_words(tokens, states);
+                norm.by_runs((mixes, Place::Embeddings), tokens.len(), |norm, rows| {
+                    norm.apply(&mut states[rows.start * width..rows.end * width]);
+                });
+            }
             for layer in &self.layers {
-                layer.forward(buffers, states, sequences);
+                layer.forward(buffers, states, sequences, mixes, None);
             }
         });
         drop(pieces);
         let states = &self.states;
         for (&i, rows) in step.iter().zip(&sequences) {
-            let states = &states[rows.start * width..rows.end * width];
-            pool(inputs[i].pooling, states, &mut out[i * width..][..width]);
+            see(i, &states[rows.start * width..rows.end * width]);
         }
     }
+}
+
+/// Position embeddings with the one of type 0 added: a text alone has no other type.
+fn positions(model: &Model) -> Result<Vec<f32>> {
+    let config = &model.family;
+    let table = |name: &str, rows: usize| {
+        let name = format!("embeddings.{name}.weight");
+        layer::tensor(model, &name, &[rows, config.hidden]).cloned()
+    };
+    let mut positions = table("position_embeddings", config.max_positions)?.to_f32();
+    let mut first = vec![0.0; config.hidden];
+    table("token_type_embeddings", config.types)?.read_rows(0, &mut first);
+    for row in positions.chunks_exact_mut(config.hidden) {
+        norm::add(row, &first);
+    }
+    Ok(positions)
 }
 
 /// Splits texts, whose rows follow each other, into groups of about [`GROUP`] rows, as many as keep all
@@ -237,7 +281,7 @@ pub fn check_tokens(config: &Config, tokens: &[u32]) -> Result<()> {
 }
 
 /// One vector of the states of a text.
-fn pool(pooling: Pooling, states: &[f32], out: &mut [f32]) {
+pub fn pool(pooling: Pooling, states: &[f32], out: &mut [f32]) {
     let (first, rest) = states.split_at(out.len());
     out.copy_from_slice(first);
     match pooling {

@@ -48,6 +48,7 @@ fn every_setting_matches_the_naive_forward() {
         // Heads of 9 channels, widths that are no multiple of anything.
         (json!({ "hidden_size": 27, "num_attention_heads": 3, "intermediate_size": 41 }), 4),
         (json!({ "hidden_size": 40, "num_attention_heads": 1, "type_vocab_size": 1 }), 5),
+        (json!({ "intermediate_size": [48, 16, 33] }), 6),
     ] {
         let model = model(&changes, seed);
         let mut encoder = Encoder::new(&model).unwrap();
@@ -65,6 +66,30 @@ fn every_setting_matches_the_naive_forward() {
             }
         }
     }
+}
+
+#[test]
+fn blocks_one_by_one_are_the_whole() {
+    let model = model(&json!({ "intermediate_size": [48, 16, 200] }), 8);
+    let config = &model.family;
+    let texts = [text(20, 1), text(20, 2)];
+    let mut states = vec![0.0; 40 * 32];
+    for (row, token) in states.chunks_mut(32).zip(texts.concat()) {
+        model.weights[WORDS].read_rows(token as usize, row);
+    }
+    for layer in 0..3 {
+        let block = Block::new(config, &model.weights, layer).unwrap();
+        let mut seen = [0; 4];
+        let mut tap = |group: usize, rows: &[f32]| seen[group] += rows.len();
+        block.forward(&mut states, 20, Some(&mut tap));
+        assert_eq!(seen, [32, 32, 32, config.wide(layer)].map(|width| 40 * width));
+    }
+    let mut encoder = Encoder::new(&model).unwrap();
+    for (text, states) in texts.iter().zip(states.chunks(20 * 32)) {
+        let whole = one(&mut encoder, text, Pooling::Cls);
+        assert!(whole.iter().zip(states).all(|(a, b)| (a - b).abs() < 1e-5));
+    }
+    assert!(Block::new(config, &model.weights, 3).is_err());
 }
 
 #[test]

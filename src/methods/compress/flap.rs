@@ -1,0 +1,135 @@
+//! FLAP (An et al. 2023, "Fluctuation-based adaptive structured pruning for large language models", arXiv
+//! 2312.11983), for feed-forward channels.
+//!
+//! The score of channel `j` is `Var(h_j) sum_i W_down,ij^2`, taken relative to mean and spread of its block; the
+//! highest of all blocks stay. What a removed channel gave on average stays as a bias,
+//! `b = sum_j W_down[:, j] mean_j`.
+//!
+//! Decided here: the variance is the plain one over all tokens (the public code's running mean uses one number
+//! for two). Biases come into `mlp_bias` of the configuration, gate's and up's being zero; readers other than
+//! this one know that key of llama only.
+
+use serde_json::json;
+
+use super::ffn_walk::{self, Block};
+use super::slimming::{self, Slim};
+use super::{cost, seeded};
+use crate::calibrate;
+use crate::error::Result;
+use crate::methods::{Card, Estimate, Method, Outcome, StepContext};
+use crate::models::{Model, ModelInfo};
+use crate::proto::v1;
+
+static CARD: Card = Card {
+    name: "flap",
+    title: "FLAP",
+    verb: "compress",
+    summary: "Removes the feed-forward channels that fluctuate least, compared over all blocks; a bias \
+              takes the place of their mean.",
+    paper: "Fluctuation-based Adaptive Structured Pruning for Large Language Models, arXiv 2312.11983",
+    needs_calibration: true,
+    families: &["decoder", "encoder"],
+    followed_by: &["dsnot", "gptq", "round_to_nearest", "sparsegpt", "wanda"],
+};
+
+/// `sum_j W[:, j] mean_j` over the channels that go.
+fn lost(weight: &[f32], cols: usize, mean: &[f64], kept: &[usize]) -> Vec<f32> {
+    let mut gone = vec![true; cols];
+    kept.iter().for_each(|j| gone[*j] = false);
+    let row = |row: &[f32]| -> f64 {
+        let each = row.iter().zip(mean).zip(&gone).filter(|(_, gone)| **gone);
+        each.map(|((w, m), _)| f64::from(*w) * m).sum()
+    };
+    weight.chunks(cols).map(|r| row(r) as f32).collect()
+}
+
+fn scores(model: &Model, block: &Block) -> Result<Vec<f64>> {
+    let weight = model.weight(&block.parts.out)?;
+    let squares = slimming::column_sums(&weight.to_f32(), weight.cols(), |w| w * w);
+    Ok(squares.iter().zip(block.channels.variance()).map(|(s, v)| s * v).collect())
+}
+
+impl Method for v1::Flap {
+    fn card(&self) -> &'static Card {
+        &CARD
+    }
+
+    fn resolve(&mut self) {
+        Slim::resolve(&mut self.ratio, &mut self.round_to, &mut self.values);
+        calibrate::Options::resolve(&mut self.calibration);
+    }
+
+    fn datasets(&self) -> Vec<&str> {
+        self.calibration.iter().map(|c| c.dataset.as_str()).collect()
+    }
+
+    fn seeded(&self) -> bool {
+        seeded(self.calibration.as_ref()) && self.ratio != Some(0.0)
+    }
+
+    fn check(&self, model: &ModelInfo) -> Result<(Estimate, ModelInfo)> {
+        let slim = Slim::read(self.ratio, self.round_to, self.values)?;
+        let calibration = calibrate::Options::read(self.calibration.as_ref())?;
+        calibration.check(model)?;
+        let after = slim.check(model, true, true)?;
+        Ok((cost::calibrated(model, &after, &calibration, false), after))
+    }
+
+    fn apply(&self, cx: &mut StepContext<'_>, model: Model) -> Result<Outcome> {
+        let slim = Slim::read(self.ratio, self.round_to, self.values)?;
+        let calibration = calibrate::Options::read(self.calibration.as_ref())?;
+        let before = model.info();
+        let seen = ffn_walk::collect(cx, &model, &calibration, &cx.progress.part(0.0, 0.9))?;
+        let (mut kept, mut biases) = (Vec::new(), Vec::new());
+        if slim.nothing() {
+            kept.extend(slimming::full(&model)?.iter().map(|w| (0..*w).collect::<Vec<_>>()));
+        } else {
+            let all: Vec<Vec<f64>> =
+                seen.blocks.iter().map(|b| scores(&model, b)).collect::<Result<_>>()?;
+            kept = slimming::across_blocks(&all, &slim);
+            for (block, kept) in seen.blocks.iter().zip(&kept) {
+                let weight = model.weight(&block.parts.out)?;
+                biases.push(lost(&weight.to_f32(), weight.cols(), block.channels.mean(), kept));
+            }
+        }
+        let added = (!slim.nothing()).then_some(&biases[..]);
+        let progress = cx.progress.part(0.9, 1.0);
+        let model = slimming::slim(model, &kept, added, slim.values, &progress)?;
+        let tokens = calibration.tokens();
+        Ok(slimming::outcome((model, &before), &kept, json!({}), tokens, seen.warnings))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::calibrate::inputs::Inputs;
+    use crate::methods::compress::testing::weights;
+
+    #[test]
+    fn the_mean_of_the_output_does_not_change() {
+        let (rows, cols, tokens) = (12, 40, 300);
+        let w = weights(rows, cols, 5);
+        let x: Vec<f32> = weights(tokens, cols, 6)
+            .iter()
+            .enumerate()
+            .map(|(i, v)| v + (i % cols) as f32)
+            .collect();
+        let mut seen = Inputs::new(cols, false);
+        seen.add(&x);
+        let kept: Vec<usize> = (0..cols).filter(|j| j % 3 != 1).collect();
+        let bias = lost(&w, cols, seen.mean(), &kept);
+        for r in 0..rows {
+            let mean = |wanted: &dyn Fn(usize) -> bool| -> f64 {
+                let each = x.chunks(cols).map(|x| {
+                    let columns = (0..cols).filter(|j| wanted(*j));
+                    columns.map(|j| f64::from(w[r * cols + j]) * f64::from(x[j])).sum::<f64>()
+                });
+                each.sum::<f64>() / tokens as f64
+            };
+            let (dense, pruned) = (mean(&|_| true), mean(&|j| kept.contains(&j)));
+            let scale = 1.0 + dense.abs();
+            assert!((dense - pruned - f64::from(bias[r])).abs() < 1e-4 * scale, "{dense} {pruned}");
+        }
+    }
+}
