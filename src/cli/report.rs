@@ -13,8 +13,8 @@ use crate::eval::{format, metrics};
 use crate::proto::google::longrunning::{Operation, operation};
 use crate::proto::v1::{
     AdaptData, AdaptPlan, AdaptReport, ClaimResult, ComparisonPlan, ComparisonReport,
-    EvaluationReport, Measurement, MergeReport, ModelVersion, RecipePlan, RecipeReport, StepReport,
-    TrainingEnd, TrainingReport,
+    EvaluationReport, Measurement, MergeReport, ModelVersion, PruningReport, RecipePlan,
+    RecipeReport, StepReport, TrainingEnd, TrainingReport,
 };
 use crate::recipe::claim::judge;
 use crate::recipe::compare::table;
@@ -38,13 +38,29 @@ pub fn operation(operation: &Operation) -> Result<()> {
 }
 
 fn imported(version: &ModelVersion) -> Result<()> {
+    let random = version.lineage.as_ref().is_some_and(|lineage| lineage.source == "random");
     output::line(format!(
-        "{} imported: {} {}, weights {}",
+        "{} {}: {} {}, weights {}",
         short_model(&version.name),
+        if random { "made" } else { "imported" },
         version.family,
         version.architecture,
         size(version.weight_bytes)
     ))
+}
+
+/// What gradual pruning did, in a line.
+fn pruning(report: &PruningReport) -> String {
+    let share = 1.0 - report.kept as f64 / report.elements.max(1) as f64;
+    format!(
+        "{:.1} % of {} weights are zero after {} masks; {} with a bitmap, {} as compressed rows, {} dense",
+        100.0 * share,
+        report.elements,
+        report.updates.len(),
+        size(report.bitmap_bytes),
+        size(report.csr_bytes),
+        size(report.dense_bytes)
+    )
 }
 
 /// What a recipe made and what that cost.
@@ -55,6 +71,9 @@ pub fn recipe(report: &RecipeReport) -> Result<()> {
     for step in &report.steps {
         if let Some(report) = &step.training {
             output::line(format!("{}: {}", step.method, training(report)))?;
+        }
+        if let Some(report) = &step.pruning {
+            output::line(format!("{}: {}", step.method, pruning(report)))?;
         }
     }
     let (before, after) = (report.before.as_ref(), report.after.as_ref());

@@ -10,8 +10,8 @@ use super::names::{ModelName, resource};
 use super::{output, report, watch};
 use crate::proto::google::longrunning::Operation;
 use crate::proto::v1::{
-    ChoiceEvaluation, EvaluateRequest, Evaluation, FactoredAttention, NormBounds, RunRecipeRequest,
-    TaskEvaluation,
+    ChoiceEvaluation, EvaluateRequest, Evaluation, FactoredAttention, ImageEvaluation, NormBounds,
+    RunRecipeRequest, TaskEvaluation,
 };
 use crate::recipe;
 
@@ -52,8 +52,11 @@ pub struct EvaluateArgs {
     /// Questions with choices to answer: adds accuracy
     #[arg(long, value_name = "NAME")]
     choices: Option<String>,
-    /// Questions taken from the start [default: all]
-    #[arg(long, requires = "choices")]
+    /// Images to classify: adds the loss and the share of right answers
+    #[arg(long, value_name = "NAME", conflicts_with = "choices")]
+    images: Option<String>,
+    /// Questions or images taken from the start [default: all]
+    #[arg(long)]
     max_items: Option<u32>,
     /// Count the multiplications of a token and the bytes it reads
     #[arg(long)]
@@ -155,6 +158,10 @@ impl EvaluateArgs {
                         project_d: Some(project),
                         ..Default::default()
                     }),
+                }),
+                images: self.images.map(|name| ImageEvaluation {
+                    dataset: resource("datasets", &name),
+                    max_items: self.max_items,
                 }),
                 ..Default::default()
             }),

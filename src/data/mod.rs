@@ -2,6 +2,7 @@
 
 pub mod chat;
 pub mod choices;
+pub mod images;
 pub mod records;
 mod rows;
 pub mod sequence;

@@ -33,7 +33,7 @@ impl Protocol {
 
     /// The first position of window `index` whose token is scored. (Positions count from 0; the token
     /// at position 0 has nothing before it and is never scored.)
-    fn first_scored(&self, index: usize) -> usize {
+    pub fn first_scored(&self, index: usize) -> usize {
         if index == 0 { 1 } else { (self.context - self.stride).max(1) }
     }
 
@@ -44,7 +44,7 @@ impl Protocol {
     }
 
     /// The tokens of window `index`.
-    fn window(&self, tokens: &[u32], index: usize) -> Vec<u32> {
+    pub fn window(&self, tokens: &[u32], index: usize) -> Vec<u32> {
         let from = index * self.stride;
         let mut window = tokens[from..from + self.context].to_vec();
         if let Some(start) = self.start {

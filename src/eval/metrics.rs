@@ -133,6 +133,12 @@ metrics! {
     RESIDENT_BYTES "resident_bytes" "bytes" lower Mean "" paired exact cost
         "weights, and keys and values of one sequence";
     PARAMETERS "parameters" "" lower Mean "" paired exact cost "number of elements of all weights";
+    NONZERO_PARAMETERS "nonzero_parameters" "" lower Mean "" paired exact cost
+        "number of elements of all weights that are not zero";
+    BITMAP_BYTES "bitmap_bytes" "bytes" lower Mean "" paired exact cost
+        "elements that are not zero, and one bit an element of the matrices that have zeros";
+    CSR_BYTES "csr_bytes" "bytes" lower Mean "" paired exact cost
+        "elements that are not zero with an index each, for matrices that have zeros";
     ZERO_SHARE "zero_share" "" higher Mean "" paired exact cost "share of zeros among the pruned weights";
     MULTIPLY_ACCUMULATES "multiply_accumulates" "" lower Mean "" paired exact cost
         "products of the weights that a layout stores, for one token";

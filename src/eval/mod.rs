@@ -7,6 +7,7 @@ pub mod counts;
 pub mod format;
 mod likelihood;
 pub mod metrics;
+pub mod nets;
 pub mod norms;
 mod products;
 mod speed;
@@ -23,7 +24,7 @@ use crate::calibrate::{encode_prefix, walk};
 use crate::data::choices::Item;
 use crate::error::{Error, Reason, Result};
 use crate::models::decoder::plan::{Cache, CacheFormat};
-use crate::models::{Family, Model, ModelInfo, encoder, not_a_decoder};
+use crate::models::{AnyFamily, AnyInfo, Family, Model, ModelInfo, encoder, not_a_decoder};
 use crate::progress::Progress;
 use crate::proto::v1;
 
@@ -58,6 +59,7 @@ const MAX_CONTEXT: u32 = 8192;
 
 /// Checks the options of an evaluation against a model.
 pub fn check(options: &v1::Evaluation, model: &ModelInfo) -> Result<()> {
+    nets::no_images(options)?;
     let config = Settings::read(options, walk::of(&model.family).max_length())?;
     if let Family::Encoder(encoder) = &model.family {
         let asked = [
@@ -80,6 +82,7 @@ pub fn check(options: &v1::Evaluation, model: &ModelInfo) -> Result<()> {
 
 /// Checks the options of an evaluation of a model that does not continue text: sizes and a task.
 pub fn check_encoder(options: &v1::Evaluation) -> Result<()> {
+    nets::no_images(options)?;
     let asked = [
         ("dataset", !options.dataset.is_empty()),
         ("compare_with_base", options.compare_with_base),
@@ -120,6 +123,14 @@ pub fn encoder_sizes(model: &encoder::Model, disk_bytes: u64) -> Vec<v1::Measure
         metrics::WEIGHT_BYTES.measured(model.bytes() as f64, "all weights as stored"),
         metrics::PARAMETERS.measured(model.parameters() as f64, "all weights"),
     ]
+}
+
+/// [`check`] for a model of any family.
+pub fn check_any(options: &v1::Evaluation, model: &AnyInfo) -> Result<()> {
+    match &model.family {
+        AnyFamily::Vision(_) | AnyFamily::Lstm(_) => nets::check(options, model),
+        AnyFamily::Decoder(_) | AnyFamily::Encoder(_) => check(options, &model.walked()?),
+    }
 }
 
 /// Runs the text of an evaluation through a model once, so that it and others can be measured against
@@ -268,8 +279,8 @@ impl Settings {
 }
 
 /// The tokens of an evaluation and how they are cut.
-fn tokenise(
-    model: &Model,
+fn tokenise<F>(
+    model: &Model<F>,
     text: &str,
     dataset: &str,
     settings: &Settings,

@@ -20,7 +20,7 @@ use crate::error::{Error, Reason, Result};
 use crate::eval::metrics::{FORGETTING, MAKE_SECONDS, PEAK_MEMORY_BYTES, PERPLEXITY};
 use crate::eval::{self, States};
 use crate::methods::adapt::tuned::Tuned;
-use crate::models::{AnyModel, Model};
+use crate::models::AnyModel;
 use crate::progress::Progress;
 use crate::proto::v1::{self, KeepVersions};
 use crate::recipe::compare::plan::{Plan, Run};
@@ -213,14 +213,10 @@ impl Made {
         }
     }
 
-    fn open(&self, job: &Job<'_>) -> Result<Model> {
-        self.open_any(job)?.decoder()
-    }
-
-    fn open_any(&self, job: &Job<'_>) -> Result<AnyModel> {
+    fn open(&self, job: &Job<'_>) -> Result<AnyModel> {
         match &self.place {
-            Place::Stored(row) => job.wait(job.store.open_any_version(row)),
-            Place::Draft(draft) => draft.open().map(AnyModel::from),
+            Place::Stored(row) => job.open(row),
+            Place::Draft(draft) => draft.open(),
         }
     }
 }
@@ -270,7 +266,7 @@ impl Work<'_> {
         progress.report(0.0, "measuring the base")?;
         let start = Instant::now();
         let asked = self.comparison.evaluation.clone().unwrap_or_default();
-        let model = base.open_any(self.job)?;
+        let model = base.open(self.job)?;
         if asked.compare_with_base {
             self.pass_base(&asked, &progress.part(0.0, 0.5))?;
         } else if !asked.dataset.is_empty() {
@@ -319,6 +315,7 @@ impl Work<'_> {
                 let options = v1::Evaluation { task: None, ..options.clone() };
                 self.job.measure_adapted(&adapted, base, &options, progress)
             }
+            other => self.job.measure_net(other, disk_bytes, options, progress),
         }
     }
 
@@ -336,7 +333,7 @@ impl Work<'_> {
         }
         self.states = None;
         let text = self.job.text(&options.dataset)?;
-        let model = self.job.open(self.base)?;
+        let model = self.job.open(self.base)?.decoder()?;
         let states = eval::states(&model, options, &text, self.job.scratch, progress)?;
         self.states = Some((key, states));
         self.facts.shared.base_passes += 1;
@@ -401,7 +398,7 @@ impl Work<'_> {
             return Ok(Made::stored(row, steps));
         }
         progress.report(0.0, step_name(&node.step))?;
-        let step = Step { step: &node.step, index: node.index, seed: node.seed };
+        let step = Step { step: &node.step, index: node.index, seed: node.seed, place: &key };
         let model = parent.open(job)?;
         let taken = take_step(job, &step, (model, &parent.digest), &self.calibrations, &progress)
             .map_err(|e| e.within(&format!("comparison: {}", self.arms_below(index))))?;
@@ -417,13 +414,13 @@ impl Work<'_> {
             job.save(&key, &report)?;
             let (model, scratch) = (names::version(&self.base.name())?.0.to_owned(), job.scratch);
             let written =
-                job.store.write_version(&model, "", &taken.model, (&lineage, place), scratch);
+                job.store.write_version(&model, "", taken.model, (&lineage, place), scratch);
             let row = job.wait(written)?;
             report.version = row.name();
             steps.push(report);
             Made::stored(row, steps)
         } else {
-            let draft = job.wait(job.store.draft(&taken.model, &lineage, job.scratch))?;
+            let draft = job.wait(job.store.draft(taken.model, &lineage, job.scratch))?;
             steps.push(report);
             Made { digest: draft.digest(), place: Place::Draft(draft), steps }
         };
@@ -471,7 +468,7 @@ impl Work<'_> {
                 self.facts.shared.base_passes_shared += 1;
             }
         }
-        let model = made.open_any(self.job)?;
+        let model = made.open(self.job)?;
         let states = self.states.as_ref().map(|(_, states)| states);
         let base = states.map(eval::Base::States);
         let mut finished = v1::ArmRun {

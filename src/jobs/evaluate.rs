@@ -8,8 +8,9 @@ use super::work::Job;
 use super::{norms, tuning};
 use crate::error::{Error, Reason, Result};
 use crate::eval::{self, task};
+use crate::methods::Datasets;
 use crate::methods::adapt::tuned::Tuned;
-use crate::models::{AnyModel, Model};
+use crate::models::{AnyModel, Model, not_for_text};
 use crate::nn::ops::Precision;
 use crate::progress::Progress;
 use crate::proto::v1;
@@ -75,9 +76,9 @@ fn with_adapter(
 ) -> Result<(Vec<v1::Measurement>, Option<v1::NormReport>)> {
     fits(adapter, row)?;
     job.progress.report(0.0, "reading the adapter")?;
-    let model = job.wait(job.store.open_any_version(row))?;
+    let model = job.open(row)?;
     let (tuned, head) = tuning::read(job, adapter, (row, &model))?;
-    let base = base.map(|base| job.open(base)).transpose()?;
+    let base = base.map(|base| job.open(base)?.decoder()).transpose()?;
     let lineage = adapter.lineage.clone().unwrap_or_default();
     let adapted = Adapted {
         model: &model,
@@ -147,6 +148,28 @@ impl Job<'_> {
         Ok(found)
     }
 
+    /// Measures a model that is neither a decoder nor an encoder.
+    pub fn measure_net(
+        &self,
+        model: &AnyModel,
+        disk_bytes: u64,
+        options: &v1::Evaluation,
+        progress: &Progress,
+    ) -> Result<Vec<v1::Measurement>> {
+        let text = match options.dataset.as_str() {
+            "" => None,
+            name => Some(self.text(name)?),
+        };
+        let images = options.images.as_ref().map(|images| self.images(&images.dataset));
+        let subject = eval::nets::Subject {
+            model,
+            text: text.as_ref().map(|text| text.as_str()),
+            images: images.transpose()?,
+            disk_bytes,
+        };
+        eval::nets::evaluate(&subject, options, progress)
+    }
+
     /// All but the task. The second model is the one whose sizes are told, where it is another.
     fn decoder(
         &self,
@@ -154,6 +177,7 @@ impl Job<'_> {
         options: &v1::Evaluation,
         progress: &Progress,
     ) -> Result<Vec<v1::Measurement>> {
+        eval::nets::no_images(options)?;
         let text = match options.dataset.as_str() {
             "" => None,
             name => Some(self.text(name)?),
@@ -218,6 +242,7 @@ impl Job<'_> {
                 }
                 found
             }
+            model => return Err(not_for_text(model.family())),
         };
         if let Some(asked) = &options.task {
             found.extend(self.task(adapted, asked, &second)?);
@@ -243,6 +268,7 @@ impl Job<'_> {
         let seen = match model {
             AnyModel::Encoder(model) => model.family.max_tokens,
             AnyModel::Decoder(model) => model.decoder()?.max_positions,
+            model => return Err(not_for_text(model.family())),
         };
         let length = asked.max_length.map(|length| length as usize).or(adapted.max_length);
         let length = length.unwrap_or(MAX_LENGTH).min(seen);
@@ -283,8 +309,8 @@ impl Job<'_> {
         progress: &Progress,
     ) -> Result<v1::EvaluationReport> {
         let start = Instant::now();
-        let model = self.wait(self.store.open_any_version(row))?;
-        let base = base.map(|base| self.open(base)).transpose()?;
+        let model = self.open(row)?;
+        let base = base.map(|base| self.open(base)?.decoder()).transpose()?;
         let base = base.as_ref().map(eval::Base::Model);
         let disk_bytes = row.total_bytes.unsigned_abs();
         let (first, second) = halves(options, progress);
@@ -304,6 +330,7 @@ impl Job<'_> {
                 };
                 self.measure_adapted(&adapted, base, options, &first)?
             }
+            other => self.measure_net(other, disk_bytes, options, progress)?,
         };
         Ok(v1::EvaluationReport {
             version: row.name(),

@@ -30,7 +30,7 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
     job.progress.report(0.0, "reading the adapter")?;
     let row = job.wait(job.store.adapter(names::adapter(&request.name)?))?;
     let base = job.wait(job.store.version(&request.model))?;
-    let model = job.wait(job.store.open_any_version(&base))?;
+    let model = job.open(&base)?;
     let (stored, weight) = (read(job, &row, &base, &model)?, request.weight.unwrap_or(1.0));
     let progress = job.progress.part(0.1, 0.8);
     let tuned = &stored.tuned;
@@ -110,6 +110,8 @@ fn with(
     match &mut model {
         AnyModel::Decoder(model) => model.weights.extend(weights),
         AnyModel::Encoder(model) => model.weights.extend(weights),
+        AnyModel::Vision(model) => model.weights.extend(weights),
+        AnyModel::Lstm(model) => model.weights.extend(weights),
     }
     model
 }

@@ -7,6 +7,7 @@
 mod adapt;
 mod claim;
 pub mod compare;
+pub mod create;
 pub mod evaluate;
 mod import;
 mod memory;

@@ -10,7 +10,7 @@ use super::work::Job;
 use crate::calibrate;
 use crate::error::{Error, Result};
 use crate::methods::registry;
-use crate::models::Model;
+use crate::models::AnyModel;
 use crate::progress::{Metrics, Progress};
 use crate::proto::v1;
 use crate::recipe;
@@ -111,7 +111,7 @@ impl Run<'_> {
         let model = self.job.open(parent)?;
         let taken = take_step(
             self.job,
-            &Step { step: &recipe.steps[i], index: i, seed: recipe.seed },
+            &Step { step: &recipe.steps[i], index: i, seed: recipe.seed, place: &key },
             (model, &parent.digest),
             &self.calibrations,
             progress,
@@ -129,7 +129,7 @@ impl Run<'_> {
         let written = store.write_version(
             &parent.model,
             "",
-            &taken.model,
+            taken.model,
             (&lineage, index),
             self.job.scratch,
         );
@@ -145,11 +145,13 @@ pub(super) struct Step<'a> {
     /// Its number in the recipe, from 0.
     pub index: usize,
     pub seed: u64,
+    /// What no other step of the operation is called: its checkpoints lie there.
+    pub place: &'a str,
 }
 
 /// What a step made.
 pub(super) struct Taken {
-    pub model: Model,
+    pub model: AnyModel,
     /// Without the version, which is not written yet.
     pub report: v1::StepReport,
     /// Without the parent's names and the operation, which are the caller's to know.
@@ -160,7 +162,7 @@ pub(super) struct Taken {
 pub(super) fn take_step(
     job: &Job<'_>,
     step: &Step<'_>,
-    (model, digest): (Model, &str),
+    (model, digest): (AnyModel, &str),
     calibrations: &calibrate::Shared,
     progress: &Progress,
 ) -> Result<Taken> {
@@ -169,15 +171,26 @@ pub(super) fn take_step(
     let texts = |name: &str| job.text(name);
     // What a method measures last is what it says of its work.
     let measured = Arc::new(Mutex::new(Metrics::new()));
-    let kept = Arc::clone(&measured);
+    let last = Arc::clone(&measured);
     let progress = &progress.and_metrics(Arc::new(move |found: &Metrics| {
-        kept.lock().unwrap_or_else(PoisonError::into_inner).clone_from(found);
+        last.lock().unwrap_or_else(PoisonError::into_inner).clone_from(found);
     }));
-    let environment =
-        recipe::run::Environment { progress, texts: &texts, calibrations, scratch: job.scratch };
+    let kept = job.kept.join(step.place);
+    let environment = recipe::run::Environment {
+        progress,
+        texts: &texts,
+        calibrations,
+        scratch: job.scratch,
+        datasets: job,
+        kept: &kept,
+    };
     let place = (step.seed, step.index);
-    let (resolved, outcome) =
+    let recipe::run::Made { step: resolved, outcome, training, pruning } =
         recipe::run::run_step(step.step, place, (model, digest), &environment)?;
+    if kept.exists() {
+        // The step is done: nobody goes on from its checkpoints.
+        std::fs::remove_dir_all(&kept)?;
+    }
     let seconds = start.elapsed().as_secs_f64();
     let report = v1::StepReport {
         method: registry::method(&resolved)?.card().name.to_owned(),
@@ -189,7 +202,8 @@ pub(super) fn take_step(
         zero_share: outcome.zero_share,
         warnings: outcome.warnings,
         peak_memory_bytes: signed(peak.bytes()),
-        training: None,
+        training,
+        pruning,
         measures: measured.lock().unwrap_or_else(PoisonError::into_inner).clone(),
     };
     let lineage = v1::Lineage {

@@ -6,10 +6,13 @@ use std::sync::Arc;
 use prost::Message;
 use tokio::runtime::Handle;
 
-use super::{adapt, claim, compare, damaged, evaluate, import, merge, recipe};
+use super::{adapt, claim, compare, create, damaged, evaluate, import, merge, recipe};
 use crate::data::choices::Item;
+use crate::data::images::Images;
+use crate::data::records::Source;
 use crate::error::{Error, Result};
-use crate::models::Model;
+use crate::methods::Datasets;
+use crate::models::AnyModel;
 use crate::progress::Progress;
 use crate::proto::v1;
 use crate::store::models::VersionRow;
@@ -56,8 +59,8 @@ impl Job<'_> {
     }
 
     /// Opens a stored version.
-    pub fn open(&self, row: &VersionRow) -> Result<Model> {
-        self.wait(self.store.open_version(row))
+    pub fn open(&self, row: &VersionRow) -> Result<AnyModel> {
+        self.wait(self.store.open_any_version(row))
     }
 
     /// Keeps an intermediate result for a later run of the operation.
@@ -79,6 +82,16 @@ impl Job<'_> {
     }
 }
 
+impl Datasets for Job<'_> {
+    fn source(&self, name: &str) -> Result<Source> {
+        Ok(self.wait(self.store.dataset_source(names::dataset(name)?))?.1)
+    }
+
+    fn images(&self, name: &str) -> Result<Images> {
+        self.wait(self.store.dataset_images(names::dataset(name)?))
+    }
+}
+
 /// The work on models.
 pub struct Models;
 
@@ -86,6 +99,7 @@ impl Work for Models {
     fn run(&self, job: &Job<'_>) -> Result<Vec<u8>> {
         match job.operation.kind {
             Kind::Import => import::run(job),
+            Kind::Create => create::run(job),
             Kind::Recipe => recipe::run(job),
             Kind::Evaluate => evaluate::run(job),
             Kind::Compare => compare::run(job),
@@ -110,6 +124,11 @@ pub fn uses(new: &NewOperation) -> Result<Vec<String>> {
             if let Some(v1::import_model_request::Source::Uploaded(uploaded)) = request.source {
                 uses.extend(uploaded.files.into_iter().map(|file| file.digest));
             }
+        }
+        Kind::Create => {
+            let request = v1::CreateModelRequest::decode(request).map_err(bad)?;
+            uses.push(format!("models/{}", request.model_id));
+            uses.extend(request.tokenizer.map(|tokenizer| tokenizer.dataset));
         }
         Kind::Recipe => {
             let request = v1::RunRecipeRequest::decode(request).map_err(bad)?;

@@ -170,13 +170,16 @@ fn values(item: &EnumDescriptorProto) -> Vec<String> {
 fn flatten(api: &Api, message: &str, prefix: &str, out: &mut Vec<OptionDoc>) {
     for field in api.messages.get(message).into_iter().flatten() {
         let name = format!("{prefix}{}", field.name);
-        if field.kind == Type::Message && api.messages.contains_key(&field.type_name) {
+        // What is not ours has no options of its own: it is JSON in recipes.
+        let ours = !field.type_name.starts_with(".google.");
+        if field.kind == Type::Message && ours && api.messages.contains_key(&field.type_name) {
             flatten(api, &field.type_name, &format!("{name}."), out);
             continue;
         }
         let word = |kind: Type| format!("{kind:?}").to_lowercase();
         let kind = match (field.kind, api.enums.get(&field.type_name)) {
             (Type::Enum, Some(names)) => names.join(", "),
+            (Type::Message, _) if !ours => "object".to_owned(),
             (kind, _) => word(kind),
         };
         let kind = match field.map {

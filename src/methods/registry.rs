@@ -53,6 +53,9 @@ rows![
     LowRank: LowRank,
     Dgq: Dgq,
     NormalFloat: NormalFloat,
+    Initialise: Initialise,
+    Train: Train,
+    Gradual: Gradual,
 ];
 
 /// The card called `name`.
@@ -111,6 +114,9 @@ mod tests {
             step::Method::LowRank(v1::LowRank::default()),
             step::Method::Dgq(v1::Dgq::default()),
             step::Method::NormalFloat(v1::NormalFloat::default()),
+            step::Method::Initialise(v1::Initialise::default()),
+            step::Method::Train(v1::Train::default()),
+            step::Method::Gradual(v1::Gradual::default()),
         ] {
             let step = v1::Step { method: Some(message) };
             let once = resolve(&step);

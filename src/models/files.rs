@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::{Family, Model, decoder, encoder};
+use super::{AnyFamily, Family, Model, decoder, encoder, lstm, vision};
 use crate::data::tokenizer::{self, Tokenizer};
 use crate::error::{Error, Reason, Result};
 use crate::formats::malformed;
@@ -43,12 +43,6 @@ pub(super) fn text(path: &Path, limit: u64) -> Result<String> {
     String::from_utf8(text).map_err(|_| malformed(format!("{shown} is not UTF-8")))
 }
 
-/// A configuration of any family.
-pub(super) enum AnyFamily {
-    Decoder(decoder::Config),
-    Encoder(encoder::Config),
-}
-
 /// A small file of settings in JSON.
 pub(super) fn json(path: &Path) -> Result<Value> {
     serde_json::from_str(&text(path, MAX_CONFIG)?)
@@ -58,9 +52,14 @@ pub(super) fn json(path: &Path) -> Result<Value> {
 /// The configuration and the family it describes.
 pub(super) fn config(path: &Path) -> Result<(Value, AnyFamily)> {
     let config = json(path)?;
-    let family = match encoder::is_encoder(&config) {
-        true => AnyFamily::Encoder(encoder::Config::from_hugging_face(&config)?),
-        false => AnyFamily::Decoder(decoder::Config::from_hugging_face(&config)?),
+    let family = if encoder::is_encoder(&config) {
+        AnyFamily::Encoder(encoder::Config::from_hugging_face(&config)?)
+    } else if vision::is_vision(&config) {
+        AnyFamily::Vision(vision::Config::from_hugging_face(&config)?)
+    } else if lstm::is_lstm(&config) {
+        AnyFamily::Lstm(lstm::Config::from_hugging_face(&config)?)
+    } else {
+        AnyFamily::Decoder(decoder::Config::from_hugging_face(&config)?)
     };
     Ok((config, family))
 }
@@ -141,6 +140,46 @@ impl Parts for encoder::Config {
 
     fn vocab(&self) -> usize {
         self.vocab
+    }
+}
+
+impl Parts for vision::Config {
+    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        Self::tensors(self)
+    }
+
+    fn vocab(&self) -> usize {
+        0
+    }
+}
+
+impl Parts for lstm::Config {
+    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        Self::tensors(self)
+    }
+
+    fn vocab(&self) -> usize {
+        self.vocab
+    }
+}
+
+impl Parts for AnyFamily {
+    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        match self {
+            Self::Decoder(config) => config.tensors(),
+            Self::Encoder(config) => config.tensors(),
+            Self::Vision(config) => config.tensors(),
+            Self::Lstm(config) => config.tensors(),
+        }
+    }
+
+    fn vocab(&self) -> usize {
+        match self {
+            Self::Decoder(config) => config.vocab,
+            Self::Encoder(config) => config.vocab,
+            Self::Vision(_) => 0,
+            Self::Lstm(config) => config.vocab,
+        }
     }
 }
 

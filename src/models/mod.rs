@@ -4,9 +4,13 @@ pub mod decoder;
 pub mod encoder;
 pub mod export;
 mod files;
+pub mod footprint;
 mod gguf;
 pub mod import;
+pub mod lstm;
 pub mod package;
+pub mod random;
+pub mod vision;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -60,6 +64,8 @@ pub struct Model<F = Family> {
 pub enum AnyModel {
     Decoder(Model),
     Encoder(encoder::Model),
+    Vision(vision::Model),
+    Lstm(lstm::Model),
 }
 
 macro_rules! each {
@@ -67,6 +73,8 @@ macro_rules! each {
         match $self {
             AnyModel::Decoder($model) => $e,
             AnyModel::Encoder($model) => $e,
+            AnyModel::Vision($model) => $e,
+            AnyModel::Lstm($model) => $e,
         }
     };
 }
@@ -77,6 +85,8 @@ impl AnyModel {
         match self {
             Self::Decoder(model) => model.family.name(),
             Self::Encoder(_) => encoder::FAMILY,
+            Self::Vision(_) => vision::FAMILY,
+            Self::Lstm(_) => lstm::FAMILY,
         }
     }
 
@@ -85,38 +95,46 @@ impl AnyModel {
         match self {
             Self::Decoder(model) => model.family.architecture(),
             Self::Encoder(model) => &model.family.architecture,
+            Self::Vision(model) => &model.family.architecture,
+            Self::Lstm(model) => &model.family.architecture,
         }
     }
 
-    /// The model as one that methods change, whatever its family.
-    pub fn walked(self) -> Model {
+    /// The model as one whose blocks can be walked.
+    ///
+    /// # Errors
+    /// `MODEL_UNSUITABLE` for what is neither a decoder nor an encoder.
+    pub fn walked(self) -> Result<Model> {
         match self {
-            Self::Decoder(model) => model,
+            Self::Decoder(model) => Ok(model),
             Self::Encoder(Model { family, config, weights, tokenizer }) => {
-                Model { family: Family::Encoder(family), config, weights, tokenizer }
+                Ok(Model { family: Family::Encoder(family), config, weights, tokenizer })
             }
+            Self::Vision(_) | Self::Lstm(_) => Err(not_for_text(self.family())),
         }
     }
 
     /// The model as one that the engine serves.
     ///
     /// # Errors
-    /// `MODEL_UNSUITABLE` for an encoder.
+    /// `MODEL_UNSUITABLE` for any other family.
     pub fn decoder(self) -> Result<Model> {
         match self {
             Self::Decoder(model) => Ok(model),
             Self::Encoder(model) => Err(not_a_decoder(&model.family.architecture)),
+            Self::Vision(_) | Self::Lstm(_) => Err(not_for_text(self.family())),
         }
     }
 
     /// The model as one that embeds.
     ///
     /// # Errors
-    /// `MODEL_UNSUITABLE` for a decoder.
+    /// `MODEL_UNSUITABLE` for any other family.
     pub fn encoder(self) -> Result<encoder::Model> {
         match self {
             Self::Encoder(model) => Ok(model),
             Self::Decoder(_) => Err(not_an_encoder(self.architecture())),
+            Self::Vision(_) | Self::Lstm(_) => Err(not_for_text(self.family())),
         }
     }
 
@@ -167,6 +185,18 @@ impl From<encoder::Model> for AnyModel {
     }
 }
 
+impl From<vision::Model> for AnyModel {
+    fn from(model: vision::Model) -> Self {
+        Self::Vision(model)
+    }
+}
+
+impl From<lstm::Model> for AnyModel {
+    fn from(model: lstm::Model) -> Self {
+        Self::Lstm(model)
+    }
+}
+
 /// A copy that shares the weights.
 impl<T: Clone + Into<AnyModel>> From<&T> for AnyModel {
     fn from(model: &T) -> Self {
@@ -192,6 +222,17 @@ pub fn not_an_encoder(architecture: &str) -> Error {
         format!(
             "the model is a decoder ({architecture}) and makes no embeddings; name an encoder, bert for \
              instance"
+        ),
+    )
+}
+
+/// The error of a family that neither generates nor embeds.
+pub fn not_for_text(family: &str) -> Error {
+    Error::new(
+        Reason::ModelUnsuitable,
+        format!(
+            "the model is of the family {family}, which is trained, pruned and measured, but does not \
+             generate, embed or take this method; name a model of another family"
         ),
     )
 }
@@ -231,29 +272,81 @@ impl Model {
     pub fn info(&self) -> ModelInfo {
         ModelInfo {
             family: self.family.clone(),
+            config: self.config.clone(),
             has_tokenizer: self.tokenizer.is_some(),
-            tensors: self
-                .weights
-                .iter()
-                .map(|(name, w)| {
-                    (
-                        name.clone(),
-                        TensorInfo {
-                            record: w.record(),
-                            shape: w.shape().to_vec(),
-                            bytes: w.bytes(),
-                        },
-                    )
-                })
-                .collect(),
+            tensors: tensor_infos(&self.weights),
         }
+    }
+}
+
+impl AnyModel {
+    /// Shapes, layouts and sizes without the data.
+    pub fn info(&self) -> AnyInfo {
+        let family = match self {
+            Self::Decoder(model) => model.family.clone().into(),
+            Self::Encoder(model) => AnyFamily::Encoder(model.family.clone()),
+            Self::Vision(model) => AnyFamily::Vision(model.family.clone()),
+            Self::Lstm(model) => AnyFamily::Lstm(model.family.clone()),
+        };
+        AnyInfo {
+            family,
+            config: self.config().clone(),
+            has_tokenizer: self.tokenizer().is_some(),
+            tensors: tensor_infos(self.weights()),
+        }
+    }
+}
+
+fn tensor_infos(weights: &BTreeMap<String, Arc<Weight>>) -> BTreeMap<String, TensorInfo> {
+    let info = |w: &Arc<Weight>| TensorInfo {
+        record: w.record(),
+        shape: w.shape().to_vec(),
+        bytes: w.bytes(),
+    };
+    weights.iter().map(|(name, w)| (name.clone(), info(w))).collect()
+}
+
+/// The configuration of a model of any family.
+#[derive(Debug, Clone, PartialEq)]
+pub enum AnyFamily {
+    Decoder(decoder::Config),
+    Encoder(encoder::Config),
+    Vision(vision::Config),
+    Lstm(lstm::Config),
+}
+
+impl From<Family> for AnyFamily {
+    fn from(family: Family) -> Self {
+        match family {
+            Family::Decoder(config) => Self::Decoder(config),
+            Family::Encoder(config) => Self::Encoder(config),
+        }
+    }
+}
+
+impl AnyFamily {
+    /// The family's name, as method cards and versions have it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Decoder(_) => "decoder",
+            Self::Encoder(_) => encoder::FAMILY,
+            Self::Vision(_) => vision::FAMILY,
+            Self::Lstm(_) => lstm::FAMILY,
+        }
+    }
+
+    /// Every tensor that a model must have, with its shape.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        files::Parts::tensors(self)
     }
 }
 
 /// What is known of a model before its data is read: enough to refuse or estimate a recipe.
 #[derive(Debug, Clone)]
-pub struct ModelInfo {
-    pub family: Family,
+pub struct ModelInfo<F = Family> {
+    pub family: F,
+    /// `config.json`.
+    pub config: serde_json::Value,
     pub has_tokenizer: bool,
     pub tensors: BTreeMap<String, TensorInfo>,
 }
@@ -266,7 +359,41 @@ pub struct TensorInfo {
     pub bytes: u64,
 }
 
-impl ModelInfo {
+/// [`ModelInfo`] of whatever family.
+pub type AnyInfo = ModelInfo<AnyFamily>;
+
+impl AnyInfo {
+    /// The same of what can be walked.
+    ///
+    /// # Errors
+    /// `MODEL_UNSUITABLE` for what is neither a decoder nor an encoder.
+    pub fn walked(&self) -> Result<ModelInfo> {
+        let family = match &self.family {
+            AnyFamily::Decoder(config) => Family::Decoder(config.clone()),
+            AnyFamily::Encoder(config) => Family::Encoder(config.clone()),
+            family => return Err(not_for_text(family.name())),
+        };
+        Ok(ModelInfo {
+            family,
+            config: self.config.clone(),
+            has_tokenizer: self.has_tokenizer,
+            tensors: self.tensors.clone(),
+        })
+    }
+}
+
+impl From<ModelInfo> for AnyInfo {
+    fn from(info: ModelInfo) -> Self {
+        Self {
+            family: info.family.into(),
+            config: info.config,
+            has_tokenizer: info.has_tokenizer,
+            tensors: info.tensors,
+        }
+    }
+}
+
+impl<F> ModelInfo<F> {
     pub fn bytes(&self) -> u64 {
         self.tensors.values().map(|t| t.bytes).sum()
     }

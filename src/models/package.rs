@@ -7,8 +7,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::files::{AnyFamily, Parts};
-use super::{AnyModel, Family, Model, ModelInfo, TensorInfo, files};
+use super::{AnyFamily, AnyInfo, AnyModel, Family, Model, ModelInfo, TensorInfo, files};
 use crate::error::{Error, Reason, Result};
 use crate::formats::safetensors::{self, Plan, Tensor};
 use crate::formats::{malformed, quoted};
@@ -77,7 +76,7 @@ pub fn write<F>(model: &Model<F>, lineage: &Value, folder: &Path) -> Result<Vec<
 /// `MALFORMED_FILE` for files that are missing, broken or disagree, `UNSUPPORTED_FORMAT` for versions
 /// written by a newer program.
 pub fn read(files: &BTreeMap<String, PathBuf>) -> Result<Model> {
-    read_any(files).map(AnyModel::walked)
+    read_any(files)?.walked()
 }
 
 /// [`read`] for who tells the families apart.
@@ -96,7 +95,19 @@ pub fn read_any(files: &BTreeMap<String, PathBuf>) -> Result<AnyModel> {
             files::assemble(Family::Decoder(family), config, weights, tokenizer)?.into()
         }
         AnyFamily::Encoder(family) => files::assemble(family, config, weights, tokenizer)?.into(),
+        AnyFamily::Vision(family) => files::assemble(family, config, weights, tokenizer)?.into(),
+        AnyFamily::Lstm(family) => files::assemble(family, config, weights, tokenizer)?.into(),
     })
+}
+
+/// Writes a model of any family; otherwise as [`write`].
+pub fn write_any(model: &AnyModel, lineage: &Value, folder: &Path) -> Result<Vec<String>> {
+    match model {
+        AnyModel::Decoder(model) => write(model, lineage, folder),
+        AnyModel::Encoder(model) => write(model, lineage, folder),
+        AnyModel::Vision(model) => write(model, lineage, folder),
+        AnyModel::Lstm(model) => write(model, lineage, folder),
+    }
 }
 
 /// Reads only headers and configuration.
@@ -104,10 +115,15 @@ pub fn read_any(files: &BTreeMap<String, PathBuf>) -> Result<AnyModel> {
 /// # Errors
 /// As [`read`].
 pub fn read_info(files: &BTreeMap<String, PathBuf>) -> Result<ModelInfo> {
-    let family = match files::config(find(files, files::CONFIG)?)?.1 {
-        AnyFamily::Decoder(family) => Family::Decoder(family),
-        AnyFamily::Encoder(family) => Family::Encoder(family),
-    };
+    read_any_info(files)?.walked()
+}
+
+/// Reads only headers and configuration, of a version of any family.
+///
+/// # Errors
+/// As [`read_any`].
+pub fn read_any_info(files: &BTreeMap<String, PathBuf>) -> Result<AnyInfo> {
+    let (config, family) = files::config(find(files, files::CONFIG)?)?;
     let manifest = manifest(files)?;
     let mut tensors = BTreeMap::new();
     for (name, (record, parts)) in stored(files, manifest.tensors)? {
@@ -124,7 +140,7 @@ pub fn read_info(files: &BTreeMap<String, PathBuf>) -> Result<ModelInfo> {
         })?;
         files::check_shape(&name, &tensor.shape, &shape)?;
     }
-    Ok(ModelInfo { family, has_tokenizer: files.contains_key(files::TOKENIZER), tensors })
+    Ok(AnyInfo { family, config, has_tokenizer: files.contains_key(files::TOKENIZER), tensors })
 }
 
 fn find<'a>(files: &'a BTreeMap<String, PathBuf>, name: &str) -> Result<&'a Path> {

@@ -183,7 +183,7 @@ impl Plan {
 /// `DATASET_UNSUITABLE`.
 pub fn suits(learner: Learner, field: &str, kind: Kind) -> Result<()> {
     let fits = match (learner, kind) {
-        (_, Kind::Choices) => false,
+        (_, Kind::Choices | Kind::Images) => false,
         (Learner::Decoder, Kind::Text | Kind::Chat | Kind::Preferences) => true,
         (Learner::HiddenTokens, kind) => kind == Kind::Text,
         (
@@ -392,7 +392,7 @@ mod tests {
                 [&decoder, &encoder].map(|plan| plan.suits("training.dataset", kind).is_ok());
             let wanted = match kind {
                 Kind::Text | Kind::Chat | Kind::Preferences => [true, false],
-                Kind::Choices => [false, false],
+                Kind::Choices | Kind::Images => [false, false],
                 _ => [false, true],
             };
             assert_eq!(both, wanted, "{kind:?}");

@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use crate::error::{Error, Reason, Result};
 use crate::eval;
 use crate::methods::{Estimate, registry};
-use crate::models::ModelInfo;
+use crate::models::AnyInfo;
 use crate::proto::v1;
 
 /// Steps a recipe may have at most.
@@ -26,16 +26,16 @@ pub struct Plan {
 
 /// Checks a recipe against a model: at least one and at most 64 steps, every option, every order.
 /// Errors point at `steps[i].<method>.<option>`.
-pub fn check(recipe: &v1::Recipe, model: &ModelInfo) -> Result<Plan> {
+pub fn check(recipe: &v1::Recipe, model: &AnyInfo) -> Result<Plan> {
     let plan = check_steps(&recipe.steps, model)?;
     if let Some(evaluation) = &recipe.evaluation {
-        eval::check(evaluation, model).map_err(|e| e.within("evaluation"))?;
+        eval::check_any(evaluation, model).map_err(|e| e.within("evaluation"))?;
     }
     Ok(plan)
 }
 
 /// Checks steps that are taken one after the other, as [`check`] does.
-pub fn check_steps(given: &[v1::Step], model: &ModelInfo) -> Result<Plan> {
+pub fn check_steps(given: &[v1::Step], model: &AnyInfo) -> Result<Plan> {
     if given.is_empty() || given.len() > MAX_STEPS {
         return Err(Error::at(
             Reason::InvalidRecipe,
@@ -49,7 +49,7 @@ pub fn check_steps(given: &[v1::Step], model: &ModelInfo) -> Result<Plan> {
         let place = format!("steps[{i}]");
         let method = registry::method(step).map_err(|e| e.within(&place))?;
         let (estimate, after) = method
-            .check(&info)
+            .check_any(&info)
             .map_err(|e| e.within(&format!("{place}.{}", method.card().name)))?;
         steps.push(estimate);
         info = after;
@@ -78,9 +78,11 @@ pub fn datasets(recipe: &v1::Recipe) -> Vec<String> {
 /// Resource names of the data sets that an evaluation reads.
 pub fn evaluation_datasets(evaluation: &v1::Evaluation) -> Vec<String> {
     let choices = evaluation.choice.iter().map(|choice| choice.dataset.clone());
+    let images = evaluation.images.iter().map(|images| images.dataset.clone());
     let tasks = evaluation.task.iter().map(|task| task.dataset.clone());
     let norms = evaluation.norm_bounds.iter().map(|norms| norms.dataset.clone());
-    choices.chain(tasks).chain(norms).chain([evaluation.dataset.clone()]).collect()
+    let text = [evaluation.dataset.clone()];
+    choices.chain(images).chain(tasks).chain(norms).chain(text).collect()
 }
 
 fn unique(names: impl Iterator<Item = String>) -> Vec<String> {

@@ -4,7 +4,7 @@ use super::embed::Embedder;
 use super::engine::{Engine, Limits};
 use crate::error::Result;
 use crate::models::encoder::plan::Precision;
-use crate::models::{AnyModel, not_a_decoder, not_an_encoder};
+use crate::models::{AnyModel, not_a_decoder, not_an_encoder, not_for_text};
 
 /// What serves a model.
 #[derive(Clone)]
@@ -30,6 +30,7 @@ impl Serving {
             AnyModel::Encoder(model) => {
                 Embedder::start(model, limits, precision).map(Self::Encoder)
             }
+            AnyModel::Vision(_) | AnyModel::Lstm(_) => Err(not_for_text(model.family())),
         }
     }
 

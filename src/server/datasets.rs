@@ -133,6 +133,7 @@ fn file(header: &v1::DatasetHeader) -> Result<DatasetFile> {
         v1::DatasetKind::Tagging => DatasetKind::Tagging,
         v1::DatasetKind::Preferences => DatasetKind::Preferences,
         v1::DatasetKind::MultiLabel => DatasetKind::MultiLabel,
+        v1::DatasetKind::Images => DatasetKind::Images,
     };
     let layout = asked(header.layout.clone().unwrap_or_default());
     layout.check(kind)?;
@@ -174,6 +175,7 @@ pub fn kind(kind: DatasetKind) -> v1::DatasetKind {
         DatasetKind::Tagging => v1::DatasetKind::Tagging,
         DatasetKind::Preferences => v1::DatasetKind::Preferences,
         DatasetKind::MultiLabel => v1::DatasetKind::MultiLabel,
+        DatasetKind::Images => v1::DatasetKind::Images,
     }
 }
 

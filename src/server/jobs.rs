@@ -11,7 +11,7 @@ use super::State;
 use super::download::Messages;
 use super::{adaptations, check, comparisons, convert, operations, trainings};
 use crate::error::{Error, Reason, Result};
-use crate::models::encoder;
+use crate::models::{encoder, lstm, vision};
 use crate::proto::google::longrunning::Operation;
 use crate::proto::v1;
 use crate::proto::v1::job_service_server::JobService;
@@ -219,6 +219,11 @@ impl Jobs {
         let is_encoder = row.family == encoder::FAMILY;
         if is_encoder {
             eval::check_encoder(evaluation).map_err(|e| e.within("evaluation"))?;
+        } else if matches!(row.family.as_str(), vision::FAMILY | lstm::FAMILY) {
+            let info = self.0.store.version_info(row).await?;
+            eval::check_any(evaluation, &info).map_err(|e| e.within("evaluation"))?;
+        } else {
+            eval::nets::no_images(evaluation).map_err(|e| e.within("evaluation"))?;
         }
         let mut head = false;
         if !adapter.is_empty() {
@@ -273,12 +278,16 @@ pub(super) async fn check_datasets(state: &State, message: &impl serde::Serializ
         // What is learnt, and the tasks of what was, are of a kind that depends on the model.
         let ends = ["training.dataset", "validation.dataset", "task.dataset"];
         if ends.iter().any(|end| field.ends_with(end)) {
+            state.store.dataset(names::dataset(&name).map_err(at)?).await.map_err(at)?;
             continue;
         }
         // The one place in the API that wants questions is called `choice`.
-        let kind = match field.ends_with("choice.dataset") {
-            true => DatasetKind::Choices,
-            false => DatasetKind::Text,
+        let kind = if field.ends_with("choice.dataset") {
+            DatasetKind::Choices
+        } else if field.ends_with("images.dataset") {
+            DatasetKind::Images
+        } else {
+            DatasetKind::Text
         };
         state.store.of_kind(names::dataset(&name).map_err(at)?, kind).await.map_err(at)?;
     }

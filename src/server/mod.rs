@@ -11,6 +11,7 @@ mod check;
 mod claims;
 mod comparisons;
 mod convert;
+mod creation;
 mod datasets;
 mod download;
 mod gate;

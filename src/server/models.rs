@@ -40,6 +40,13 @@ fn part(message: v1::UploadFileRequest) -> Option<Part<v1::UploadHeader>> {
 
 #[tonic::async_trait]
 impl ModelService for Models {
+    async fn create_model(
+        &self,
+        request: Request<v1::CreateModelRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        Ok(super::creation::create(&self.0, request.into_inner()).await?)
+    }
+
     async fn import_model(
         &self,
         request: Request<v1::ImportModelRequest>,

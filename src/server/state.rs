@@ -16,7 +16,7 @@ use crate::jobs::{self, Jobs};
 use crate::machine;
 use crate::models::decoder::plan::CacheFormat;
 use crate::models::encoder::plan::Precision;
-use crate::models::{encoder, not_a_decoder, not_an_encoder};
+use crate::models::{encoder, lstm, not_a_decoder, not_an_encoder, not_for_text, vision};
 use crate::proto::google::longrunning::Operation;
 use crate::serve::adapters::Adapters;
 use crate::serve::embed::Embedder;
@@ -129,11 +129,17 @@ impl State {
         if row.family == encoder::FAMILY {
             return Err(not_a_decoder(&row.architecture));
         }
+        if matches!(row.family.as_str(), vision::FAMILY | lstm::FAMILY) {
+            return Err(not_for_text(&row.family));
+        }
         self.serving(row).await?.decoder()
     }
 
     /// The engine of a version that embeds, loaded if it is not yet.
     pub async fn embedder(&self, row: &VersionRow) -> Result<Embedder> {
+        if matches!(row.family.as_str(), vision::FAMILY | lstm::FAMILY) {
+            return Err(not_for_text(&row.family));
+        }
         if row.family != encoder::FAMILY {
             return Err(not_an_encoder(&row.architecture));
         }

@@ -10,6 +10,7 @@ use super::models::{in_use, page};
 use super::objects::{Object, consume_lease};
 use super::{Store, blocking, check_etag, names, new_etag, now_ms};
 use crate::data::choices::{self, Item};
+use crate::data::images::{self, Images};
 use crate::data::records::{self, Checked, Layout, Record, Records, Source};
 use crate::data::text;
 use crate::error::{Error, Reason, Result};
@@ -227,6 +228,13 @@ impl Store {
         items(path, row.file_name).await
     }
 
+    /// The images of a data set.
+    pub async fn dataset_images(&self, id: &str) -> Result<Images> {
+        let row = self.of_kind(id, DatasetKind::Images).await?;
+        let path = self.objects.local_path(&row.object.digest).await?;
+        read_images(path, row.file_name).await
+    }
+
     /// A data set and how to read its records.
     pub async fn dataset_source(&self, id: &str) -> Result<(DatasetRow, Source)> {
         let row = self.dataset(id).await?;
@@ -249,6 +257,26 @@ impl Store {
             ),
         ))
     }
+}
+
+/// Reads a file of images; classes without names are called by their numbers.
+async fn check_images(source: Source) -> Result<Checked> {
+    let Source { path, file_name, mut layout, .. } = source;
+    let found = read_images(path, file_name.clone()).await?;
+    let (named, labels) = (layout.labels.len(), found.labels());
+    if named == 0 {
+        layout.labels = (0..labels).map(|class| class.to_string()).collect();
+    } else if named < labels {
+        return Err(Error::field(
+            "labels",
+            format!("{named} names for the {labels} classes of {file_name}; name them all or none"),
+        ));
+    }
+    Ok(Checked { layout, records: found.len() as u64, skipped: 0 })
+}
+
+async fn read_images(path: PathBuf, file_name: String) -> Result<Images> {
+    blocking(move || images::read(&path, &file_name, MAX_TEXT_BYTES)).await
 }
 
 async fn items(path: PathBuf, file_name: String) -> Result<Vec<Item>> {
@@ -287,6 +315,7 @@ async fn check(path: PathBuf, file: DatasetFile) -> Result<Checked> {
     source.layout.check(kind)?;
     let records = match kind {
         DatasetKind::Choices => items(source.path.clone(), source.file_name.clone()).await?.len(),
+        DatasetKind::Images => return check_images(source).await,
         DatasetKind::Text if plain(&source) => documents(source.clone()).await?.len(),
         _ => return blocking(move || records::check(&source)).await,
     };

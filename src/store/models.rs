@@ -13,7 +13,7 @@ use super::objects::{Object, consume_lease, digest_text, hash_file};
 use super::sql::json;
 use super::{Store, blocking, check_etag, names, new_etag, now_ms};
 use crate::error::{Error, Reason, Result};
-use crate::models::{AnyModel, Model, ModelInfo, package};
+use crate::models::{AnyInfo, AnyModel, Model, package};
 use crate::proto::v1;
 
 /// A model's row.
@@ -213,10 +213,10 @@ impl Draft {
     }
 
     /// Opens the model (weights memory-mapped). Blocks.
-    pub fn open(&self) -> Result<Model> {
+    pub fn open(&self) -> Result<AnyModel> {
         let paths =
             self.files.iter().map(|(name, _)| (name.clone(), self.folder.path().join(name)));
-        package::read(&paths.collect())
+        package::read_any(&paths.collect())
     }
 }
 
@@ -267,10 +267,7 @@ impl Store {
         let (folder, files) = blocking(move || {
             std::fs::create_dir_all(&parent)?;
             let folder = tempfile::Builder::new().prefix("version-").tempdir_in(parent)?;
-            let written = match &copy {
-                AnyModel::Decoder(model) => package::write(model, &kept, folder.path())?,
-                AnyModel::Encoder(model) => package::write(model, &kept, folder.path())?,
-            };
+            let written = package::write_any(&copy, &kept, folder.path())?;
             let files = written.into_iter().map(|name| {
                 let object = hash_file(&folder.path().join(&name))?;
                 Ok((name, object))
@@ -416,9 +413,9 @@ impl Store {
     }
 
     /// Shapes, layouts and sizes of a version's model, from headers only.
-    pub async fn version_info(&self, row: &VersionRow) -> Result<ModelInfo> {
+    pub async fn version_info(&self, row: &VersionRow) -> Result<AnyInfo> {
         let paths = self.version_paths(row).await?;
-        blocking(move || package::read_info(&paths)).await
+        blocking(move || package::read_any_info(&paths)).await
     }
 
     /// A model by id.

@@ -25,6 +25,7 @@ const MAX_CRASHES: i64 = 5;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Import,
+    Create,
     Recipe,
     Evaluate,
     Compare,
@@ -34,8 +35,9 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Import,
+        Self::Create,
         Self::Recipe,
         Self::Evaluate,
         Self::Compare,
@@ -48,6 +50,7 @@ impl Kind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Import => "import",
+            Self::Create => "create",
             Self::Recipe => "recipe",
             Self::Evaluate => "evaluate",
             Self::Compare => "compare",
@@ -60,7 +63,7 @@ impl Kind {
     /// Type URL of the response message.
     pub fn response_type(self) -> &'static str {
         match self {
-            Self::Import => "type.googleapis.com/planish.v1.ModelVersion",
+            Self::Import | Self::Create => "type.googleapis.com/planish.v1.ModelVersion",
             Self::Recipe => "type.googleapis.com/planish.v1.RecipeReport",
             Self::Evaluate => "type.googleapis.com/planish.v1.EvaluationReport",
             Self::Compare => "type.googleapis.com/planish.v1.ComparisonReport",

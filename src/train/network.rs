@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::pass::{Options, Pass};
 use crate::error::Result;
-use crate::models::{AnyModel, decoder, encoder};
+use crate::models::{AnyModel, decoder, encoder, not_for_text};
 use crate::nn::ops::Precision;
 use crate::nn::ops::attend::Choosing;
 use crate::nn::tuning::Tuning;
@@ -58,6 +58,7 @@ impl<'m> Network<'m> {
                     Some(attend) => graph.with_attention(Box::new(attend)),
                 }))
             }
+            AnyModel::Vision(_) | AnyModel::Lstm(_) => return Err(not_for_text(model.family())),
         };
         Ok(Self { graph, options, choosing })
     }

@@ -23,6 +23,7 @@ mod soak;
 mod structured;
 mod support;
 mod telemetry;
+mod training;
 mod tuned;
 mod tuning;
 mod tunings;

@@ -108,7 +108,8 @@ impl Layout {
                 return Err(Error::field(field, what));
             }
         }
-        let labelled = matches!(kind, Kind::Classification | Kind::Tagging | Kind::MultiLabel);
+        let labelled =
+            matches!(kind, Kind::Classification | Kind::Tagging | Kind::MultiLabel | Kind::Images);
         if !labelled && !self.labels.is_empty() {
             return Err(Error::field("labels", format!("{} have no labels", kind.name())));
         }
@@ -225,7 +226,7 @@ impl Present<'_> {
         let mut columns = Columns::default();
         match kind {
             Kind::Text => columns.text = Some(self.need("text_column", &asked.text, TEXT)?),
-            Kind::Choices => {}
+            Kind::Choices | Kind::Images => {}
             Kind::Classification | Kind::Regression | Kind::MultiLabel => {
                 let labels = if kind == Kind::Regression { NUMBER } else { CLASS };
                 // A table of two columns without names: a text and its label.

@@ -40,6 +40,8 @@ pub enum Kind {
     Preferences,
     /// Texts with any number of classes each.
     MultiLabel,
+    /// Images with a class each; read by [`super::images`].
+    Images,
 }
 
 impl Kind {
@@ -52,6 +54,7 @@ impl Kind {
         Self::Tagging,
         Self::Preferences,
         Self::MultiLabel,
+        Self::Images,
     ];
 
     /// Name in the database and in messages.
@@ -65,6 +68,7 @@ impl Kind {
             Self::Tagging => "tagging",
             Self::Preferences => "preferences",
             Self::MultiLabel => "multi_label",
+            Self::Images => "images",
         }
     }
 
@@ -72,7 +76,7 @@ impl Kind {
     pub fn columns(self) -> &'static [&'static str] {
         match self {
             Self::Text => &["text_column"],
-            Self::Choices => &[],
+            Self::Choices | Self::Images => &[],
             Self::Chat => &[
                 "messages_column",
                 "prompt_column",
@@ -238,12 +242,15 @@ impl Records {
     /// As [`check`], here and from each record.
     pub fn open(source: &Source) -> Result<Self> {
         let Source { path, file_name, kind, layout, max_bytes } = source;
-        if *kind == Kind::Choices {
+        let other = match kind {
+            Kind::Choices => Some("choices are for evaluation"),
+            Kind::Images => Some("images are for models that see"),
+            _ => None,
+        };
+        if let Some(why) = other {
             return Err(Error::new(
                 Reason::DatasetUnsuitable,
-                format!(
-                    "{file_name}: choices are for evaluation; choose a data set of another kind"
-                ),
+                format!("{file_name}: {why}; choose a data set of another kind"),
             ));
         }
         let within = |error: Error| error.within(file_name);
@@ -365,7 +372,9 @@ fn record(
         fields.get(name).ok_or_else(|| Problem::Wrong(format!("there is no '{name:.60}'")))
     };
     let found = match kind {
-        Kind::Text | Kind::Choices => Record::Text(text(fields, columns.text.as_ref())?.to_owned()),
+        Kind::Text | Kind::Choices | Kind::Images => {
+            Record::Text(text(fields, columns.text.as_ref())?.to_owned())
+        }
         Kind::Chat => Record::Chat(conversation::conversation(fields, columns)?),
         Kind::Preferences => Record::Preference(conversation::preference(fields, columns)?),
         Kind::Classification => {

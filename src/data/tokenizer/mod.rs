@@ -4,6 +4,7 @@ mod files;
 mod parse;
 mod pieces;
 mod stream;
+mod train;
 
 use std::collections::HashMap;
 use std::fmt;

@@ -225,7 +225,7 @@ impl Reading<'_> {
             overlong: Overlong::Cut,
             lowercase: match model {
                 AnyModel::Encoder(model) => model.family.lowercase,
-                AnyModel::Decoder(_) => false,
+                _ => false,
             },
             tag_pieces: TagPieces::First,
             max_tokens: MAX_TOKENS,

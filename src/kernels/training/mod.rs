@@ -3,10 +3,13 @@
 
 pub mod activation;
 pub mod attention;
+pub mod batch_norm;
+pub mod convolution;
 pub mod distillation;
 pub mod elementwise;
 pub mod entropy;
 pub mod factored;
+pub mod lstm;
 pub mod norm;
 
 /// Elements that are worth a task of their own.

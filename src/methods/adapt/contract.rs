@@ -103,6 +103,7 @@ impl World {
             let weights = match &mut model {
                 AnyModel::Decoder(model) => &mut model.weights,
                 AnyModel::Encoder(model) => &mut model.weights,
+                _ => panic!("a family that is tuned"),
             };
             let weight = weights.get_mut(name).unwrap();
             let spec = GroupedSpec { bits: 4, group: 16, symmetric: false };
@@ -125,11 +126,11 @@ impl World {
 
     fn head(&self, seed: u64) -> Parameters {
         match &self.model {
-            AnyModel::Decoder(_) => Parameters::new(),
             AnyModel::Encoder(model) => {
                 let random = Stream::root(seed).child("head");
                 head::head(3, model.family.hidden, 1.0, &random).unwrap()
             }
+            _ => Parameters::new(),
         }
     }
 
@@ -249,6 +250,7 @@ fn outputs(
             let normed = graph.normed(&run, &hidden).unwrap();
             graph.logits(&run, &normed).unwrap().read().to_vec()
         }
+        _ => panic!("a family that is tuned"),
     }
 }
 
@@ -426,6 +428,7 @@ fn merged_is_unmerged() {
             match &mut whole {
                 AnyModel::Decoder(model) => model.weights.extend(changed),
                 AnyModel::Encoder(model) => model.weights.extend(changed),
+                _ => panic!("a family that is tuned"),
             }
             near(&outputs(&whole, &world.records, &Frozen, &head), &got, 1e-4, name);
         }

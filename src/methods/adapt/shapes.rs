@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::error::{Error, Reason, Result};
-use crate::models::{AnyModel, decoder, encoder};
+use crate::models::{AnyModel, decoder, encoder, not_for_text};
 
 /// Names and shapes of a model's tensors.
 #[derive(Debug, Clone, PartialEq)]
@@ -42,6 +42,7 @@ impl Shapes {
         Ok(match model {
             AnyModel::Decoder(model) => Self::decoder(model.decoder()?),
             AnyModel::Encoder(model) => Self::encoder(&model.family),
+            AnyModel::Vision(_) | AnyModel::Lstm(_) => return Err(not_for_text(model.family())),
         })
     }
 

@@ -18,7 +18,7 @@ use crate::error::{Error, Reason, Result};
 use crate::formats::peft::contents::Contents;
 use crate::formats::peft::{self, Folder, Plain, Use};
 use crate::formats::{malformed, quoted, safetensors};
-use crate::models::{AnyModel, decoder, encoder};
+use crate::models::{AnyModel, decoder, encoder, not_for_text};
 use crate::nn::adapter::{Changes, Product};
 use crate::nn::weight::Weight;
 use crate::proto::v1;
@@ -187,6 +187,7 @@ impl Stored {
                 let fitted = if changes.is_empty() { None } else { Some(fit()?) };
                 Ready::Encoder { fitted, head: self.head.clone() }
             }
+            model => return Err(not_for_text(model.family())),
         })
     }
 }
@@ -249,7 +250,7 @@ fn read_head(config: &Path, weights: &Path, model: &AnyModel) -> Result<Option<H
     let AnyModel::Encoder(model) = model else {
         return Err(Error::new(
             Reason::ModelUnsuitable,
-            "the adapter has a head for an encoder's states, and the model is a decoder; name the base \
+            "the adapter has a head for an encoder's states, and the model is no encoder; name the base \
              it was trained on",
         ));
     };

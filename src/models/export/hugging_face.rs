@@ -24,6 +24,8 @@ pub fn any(model: &AnyModel, folder: &Path, dtype: Dtype) -> Result<Vec<PathBuf>
             paths.extend(names.into_iter().map(|name| folder.join(name)));
             Ok(paths)
         }
+        AnyModel::Vision(model) => hugging_face(model, folder, dtype),
+        AnyModel::Lstm(model) => hugging_face(model, folder, dtype),
     }
 }
 

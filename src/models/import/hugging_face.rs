@@ -7,8 +7,7 @@ use std::sync::Arc;
 use crate::error::{Error, Reason, Result};
 use crate::formats::{malformed, mmap, quoted, safetensors};
 use crate::models::decoder::Config;
-use crate::models::files::AnyFamily;
-use crate::models::{AnyModel, Family, encoder, files};
+use crate::models::{AnyFamily, AnyModel, Family, encoder, files};
 use crate::nn::weight::{Dense, Weight};
 
 /// Largest index of a sharded checkpoint.
@@ -24,6 +23,16 @@ pub(super) fn open(folder: &Path, only: Option<&Path>) -> Result<AnyModel> {
             encoder::sentence::read(folder, &mut config)?;
             let family = encoder::Config::from_hugging_face(&config)?;
             let weights = weights(folder, only, encoder::tensor_name)?;
+            let tokenizer = files::tokenizer(find, &config)?;
+            return Ok(files::assemble(family, config, weights, tokenizer)?.into());
+        }
+        // Of these only what this program exported is read, whose names are ours.
+        AnyFamily::Vision(family) => {
+            let weights = weights(folder, only, |name| Ok(Some(name.to_owned())))?;
+            return Ok(files::assemble(family, config, weights, None)?.into());
+        }
+        AnyFamily::Lstm(family) => {
+            let weights = weights(folder, only, |name| Ok(Some(name.to_owned())))?;
             let tokenizer = files::tokenizer(find, &config)?;
             return Ok(files::assemble(family, config, weights, tokenizer)?.into());
         }

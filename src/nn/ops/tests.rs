@@ -324,3 +324,54 @@ fn parts_of_other_operations() {
     assert!(Tape::new(&Pool::default()).backward(&x, g.into()).is_err());
     assert!(tape.leaf(&Tensor::zeros(3, candle_core::DType::U32, &Device::Cpu).unwrap()).is_err());
 }
+
+#[test]
+fn convolutions() {
+    let window = |stride| Window::centred([4, 3], 2, 3, stride);
+    for stride in [1, 2] {
+        let wide = 9 * 2;
+        check("convolution", &[&[24, 2], &[3, wide]], |tape, x| {
+            let rows = tape.unfold(&leaf(tape, &x[0]), window(stride)).unwrap();
+            tape.dense(&rows, &leaf(tape, &x[1])).unwrap()
+        });
+        check("depthwise", &[&[24, 2], &[2, 9]], |tape, x| {
+            tape.depthwise(&leaf(tape, &x[0]), &leaf(tape, &x[1]), window(stride)).unwrap()
+        });
+    }
+}
+
+#[test]
+fn batch_norms() {
+    check("batch norm", &[&[12, 3], &[3], &[3]], |tape, x| {
+        let inputs = [0, 1, 2].map(|i| leaf(tape, &x[i]));
+        tape.batch_norm(&inputs[0], &inputs[1], &inputs[2], 1e-3).unwrap().0
+    });
+    // Away from its corners, so that differences make sense.
+    check("relu6", &[&[3, 4]], |tape, x| {
+        let y = tape.scale(leaf(tape, &x[0]), 8.0);
+        let y = tape.offset(y, 0.37);
+        tape.relu6(y)
+    });
+}
+
+#[test]
+fn recurrent_layers() {
+    // Three steps of two sequences; the second begins anew at its second step.
+    let starts: Arc<[bool]> = [true, true, false, true, false, false].into();
+    check("lstm", &[&[6, 8], &[8, 2]], |tape, x| {
+        tape.lstm(leaf(tape, &x[0]), &leaf(tape, &x[1]), 2, &starts).unwrap()
+    });
+    // What comes before a beginning changes nothing after it.
+    let pool = Pool::default();
+    let run = |first: f32| {
+        let tape = Tape::forgetful(&pool);
+        let mut values = noise(48, 3);
+        values[8..16].fill(first);
+        let gates = Tensor::from_vec(values, (6, 8), &Device::Cpu).unwrap();
+        let y = tape.lstm(leaf(&tape, &gates), &leaf(&tape, &tensor(&[8, 2], 5)), 2, &starts);
+        y.unwrap().read().to_vec()
+    };
+    let (a, b) = (run(0.3), run(-0.9));
+    assert_ne!(a[2..4], b[2..4]);
+    assert_eq!((&a[..2], &a[4..]), (&b[..2], &b[4..]));
+}

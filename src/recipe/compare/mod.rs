@@ -29,7 +29,7 @@ use super::{adapt, check_steps, evaluation_datasets, step_datasets, unique};
 use crate::error::{Error, Reason, Result};
 use crate::eval::{self, metrics};
 use crate::methods::{Estimate, registry};
-use crate::models::{ModelInfo, encoder, not_a_decoder};
+use crate::models::{AnyInfo, encoder, not_a_decoder};
 use crate::proto::v1::{self, KeepVersions};
 
 /// Name that stands for the base in contrasts and tables.
@@ -49,18 +49,18 @@ pub struct Base {
     pub config: Value,
     /// Bytes of the weights.
     pub bytes: u64,
-    /// Of a decoder.
-    pub info: Option<ModelInfo>,
+    /// Of what takes steps: all but encoders.
+    pub info: Option<AnyInfo>,
 }
 
 impl Base {
     /// A decoder.
-    pub fn decoder(config: Value, info: ModelInfo) -> Self {
+    pub fn decoder(config: Value, info: AnyInfo) -> Self {
         let family = info.family.name().to_owned();
         Self { family, config, bytes: info.bytes(), info: Some(info) }
     }
 
-    fn info(&self) -> Result<&ModelInfo> {
+    fn info(&self) -> Result<&AnyInfo> {
         self.info.as_ref().ok_or_else(|| not_a_decoder(&self.family))
     }
 
@@ -77,7 +77,7 @@ impl Base {
             ));
         }
         match &self.info {
-            Some(info) => eval::check(evaluation, info),
+            Some(info) => eval::check_any(evaluation, info),
             None => eval::check_encoder(evaluation),
         }
     }
@@ -285,7 +285,7 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named_by_its_place() {
         let info = random::model(random::tiny("llama"), 1).expect("a model").info();
-        let base = Base::decoder(random::tiny("llama"), info);
+        let base = Base::decoder(random::tiny("llama"), info.into());
         let good = comparison(vec![arm("a", vec![wanda(0.5)]), arm("b", vec![round(4)])]);
         assert_eq!(check(&good, &base).expect("fits").len(), 2);
         type Change = fn(&mut v1::Comparison);
@@ -328,7 +328,7 @@ mod tests {
     #[test]
     fn tunings_are_checked_like_adaptations() {
         let info = random::model(random::tiny("llama"), 1).expect("a model").info();
-        let base = Base::decoder(random::tiny("llama"), info);
+        let base = Base::decoder(random::tiny("llama"), info.into());
         let tuned = |json: Value| {
             let mut arm = arm("a", Vec::new());
             arm.tuning = Some(serde_json::from_value(json).expect("a tuning"));

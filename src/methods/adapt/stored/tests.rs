@@ -29,6 +29,7 @@ fn merged(case: &Case, tuned: &Tuned, by: f32) -> AnyModel {
     match &mut model {
         AnyModel::Decoder(model) => model.weights.extend(merged.weights),
         AnyModel::Encoder(model) => model.weights.extend(merged.weights),
+        _ => panic!("a family that is tuned"),
     }
     model
 }

@@ -1,0 +1,275 @@
+//! Measuring models that are neither decoders nor encoders: image classifiers on images, LSTM language models on
+//! a text, both in sizes.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+
+use super::likelihood::{Protocol, log_sum};
+use super::{Settings, mark, metrics, no_tokenizer, tokenise};
+use crate::data::images::Images;
+use crate::error::{Error, Reason, Result};
+use crate::models::footprint::footprint;
+use crate::models::vision::plan::Plan;
+use crate::models::{AnyFamily, AnyInfo, AnyModel, lstm, not_for_text, vision};
+use crate::nn::ops::{Pool, Tape};
+use crate::progress::Progress;
+use crate::proto::v1;
+
+/// Images that run at once.
+const IMAGES: usize = 128;
+
+/// Bytes of logits that are made at once.
+const LOGITS: usize = 64 << 20;
+
+/// Inputs of an evaluation.
+pub struct Subject<'a> {
+    pub model: &'a AnyModel,
+    /// Documents joined, where a text is asked for.
+    pub text: Option<&'a str>,
+    pub images: Option<Images>,
+    /// Bytes of all files of the version.
+    pub disk_bytes: u64,
+}
+
+/// Refuses images where the model sees none.
+pub fn no_images(options: &v1::Evaluation) -> Result<()> {
+    match &options.images {
+        None => Ok(()),
+        Some(_) => Err(Error::at(
+            Reason::ModelUnsuitable,
+            "images",
+            "the model reads texts and sees no images; leave them out",
+        )),
+    }
+}
+
+/// Checks the options of an evaluation against a model of these families.
+pub fn check(options: &v1::Evaluation, model: &AnyInfo) -> Result<()> {
+    let refuse = |field: &str| {
+        let why = format!("is not measured of models of the family {}", model.family.name());
+        Err(Error::at(Reason::ModelUnsuitable, field, why + "; leave it out"))
+    };
+    let asked = [
+        ("choice", options.choice.is_some()),
+        ("compare_with_base", options.compare_with_base),
+        ("counts", options.counts),
+        ("kernels", options.kernels),
+        ("rounded_activations", options.rounded_activations),
+        ("task", options.task.is_some()),
+        ("speed", options.speed),
+    ];
+    if let Some((field, _)) = asked.into_iter().find(|(_, asked)| *asked) {
+        return refuse(field);
+    }
+    match &model.family {
+        AnyFamily::Vision(_) => {
+            if !options.dataset.is_empty() {
+                return refuse("dataset");
+            }
+            match &options.images {
+                Some(images) if images.max_items == Some(0) => {
+                    Err(Error::field("images.max_items", "0 images; leave it out for all"))
+                }
+                Some(images)
+                    if images.dataset.strip_prefix("datasets/").is_none_or(str::is_empty) =>
+                {
+                    Err(Error::field(
+                        "images.dataset",
+                        format!(
+                            "'{:.100}' is no resource name of a data set; write datasets/NAME",
+                            images.dataset
+                        ),
+                    ))
+                }
+                _ => Ok(()),
+            }
+        }
+        AnyFamily::Lstm(config) => {
+            no_images(options)?;
+            let settings = Settings::read(options, config.max_positions)?;
+            match settings.text && !model.has_tokenizer {
+                true => Err(no_tokenizer()),
+                false => Ok(()),
+            }
+        }
+        family => Err(not_for_text(family.name())),
+    }
+}
+
+/// Measures what `options` asks for. Always: `disk_bytes`, `weight_bytes`, `parameters`, `zero_share` (of all
+/// matrices), `nonzero_parameters`, `bitmap_bytes`, `csr_bytes`. `task_accuracy` and `task_loss` of image
+/// classifiers with `images`; `perplexity` of language models with a data set, as of decoders.
+pub fn evaluate(
+    subject: &Subject<'_>,
+    options: &v1::Evaluation,
+    progress: &Progress,
+) -> Result<Vec<v1::Measurement>> {
+    check(options, &subject.model.info())?;
+    progress.report(0.0, "measuring sizes")?;
+    let mut out = sizes(subject);
+    match subject.model {
+        AnyModel::Vision(model) => {
+            if let Some(asked) = &options.images {
+                let images = subject.images.as_ref().ok_or_else(|| {
+                    Error::new(
+                        Reason::DatasetUnsuitable,
+                        format!("'{}' was not read", asked.dataset),
+                    )
+                })?;
+                out.extend(on_images(model, images, asked, progress)?);
+            }
+        }
+        AnyModel::Lstm(model) => {
+            if !options.dataset.is_empty() {
+                let text = subject.text.ok_or_else(|| {
+                    let dataset = &options.dataset;
+                    Error::new(Reason::DatasetUnsuitable, format!("'{dataset}' was not read"))
+                })?;
+                out.push(on_text(model, text, options, progress)?);
+            }
+        }
+        _ => return Err(Error::internal("a family that is measured elsewhere")),
+    }
+    progress.report(1.0, "measured")?;
+    Ok(out)
+}
+
+fn sizes(subject: &Subject<'_>) -> Vec<v1::Measurement> {
+    let model = subject.model;
+    let (mut zeros, mut elements) = (0u64, 0u64);
+    for weight in model.weights().values().filter(|weight| weight.shape().len() == 2) {
+        zeros += weight.zeros();
+        elements += weight.shape().iter().product::<usize>() as u64;
+    }
+    let found = footprint(model.weights());
+    let count = |v: u64| v as f64;
+    vec![
+        metrics::DISK_BYTES.measured(count(subject.disk_bytes), "all files of the version"),
+        metrics::WEIGHT_BYTES.measured(count(model.bytes()), "all weights as stored"),
+        metrics::PARAMETERS.measured(count(model.parameters()), "all weights"),
+        metrics::NONZERO_PARAMETERS.measured(count(found.nonzero), "all weights"),
+        metrics::BITMAP_BYTES.measured(count(found.bitmap), "all weights"),
+        metrics::CSR_BYTES.measured(count(found.rows), "all weights"),
+        metrics::ZERO_SHARE.measured(zeros as f64 / elements.max(1) as f64, "all matrices"),
+    ]
+}
+
+fn on_images(
+    model: &vision::Model,
+    images: &Images,
+    asked: &v1::ImageEvaluation,
+    progress: &Progress,
+) -> Result<Vec<v1::Measurement>> {
+    let config = &model.family;
+    images.suits(config.sides, config.channels, config.classes)?;
+    let count = asked.max_items.map_or(images.len(), |most| images.len().min(most as usize));
+    let plan = Plan::new(model)?;
+    let (image, mut right, mut losses) = (images.image(), Vec::new(), Vec::new());
+    for first in (0..count).step_by(IMAGES) {
+        progress.report(first as f64 / count as f64, &format!("image {first} of {count}"))?;
+        let last = count.min(first + IMAGES);
+        let logits = plan.classify(&images.pixels[first * image..last * image])?;
+        for (row, class) in logits.chunks_exact(config.classes).zip(&images.classes[first..last]) {
+            let (class, top) = (usize::from(*class), row.iter().copied().fold(f32::MIN, f32::max));
+            right.push(f64::from(u8::from(row.iter().position(|l| *l == top) == Some(class))));
+            losses.push(log_sum(row) - f64::from(row[class]));
+        }
+    }
+    let protocol = format!(
+        "{}, {count} images ({}), {} threads",
+        asked.dataset,
+        mark(&[&images.pixels[..count * image], &images.classes[..count]].concat()),
+        rayon::current_num_threads(),
+    );
+    Ok(vec![
+        metrics::TASK_ACCURACY.sampled(right, &protocol),
+        metrics::TASK_LOSS.sampled(losses, &protocol),
+    ])
+}
+
+fn on_text(
+    model: &lstm::Model,
+    text: &str,
+    options: &v1::Evaluation,
+    progress: &Progress,
+) -> Result<v1::Measurement> {
+    let config = &model.family;
+    let settings = Settings::read(options, config.max_positions)?;
+    let (tokens, protocol) = tokenise(model, text, &options.dataset, &settings, progress)?;
+    if let Some(token) = tokens.iter().find(|token| **token as usize >= config.vocab) {
+        return Err(Error::new(
+            Reason::DatasetUnsuitable,
+            format!("the text holds token {token}, but the model knows {}", config.vocab),
+        ));
+    }
+    let (nll, predictions) = likelihood(model, &tokens, &protocol, progress)?;
+    // Words as of decoders, so that the same protocol reads the same.
+    let shown = format!(
+        "{}, context {}, stride {}, {} tokens ({}), {} windows, {predictions} predictions, {} start token, \
+         {} threads",
+        options.dataset,
+        protocol.context,
+        protocol.stride,
+        tokens.len(),
+        mark(bytemuck::cast_slice(&tokens)),
+        nll.len(),
+        if protocol.start.is_some() { "with" } else { "no" },
+        rayon::current_num_threads(),
+    );
+    Ok(metrics::PERPLEXITY.sampled(nll, shown))
+}
+
+/// Mean negative log-likelihood of each window, and the number of predictions. Windows run side by side.
+fn likelihood(
+    model: &lstm::Model,
+    tokens: &[u32],
+    protocol: &Protocol,
+    progress: &Progress,
+) -> Result<(Vec<f64>, usize)> {
+    let (config, context) = (&model.family, protocol.context);
+    let mut tensors = std::collections::BTreeMap::new();
+    for (name, weight) in &model.weights {
+        let tensor = Tensor::from_vec(weight.to_f32(), weight.shape(), &Device::Cpu)?;
+        tensors.insert(name.as_str(), tensor);
+    }
+    let tensor = |name: &str| {
+        tensors.get(name).ok_or_else(|| {
+            Error::new(Reason::TensorNotFound, format!("tensor '{name}' is missing from the model"))
+        })
+    };
+    let windows = protocol.windows(tokens.len());
+    let each = (LOGITS / 4 / config.vocab / context).clamp(1, 32);
+    let pool = Pool::default();
+    let (mut nll, mut predictions) = (Vec::with_capacity(windows), 0);
+    for first in (0..windows).step_by(each) {
+        progress.report(first as f64 / windows as f64, &format!("window {first} of {windows}"))?;
+        let together = first..windows.min(first + each);
+        let texts: Vec<Vec<u32>> =
+            together.clone().map(|index| protocol.window(tokens, index)).collect();
+        let rows = lstm::graph::Rows::new(context, &texts.concat(), |i| i % context == 0);
+        let tape = Tape::forgetful(&pool);
+        let states = lstm::graph::states(&tape, config, &tensor, &rows)?;
+        let (mut at, mut targets) = (Vec::new(), Vec::new());
+        for (row, index) in together.clone().enumerate() {
+            for position in protocol.first_scored(index)..context {
+                at.push(rows.row(row * context + position - 1) as u32);
+                targets.push(texts[row][position]);
+            }
+        }
+        let states = tape.rows(&states, &Arc::from(at))?;
+        let logits = lstm::graph::logits(&tape, &tensor, &states)?;
+        let logits = logits.read();
+        let mut scores = logits
+            .chunks_exact(config.vocab)
+            .zip(&targets)
+            .map(|(row, target)| log_sum(row) - f64::from(row[*target as usize]));
+        for index in together {
+            let count = context - protocol.first_scored(index);
+            let sum: f64 = scores.by_ref().take(count).sum();
+            nll.push(sum / count as f64);
+            predictions += count;
+        }
+    }
+    Ok((nll, predictions))
+}
