@@ -136,7 +136,7 @@ impl Attend for Arc<Choosing> {
                 match plan {
                     Some(plan) => {
                         seen.factored += 1;
-                        seen.features = seen.features.max(plan.monomials.len());
+                        seen.features = seen.features.max(plan.monomials.count());
                     }
                     None => seen.exact += 1,
                 }

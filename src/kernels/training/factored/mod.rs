@@ -240,7 +240,7 @@ impl Head<'_> {
         if query.is_some() {
             coordinates.iter_mut().for_each(|v| *v *= scale);
         }
-        let features = &mut to.features[..self.plan.monomials.len() * b];
+        let features = &mut to.features[..self.plan.monomials.count() * b];
         self.plan.monomials.expand(coordinates, b, features);
     }
 
@@ -269,7 +269,7 @@ impl Head<'_> {
     /// Gives each query's output and the logarithm of the sum of its weights to `write`; `false` if a sum is
     /// not positive and finite.
     fn forward(&self, mut write: impl FnMut(usize, usize, &[f32], f32)) -> bool {
-        let (d, m) = (self.dim(), self.plan.monomials.len());
+        let (d, m) = (self.dim(), self.plan.monomials.count());
         let (p, causal) = (self.plan.basis.dim(), self.group.shape.causal);
         let wide = d + 1;
         let sizes = [
@@ -343,7 +343,7 @@ impl Head<'_> {
         g: &[f32],
         mut write: impl FnMut(Side, usize, usize, &[f32]),
     ) {
-        let (d, m) = (self.dim(), self.plan.monomials.len());
+        let (d, m) = (self.dim(), self.plan.monomials.count());
         let (p, causal) = (self.plan.basis.dim(), self.group.shape.causal);
         let wide = d + 1;
         // `[values, 1] x keys`; and `[gradients, -rho] x queries` with the gradients behind.
@@ -428,7 +428,7 @@ impl Head<'_> {
 
     /// Adds the keys of a loaded block to `state` `[features, (dim + 1) dim]`.
     fn sum_keys(&self, block: &Range<usize>, state: &mut [f32], room: &mut Room<'_>) {
-        let (d, m, b) = (self.dim(), self.plan.monomials.len(), block.len());
+        let (d, m, b) = (self.dim(), self.plan.monomials.count(), block.len());
         let pairs = (d + 1) * d;
         let products = &mut room.products[..b * pairs];
         let rows = room.values.chunks_exact(d + 1).zip(room.keys.vectors.chunks_exact(d));
@@ -467,7 +467,7 @@ impl Head<'_> {
         room: &mut Room<'_>,
         write: &mut impl FnMut(Side, usize, usize, &[f32]),
     ) {
-        let (d, m, b) = (self.dim(), self.plan.monomials.len(), block.len());
+        let (d, m, b) = (self.dim(), self.plan.monomials.count(), block.len());
         let (wide, pairs, scale) = (d + 1, (d + 1) * d, self.group.shape.scale);
         for h in 0..self.group.heads() {
             self.gather(block, Some(h), &mut room.queries);
@@ -519,7 +519,7 @@ impl Head<'_> {
         back: &mut [f32],
         room: &mut Room<'_>,
     ) {
-        let (d, m, b) = (self.dim(), self.plan.monomials.len(), block.len());
+        let (d, m, b) = (self.dim(), self.plan.monomials.count(), block.len());
         let (wide, pairs, all) = (d + 1, (d + 1) * d, (d + 2) * d);
         let products = &mut room.products[..b * all];
         for (i, out) in products.chunks_exact_mut(all).enumerate() {
@@ -543,7 +543,7 @@ impl Head<'_> {
         room: &mut Room<'_>,
         write: &mut impl FnMut(Side, usize, usize, &[f32]),
     ) {
-        let (d, m, b) = (self.dim(), self.plan.monomials.len(), block.len());
+        let (d, m, b) = (self.dim(), self.plan.monomials.count(), block.len());
         let (wide, pairs, all) = (d + 1, (d + 1) * d, (d + 2) * d);
         let products = &mut room.products[..b * all];
         let features = View::new(&room.keys.features[..m * b], m, b).t();

@@ -61,14 +61,17 @@ impl Monomials {
     }
 
     /// Their number, the constant one included.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.steps.len() + 1
     }
 
     /// The features of `rows` vectors, whose coordinates are the rows of `x` `[dim, rows]`, as the rows of
-    /// `out` `[len, rows]`.
+    /// `out` `[count, rows]`.
     pub fn expand(&self, x: &[f32], rows: usize, out: &mut [f32]) {
-        assert!(x.len() == self.dim * rows && out.len() == self.len() * rows, "sizes of features");
+        assert!(
+            x.len() == self.dim * rows && out.len() == self.count() * rows,
+            "sizes of features"
+        );
         out[..rows].fill(1.0);
         for (i, step) in self.steps.iter().enumerate() {
             let (before, rest) = out.split_at_mut((i + 1) * rows);
@@ -98,7 +101,7 @@ mod tests {
         assert_eq!([count(64, 3), count(64, 2), count(7, 0)], [Some(47_905), Some(2145), Some(1)]);
         assert_eq!(count(1 << 40, 9), None);
         for (dim, degree) in [(1, 5), (3, 4), (5, 2)] {
-            assert_eq!(Some(Monomials::new(dim, degree).len()), count(dim, degree));
+            assert_eq!(Some(Monomials::new(dim, degree).count()), count(dim, degree));
         }
         assert_eq!([degree_within(4, 15, 9), degree_within(4, 14, 9)], [2, 1]);
         assert_eq!([degree_within(4, 4, 9), degree_within(4, 1 << 20, 9)], [0, 9]);
@@ -111,7 +114,7 @@ mod tests {
         for degree in 0..6 {
             let monomials = Monomials::new(3, degree);
             let features = |x: &[f32]| {
-                let mut out = vec![0.0; monomials.len()];
+                let mut out = vec![0.0; monomials.count()];
                 monomials.expand(x, 1, &mut out);
                 out
             };

@@ -36,7 +36,7 @@ impl Reach {
 /// The smallest degree whose Taylor polynomial differs from the exponential on `[-bound, bound]` by at most
 /// `eps` of the exponential; `None` if none up to `most`.
 pub fn sure_degree(bound: f64, eps: f64, most: usize) -> Option<usize> {
-    if !(bound >= 0.0 && bound <= MAX_SCORE) {
+    if !(0.0..=MAX_SCORE).contains(&bound) {
         return None;
     }
     let least = eps * (-bound).exp();

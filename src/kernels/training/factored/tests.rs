@@ -1,3 +1,6 @@
+// Formulas are written by their indices.
+#![allow(clippy::needless_range_loop)]
+
 use super::super::attention;
 use super::*;
 
