@@ -292,10 +292,10 @@ impl Job<'_> {
             (Some(bounds), AnyModel::Decoder(model)) => {
                 norms::measure(self, row, model, bounds, progress).map(Some)
             }
-            (Some(_), AnyModel::Encoder(_)) => Err(Error::at(
+            (Some(_), _) => Err(Error::at(
                 Reason::ModelUnsuitable,
                 "evaluation.norm_bounds",
-                "is measured of decoders; of an encoder sizes and a task are",
+                "is measured of decoders; leave it out",
             )),
         }
     }
