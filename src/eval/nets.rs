@@ -252,9 +252,10 @@ fn likelihood(
         let states = lstm::graph::states(&tape, config, &tensor, &rows)?;
         let (mut at, mut targets) = (Vec::new(), Vec::new());
         for (row, index) in together.clone().enumerate() {
-            for position in protocol.first_scored(index)..context {
+            let scored = texts[row].iter().enumerate().skip(protocol.first_scored(index));
+            for (position, target) in scored {
                 at.push(rows.row(row * context + position - 1) as u32);
-                targets.push(texts[row][position]);
+                targets.push(*target);
             }
         }
         let states = tape.rows(&states, &Arc::from(at))?;

@@ -380,7 +380,8 @@ fn put_stream(codes: impl Iterator<Item = u8>, bits: usize, out: &mut Vec<u8>) {
 #[test]
 fn sparse_codes_multiply_as_full_ones_with_zeros_to_the_bit() {
     // Half of each four, a quarter of each eight, one of 32, anything, nothing in whole rows, all.
-    let patterns: [(&str, Option<(u32, u32)>, fn(usize, usize) -> bool); 6] = [
+    type Pattern = (&'static str, Option<(u32, u32)>, fn(usize, usize) -> bool);
+    let patterns: [Pattern; 6] = [
         ("2:4", Some((2, 4)), |r, c| (c + r + c / 4) % 4 < 2),
         ("2 of 8", Some((2, 8)), |r, c| matches!((c + 3 * (r + c / 8)) % 8, 0 | 5)),
         ("1 of 32", Some((1, 32)), |r, c| (c * 7 + r * 5 + c / 32) % 32 == 0),

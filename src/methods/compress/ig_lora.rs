@@ -336,7 +336,7 @@ mod tests {
 
     fn logits(model: &Model, tuning: &dyn Tuning, tokens: &[u32]) -> Vec<f32> {
         let tape = Tape::forgetful(&Pool::default());
-        let sequences = Sequences::of([tokens.len()].into_iter());
+        let sequences = Sequences::of([tokens.len()]);
         let run = crate::nn::ops::Run {
             tape: &tape,
             tuning,

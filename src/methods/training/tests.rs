@@ -350,8 +350,7 @@ fn new_weights_have_the_width_that_is_asked_for() {
 fn bad_input_is_refused_before_the_work() {
     let refused = |model: &AnyModel, method: &str, extra: Value| {
         let step = step(method, model, extra);
-        let error =
-            registry::method(&step).unwrap().check_any(&model.info()).err().expect("refused");
+        let error = registry::method(&step).unwrap().check_any(&model.info()).expect_err("refused");
         let field = error.violations().first().map(|v| v.field.clone()).unwrap_or_default();
         (error.reason(), field)
     };
@@ -399,7 +398,7 @@ fn bad_input_is_refused_before_the_work() {
     assert_eq!(refused(&quantised, "gradual", json!({})).0, Reason::ModelUnsuitable);
     // Other methods are for decoders.
     let wanda = registry::resolve(&serde_json::from_value(json!({ "wanda": {} })).unwrap());
-    let error = registry::method(&wanda).unwrap().check_any(&model.info()).err().expect("refused");
+    let error = registry::method(&wanda).unwrap().check_any(&model.info()).expect_err("refused");
     assert_eq!(error.reason(), Reason::ModelUnsuitable);
     assert!(check_training(None, &model.info()).is_err());
     assert_eq!(RATE, 1e-3);

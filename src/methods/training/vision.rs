@@ -87,7 +87,7 @@ impl LossAndGradients for Learner<'_> {
         let sums = LossSums {
             loss: loss.sums.loss,
             count: classes.len() as u64,
-            correct: loss.sums.right as u64,
+            correct: loss.sums.right,
         };
         let names: HashMap<_, _> =
             parameters.iter().map(|(name, p)| (p.var.id(), (&name[..], &p.var))).collect();
