@@ -23,7 +23,8 @@ const SERVICES: &[(&str, &[Part])] = {
     use crate::proto::inference::grpc_inference_service_server;
     use crate::proto::v1::{
         adapter_service_server, dataset_service_server, generation_service_server,
-        job_service_server, method_service_server, model_service_server, retrieval_service_server,
+        job_service_server, method_service_server, model_service_server, prediction_service_server,
+        retrieval_service_server,
     };
     &[
         ("", &[Part::Store, Part::Engines]),
@@ -34,6 +35,7 @@ const SERVICES: &[(&str, &[Part])] = {
         (operations_server::SERVICE_NAME, &[Part::Store]),
         (generation_service_server::SERVICE_NAME, &[Part::Store, Part::Engines]),
         (grpc_inference_service_server::SERVICE_NAME, &[Part::Store, Part::Engines]),
+        (prediction_service_server::SERVICE_NAME, &[Part::Store, Part::Engines]),
         (retrieval_service_server::SERVICE_NAME, &[Part::Store, Part::Engines]),
         (method_service_server::SERVICE_NAME, &[]),
     ]

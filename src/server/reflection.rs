@@ -18,6 +18,7 @@ const SERVICES: &[&str] = &[
     planish::claim_service_server::SERVICE_NAME,
     planish::generation_service_server::SERVICE_NAME,
     grpc_inference_service_server::SERVICE_NAME,
+    planish::prediction_service_server::SERVICE_NAME,
     planish::retrieval_service_server::SERVICE_NAME,
     operations_server::SERVICE_NAME,
     "grpc.health.v1.Health",

@@ -50,7 +50,7 @@ fn step(method: &str, patch: &Value) -> v1::Step {
             "text.sequences" => set(&mut options, name, json!(6)),
             "text.sequence_length" => set(&mut options, name, json!(24)),
             // Of dual grained rows, whose groups are whole blocks.
-            "group" => set(&mut options, name, json!(32)),
+            "group" if method == "dgq" => set(&mut options, name, json!(32)),
             // Of decompositions; the linears have 32 components.
             "drop" => set(&mut options, name, json!(12)),
             _ => {}
@@ -222,7 +222,14 @@ fn same_seed_same_bytes_and_what_is_saved_is_what_is_loaded() {
 fn bytes_are_as_estimated() {
     let patterns = [json!({}), json!({"sparsity.pattern": "2:4"}), json!({"sparsity.share": 0.03})];
     each(|card, architecture| {
-        for patch in if prunes(card) { &patterns[..] } else { &patterns[..1] } {
+        // Widths of the tiny models are a few times what they are rounded to otherwise.
+        let fine = [json!({"round_to": 2})];
+        let patches = match (prunes(card), slims(card)) {
+            (true, _) => &patterns[..],
+            (_, true) => &fine[..],
+            _ => &patterns[..1],
+        };
+        for patch in patches {
             let steps = [step(card.name, patch)];
             let before = model(architecture);
             let plan = recipe::check(&recipe(steps.to_vec()), &before.info().into()).expect("fits");
@@ -339,7 +346,7 @@ fn bad_options_are_refused_by_name() {
         ("n_noise", json!(0)),
         ("ratio", json!(0.95)),
         ("ratio", json!(0.85)),
-        ("round_to", json!(96)),
+        ("round_to", json!(128)),
         ("round_to", json!(5000)),
         ("recover.steps", json!(0)),
         ("recover.rank_mean", json!(0)),

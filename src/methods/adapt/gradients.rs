@@ -131,7 +131,12 @@ mod tests {
         };
         let together = collect(1 << 20);
         assert_eq!(together.iter().map(|(n, _)| n.clone()).collect::<Vec<_>>(), names);
-        assert_eq!(together, collect(1));
+        // Only rounding may differ: the toy's products are candle's, of other graphs.
+        for ((name, a), (other, b)) in together.iter().zip(collect(1)) {
+            assert!(*name == other && a.len() == b.len());
+            let size = a.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+            assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 1e-6 * size), "{name}");
+        }
         assert!(together.iter().all(|(_, g)| g.iter().any(|v| *v != 0.0)));
     }
 }

@@ -91,8 +91,12 @@ impl Schedule {
 
     /// The share of zeros that is due after update `step`.
     pub fn target(&self, step: u64) -> f64 {
+        // The ends are exact, not rounded.
         if step >= self.end {
             return self.last;
+        }
+        if step <= self.begin {
+            return self.initial;
         }
         let done = step.saturating_sub(self.begin) as f64 / (self.end - self.begin) as f64;
         self.last + (self.initial - self.last) * (1.0 - done).powf(self.power)
