@@ -329,7 +329,7 @@ fn reach_scales_with_the_inputs_and_bounds_the_scores() {
 #[test]
 fn sampled_errors_are_those_of_the_features() {
     for causal in [false, true] {
-        let case = Case { shape: shape(2, 2, 3, causal), lengths: vec![70], size: 0.9 };
+        let case = Case { shape: shape(2, 2, 3, causal), lengths: vec![2 * BLOCK + 6], size: 0.9 };
         let ([q, k, ..], sequences) = (case.inputs(), case.sequences());
         let group = Group::new(&case.shape, &sequences[0], 1, (&q, &k));
         let basis = Basis { center: group.center(), directions: None };
