@@ -117,6 +117,7 @@ async fn decoders_are_tuned_side_by_side_and_forget() {
     world.made(alone).await;
     let alone = v1::GetAdapterRequest { name: "adapters/alone".into() };
     let alone = world.adapters().get_adapter(alone).await.unwrap().into_inner();
+    assert_eq!(alone.lineage, kept.lineage);
     assert_eq!(alone.files, kept.files);
     assert_eq!(alone.digest, kept.digest);
     let evaluate = v1::EvaluateRequest {
