@@ -413,13 +413,13 @@ impl<'a> Block<'a> {
 /// AMX: registers that are tiles of 16 rows of 64 bytes. There are no intrinsics for them yet. What is not
 /// written here does not touch them, so that they keep their contents between the blocks of assembly.
 #[cfg(target_arch = "x86_64")]
-mod tiles {
+pub(super) mod tiles {
     use std::arch::asm;
 
     use super::{Block, DEPTH, LANES};
 
     /// Whether the processor has bf16 tiles and the system lets this process use them, which it must be asked.
-    pub(super) fn available() -> bool {
+    pub fn available() -> bool {
         let leaf = |leaf| std::arch::x86_64::__cpuid_count(leaf, 0);
         const BF16: u32 = 1 << 22;
         const TILE: u32 = 1 << 24;
@@ -441,12 +441,12 @@ mod tiles {
     }
 
     /// The eight tiles of this thread, 16 rows of 64 bytes each, until it is dropped.
-    pub(super) struct Configured(());
+    pub struct Configured(());
 
     impl Configured {
         /// # Safety
         /// Tiles are available.
-        pub(super) unsafe fn new() -> Self {
+        pub unsafe fn new() -> Self {
             #[repr(align(64))]
             struct Config([u8; 64]);
             let mut config = Config([0; 64]);
@@ -531,12 +531,55 @@ mod tiles {
         }
     }
 
+    /// Makes one of the four tiles of sums zeros.
+    ///
+    /// # Safety
+    /// Tiles are configured.
+    #[inline(always)]
+    pub unsafe fn zero(tile: usize) {
+        macro_rules! zero {
+            ($tile:literal) => {
+                asm!(concat!("tilezero ", $tile), options(nostack, preserves_flags, nomem))
+            };
+        }
+        match tile {
+            0 => zero!("tmm0"),
+            1 => zero!("tmm1"),
+            2 => zero!("tmm2"),
+            _ => zero!("tmm3"),
+        }
+    }
+
+    /// Reads one of the four tiles of sums, its rows `stride` bytes apart.
+    ///
+    /// # Safety
+    /// Tiles are configured; the rows are valid for reading.
+    #[inline(always)]
+    pub unsafe fn load(tile: usize, from: *const f32, stride: usize) {
+        macro_rules! load {
+            ($tile:literal) => {
+                asm!(
+                    concat!("tileloadd ", $tile, ", [{from} + {stride}*1]"),
+                    from = in(reg) from,
+                    stride = in(reg) stride,
+                    options(nostack, preserves_flags, readonly)
+                )
+            };
+        }
+        match tile {
+            0 => load!("tmm0"),
+            1 => load!("tmm1"),
+            2 => load!("tmm2"),
+            _ => load!("tmm3"),
+        }
+    }
+
     /// Writes one of the four tiles of sums, its rows `stride` bytes apart.
     ///
     /// # Safety
     /// Tiles are configured; the rows are valid for writing.
     #[inline(always)]
-    unsafe fn store(tile: usize, to: *mut f32, stride: usize) {
+    pub unsafe fn store(tile: usize, to: *mut f32, stride: usize) {
         macro_rules! store {
             ($tile:literal) => {
                 asm!(

@@ -88,6 +88,13 @@ pub fn share(parts: usize, work: &(dyn Fn(usize) + Sync)) {
     (0..parts).for_each(work);
 }
 
+/// Sends the members of the team to sleep until there is work again, without waiting for it a while: the
+/// processors are for those who wait for what was computed.
+pub fn rest() {
+    let team = team();
+    team.rest.store(number(team.gate.load(Ordering::Acquire)), Ordering::Release);
+}
+
 /// Threads that share work, the caller included: as many as rayon's global pool has.
 pub fn threads() -> usize {
     static THREADS: OnceLock<usize> = OnceLock::new();
@@ -106,6 +113,8 @@ struct Team {
     /// Number of the work, whether it may be joined, and how many members have joined it. Members that
     /// come too late are not waited for: on a busy machine they may not run for a long while.
     gate: AtomicU64,
+    /// Number of the work after which nobody looks for more.
+    rest: AtomicU64,
     /// The work: valid while it may be joined and until all who joined have left.
     task: Task,
     parts: AtomicUsize,
@@ -139,6 +148,7 @@ fn team() -> &'static Team {
     static TEAM: Team = Team {
         run: Mutex::new(()),
         gate: AtomicU64::new(0),
+        rest: AtomicU64::new(0),
         task: Task(UnsafeCell::new(None)),
         parts: AtomicUsize::new(0),
         next: AtomicUsize::new(0),
@@ -208,7 +218,7 @@ impl Team {
                 if number(gate) != seen {
                     break gate;
                 }
-                if spins < SPINS {
+                if spins < SPINS && self.rest.load(Ordering::Relaxed) != seen {
                     spins += 1;
                     std::hint::spin_loop();
                     continue;
@@ -401,8 +411,11 @@ mod tests {
 
     #[test]
     fn sleepers_wake_up() {
-        for _ in 0..20 {
-            std::thread::sleep(std::time::Duration::from_millis(2));
+        for round in 0..40 {
+            match round % 2 {
+                0 => std::thread::sleep(std::time::Duration::from_millis(2)),
+                _ => rest(),
+            }
             let done = AtomicUsize::new(0);
             share(16, &|_| {
                 done.fetch_add(1, Ordering::Relaxed);

@@ -1,6 +1,8 @@
 //! Dense f32 products.
 
 pub(super) mod pack;
+#[cfg(target_arch = "x86_64")]
+mod parts;
 pub(super) mod strips;
 
 use self::strips::{LANES, Line, Result, Right, STRIPS};
@@ -200,6 +202,10 @@ mod tests {
             [97, 70, 20],
             [200, 17, 9],
             [5, 20, 1700],
+            [96, 16, 32],
+            [97, 50, 97],
+            [110, 33, 700],
+            [300, 65, 641],
         ];
         for [m, n, k] in sizes {
             let (a, b, start) = (noise(m * k, 1), noise(k * n, 2), noise(m * (n + 3), 3));
@@ -235,6 +241,56 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn products_in_parts_are_as_near_as_those_of_vectors() {
+        let (m, n, k) = (130, 70, 1300);
+        // Numbers of many sizes, so that each part of them counts.
+        let wide = |values: Vec<f32>| -> Vec<f32> {
+            let sized = |(i, v): (usize, f32)| v * 2f32.powi((i % 29) as i32 - 14);
+            values.into_iter().enumerate().map(sized).collect()
+        };
+        let (a, b) = (wide(noise(m * k, 5)), wide(noise(k * n, 6)));
+        let (a, b) = (View::new(&a, m, k), View::new(&b, k, n));
+        let mut parts = vec![0.0; m * n];
+        gemm(a, b, &mut parts, n, false, true);
+        let mut vectors = vec![0.0; m * n];
+        let lines = (0..n.div_ceil(LANES)).flat_map(|strip| {
+            let mut lines = vec![Line::ZERO; k];
+            pack::strip(Level::best(), b, strip * LANES, &mut lines);
+            lines
+        });
+        let lines: Vec<Line> = lines.collect();
+        let c = Shared::new(&mut vectors);
+        let result = Result { c, stride: n, columns: n, accumulate: false };
+        // SAFETY: the sizes fit.
+        unsafe { strips::by_vectors(Level::best(), a, Right::Packed(&lines), result, true) };
+        let far = |c: &[f32]| {
+            let worst = c.iter().enumerate().map(|(i, c)| {
+                let at = |step: usize| {
+                    f64::from(a.data[i / n * k + step]) * f64::from(b.data[step * n + i % n])
+                };
+                let size: f64 = (0..k).map(|step| at(step).abs()).sum();
+                (f64::from(*c) - (0..k).map(at).sum::<f64>()).abs() / size
+            });
+            worst.fold(0.0, f64::max)
+        };
+        let (parts, vectors) = (far(&parts), far(&vectors));
+        assert!(parts < 1e-6 && parts < 4.0 * vectors, "off by {parts}, {vectors}");
+    }
+
+    #[test]
+    fn what_is_no_number_stays_none_and_in_its_row() {
+        let (m, n, k) = (100, 40, 64);
+        let (mut a, b) = (noise(m * k, 1), noise(k * n, 2));
+        a[3 * k + 5] = f32::from_bits(0xffff_ffff);
+        a[50 * k] = f32::INFINITY;
+        let mut c = vec![0.0; m * n];
+        gemm(View::new(&a, m, k), View::new(&b, k, n), &mut c, n, false, true);
+        for (row, c) in c.chunks(n).enumerate() {
+            assert!(c.iter().all(|c| c.is_finite() != (row == 3 || row == 50)), "row {row}");
         }
     }
 

@@ -59,12 +59,33 @@ pub struct Result<'a> {
 }
 
 /// Writes the product of `a` and `right`; parallel if wished. Steps are added in order, so that an element
-/// depends neither on the other rows and columns nor on how the work is split.
+/// depends neither on the other columns nor on how the work is split, and on the other rows only in whether they
+/// are enough for products in [parts](super::parts).
 ///
 /// # Safety
 /// All elements of the result lie inside `c`, and of `right` inside its memory: `a.cols` steps of as many
 /// columns as the result has. Nobody else reads or writes these elements of `c`.
 pub unsafe fn multiply(
+    level: Level,
+    a: View<'_>,
+    right: Right<'_>,
+    result: Result<'_>,
+    parallel: bool,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if let Right::Packed(lines) = right
+        && super::parts::suit(level, a.rows, a.cols, result.columns)
+    {
+        return super::parts::multiply(level, a, lines, result, parallel);
+    }
+    by_vectors(level, a, right, result, parallel);
+}
+
+/// [`multiply`] without parts.
+///
+/// # Safety
+/// As of it.
+pub(super) unsafe fn by_vectors(
     level: Level,
     a: View<'_>,
     right: Right<'_>,

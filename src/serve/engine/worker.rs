@@ -12,6 +12,7 @@ use super::share::Shares;
 use super::{Shared, gone};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+use crate::kernels::threads;
 use crate::models::decoder::plan::adapters::Mix;
 use crate::models::decoder::plan::{Chunk, Decoder, PAGE};
 
@@ -100,6 +101,11 @@ impl<'a> Worker<'a> {
         }
         if self.ready.contains(&true) {
             self.step();
+            let news = self.shared.arrivals.load(Ordering::Acquire) != self.seen;
+            if self.active.is_empty() && !self.waiting && !news {
+                // The answer goes through other threads, which need the processors now.
+                threads::rest();
+            }
             // At once: the next turn may wait for work.
             self.flush();
             self.leaving.retain_mut(|s| !s.abandoned() && !s.flush());
