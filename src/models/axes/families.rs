@@ -23,17 +23,17 @@ pub fn decoder(config: &decoder::Config) -> Result<Graph> {
             let id = graph.maker(Axis::rows(weight(part), channels));
             graph.fix(id, "rotary embedding turns pairs of its channels");
         }
-        let (wide, size) = (config.head_dim, config.head_dim);
+        let size = config.head_dim;
         let shared = config.heads / config.kv_heads.max(1);
         for head in 0..config.kv_heads {
-            let own = vec![head * wide];
+            let own = vec![head * size];
             let values = Axis::rows(weight("self_attn.v_proj"), size).at(own.clone());
             let values = graph.maker(values);
             if config.qkv_bias {
                 let id = graph.other(Axis::rows(bias("self_attn.v_proj"), size).at(own));
                 graph.tie(values, id)?;
             }
-            let starts = (head * shared..(head + 1) * shared).map(|query| query * wide).collect();
+            let starts = (head * shared..(head + 1) * shared).map(|query| query * size).collect();
             let read = graph.other(Axis::columns(weight("self_attn.o_proj"), size).at(starts));
             graph.tie(values, read)?;
         }

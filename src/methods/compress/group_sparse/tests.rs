@@ -44,7 +44,7 @@ fn net() -> AnyModel {
 
 fn mobile() -> AnyModel {
     let config = json!({
-        "model_type": "mobilenet_v1", "image_size": 16, "num_labels": 4, "depth_multiplier": 0.1,
+        "model_type": "mobilenet_v1", "image_size": 16, "num_labels": 4, "depth_multiplier": 0.125,
         "min_depth": 8, "first_stride": 1,
     });
     random::model(config, &Stream::root(1)).unwrap()
@@ -84,7 +84,8 @@ fn run(
         // What the last, short group keeps is not known before.
         let most = after.tensors[name].bytes;
         assert!(weight.bytes() <= most, "{name}: {} for {most}", weight.bytes());
-        if weight.rows().is_multiple_of(8) && learning.training.is_none() {
+        let columns = step.unit() == GroupSparseUnit::Column;
+        if columns && weight.rows().is_multiple_of(8) && learning.training.is_none() {
             assert_eq!(
                 (weight.bytes(), weight.record()),
                 (most, after.tensors[name].record.clone())
@@ -269,7 +270,7 @@ fn activations_have_a_say() {
     ] {
         let options = json!({
             "score": "GROUP_SPARSE_SCORE_L1_ACTIVATION", "calibration": calibration,
-            "exclude": ["layers.0.conv.*"],
+            "exclude": ["layers.0.conv.*", "classifier.*"],
         });
         let options = match model {
             AnyModel::Decoder(_) => {
