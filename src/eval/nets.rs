@@ -104,7 +104,8 @@ pub fn check(options: &v1::Evaluation, model: &AnyInfo) -> Result<()> {
 
 /// Measures what `options` asks for. Always: `disk_bytes`, `weight_bytes`, `parameters`, `zero_share` (of all
 /// matrices), `nonzero_parameters`, `bitmap_bytes`, `csr_bytes`. `task_accuracy` and `task_loss` of image
-/// classifiers with `images`, `images_per_second` with `speed`; `perplexity` of language models with a data set, as of decoders.
+/// classifiers with `images`, `images_per_second` with `speed`; `perplexity` of language models with a data set, as of
+/// decoders.
 pub fn evaluate(
     subject: &Subject<'_>,
     options: &v1::Evaluation,

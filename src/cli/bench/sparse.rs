@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use clap::Args;
 
+use super::super::error::{CliError, Result};
+use super::super::output::{Output, facts, significant, table};
 use super::{Common, blocking, bytes, fetch, percent, print, spread};
 use crate::bench::images::{self, Images, Run};
 use crate::bench::row_groups::Found;
 use crate::calibrate;
-use super::super::error::{CliError, Result};
-use super::super::output::{Output, facts, significant, table};
 use crate::error::Error;
 use crate::methods::{Learning, Method, NoDatasets, StepContext};
 use crate::models::{AnyModel, import, random};
