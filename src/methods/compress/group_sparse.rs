@@ -23,6 +23,7 @@ use super::named_choice::choice;
 use super::{check_finite, cost, seeded};
 use crate::calibrate::{self, walk};
 use crate::error::{Error, Reason, Result};
+use crate::kernels::row_groups::MAX_INT8_COLS;
 use crate::methods::training::masked_run::{self, Masks};
 use crate::methods::{AnyOutcome, Card, Estimate, Learning, Method, Outcome, StepContext, scope};
 use crate::models::axes::{self, Set, families};
@@ -197,9 +198,14 @@ impl Settings {
             );
             return Err(Error::option("schedule", problem));
         }
+        let format = self.values.unwrap_or_else(|| format(tensor));
+        if format == RowGroupValues::Int8 && cols > MAX_INT8_COLS {
+            let problem = format!("the {cols} inputs of '{name}' are too many for 8-bit values");
+            return Err(Error::option("values", problem));
+        }
         Ok(Target {
             units: Units { shape: [rows, cols], group: self.group, taps, filters: self.filters },
-            format: self.values.unwrap_or_else(|| format(tensor)),
+            format,
             depthwise: vision && name.ends_with(".depthwise.weight"),
             name,
         })
@@ -351,6 +357,7 @@ impl Method for v1::GroupSparse {
         let targets = settings.targets(&info)?;
         let mut account = Account::default();
         for target in &targets {
+            cx.progress.check()?;
             check_finite(&target.name, &values(&model, &target.name)?)?;
         }
         if settings.rearrange {
