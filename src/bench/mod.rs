@@ -6,11 +6,13 @@
 pub mod attention;
 pub mod cost;
 pub mod embed;
+pub mod images;
 pub mod kernels;
 pub mod layouts;
 pub mod limits;
 pub mod load;
 pub mod model;
+pub mod row_groups;
 pub mod stats;
 pub mod train;
 pub mod wire;

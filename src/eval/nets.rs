@@ -2,6 +2,7 @@
 //! a text, both in sizes.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 
@@ -18,6 +19,10 @@ use crate::proto::v1;
 
 /// Images that run at once.
 const IMAGES: usize = 128;
+
+/// Repetitions of a measurement of speed, after one that warms up, and seconds of each at least.
+const REPETITIONS: usize = 30;
+const LEAST_SECONDS: f64 = 0.05;
 
 /// Bytes of logits that are made at once.
 const LOGITS: usize = 64 << 20;
@@ -57,7 +62,7 @@ pub fn check(options: &v1::Evaluation, model: &AnyInfo) -> Result<()> {
         ("kernels", options.kernels),
         ("rounded_activations", options.rounded_activations),
         ("task", options.task.is_some()),
-        ("speed", options.speed),
+        ("speed", options.speed && !matches!(model.family, AnyFamily::Vision(_))),
     ];
     if let Some((field, _)) = asked.into_iter().find(|(_, asked)| *asked) {
         return refuse(field);
@@ -99,7 +104,8 @@ pub fn check(options: &v1::Evaluation, model: &AnyInfo) -> Result<()> {
 
 /// Measures what `options` asks for. Always: `disk_bytes`, `weight_bytes`, `parameters`, `zero_share` (of all
 /// matrices), `nonzero_parameters`, `bitmap_bytes`, `csr_bytes`. `task_accuracy` and `task_loss` of image
-/// classifiers with `images`; `perplexity` of language models with a data set, as of decoders.
+/// classifiers with `images`, `images_per_second` with `speed`; `perplexity` of language models with a data set, as of
+/// decoders.
 pub fn evaluate(
     subject: &Subject<'_>,
     options: &v1::Evaluation,
@@ -118,6 +124,9 @@ pub fn evaluate(
                     )
                 })?;
                 out.extend(on_images(model, images, asked, progress)?);
+            }
+            if options.speed {
+                out.push(speed_on_images(model, progress)?);
             }
         }
         AnyModel::Lstm(model) => {
@@ -186,6 +195,30 @@ fn on_images(
         metrics::TASK_ACCURACY.sampled(right, &protocol),
         metrics::TASK_LOSS.sampled(losses, &protocol),
     ])
+}
+
+/// Images a second, of images whose content does not matter.
+fn speed_on_images(model: &vision::Model, progress: &Progress) -> Result<v1::Measurement> {
+    let plan = Plan::new(model)?;
+    let bytes: Vec<u8> =
+        (0..IMAGES * model.family.image()).map(|i| (i * 7919 % 251) as u8).collect();
+    let mut rates = Vec::new();
+    for repetition in 0..=REPETITIONS {
+        progress.report(repetition as f64 / (REPETITIONS + 1) as f64, "measuring speed")?;
+        let (start, mut count) = (Instant::now(), 0);
+        // The first warms up.
+        while count == 0 || start.elapsed().as_secs_f64() < LEAST_SECONDS {
+            plan.classify(&bytes)?;
+            count += 1;
+        }
+        let seconds = start.elapsed().as_secs_f64().max(1e-9);
+        if repetition > 0 {
+            rates.push((count * IMAGES) as f64 / seconds);
+        }
+    }
+    let threads = rayon::current_num_threads();
+    let protocol = format!("{IMAGES} images at once, median of {REPETITIONS}, {threads} threads");
+    Ok(metrics::IMAGE_RATE.sampled(rates, protocol))
 }
 
 fn on_text(

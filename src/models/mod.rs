@@ -1,5 +1,6 @@
 //! Models: a family's configuration, named weights, and the text side (tokenizer, chat template).
 
+pub mod axes;
 pub mod decoder;
 pub mod encoder;
 pub mod export;

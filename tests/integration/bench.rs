@@ -114,6 +114,42 @@ fn kernels_are_measured_by_layout_shape_and_tokens() {
 }
 
 #[test]
+fn row_groups_are_measured_against_the_same_tiles_and_the_library() {
+    let line = "kernels --row-groups --shape 64x32 --tokens 1,5 --density 0.5,1 --group 4 \
+                --repetitions 2 --no-limits";
+    let found = found(line);
+    assert_eq!((&found["bench"], &found["group"]), (&"row-groups".into(), &4.into()));
+    let rows = found["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 2 * 2);
+    for row in rows {
+        for path in ["/microseconds", "/same_tile_microseconds", "/library_microseconds"] {
+            assert_spread(row, path, 2);
+        }
+    }
+    // One mean for each number of tokens and one for all, for each density.
+    assert_eq!(found["means"].as_array().unwrap().len(), 2 * 3);
+    let (code, _, said) = bench("kernels --row-groups --group 3 --no-limits");
+    assert_eq!(code, 65, "{said}");
+}
+
+#[test]
+fn an_image_classifier_is_measured_sparse_and_dense() {
+    let net = r#"random:{"model_type":"mobilenet_v1","depth_multiplier":0.1,"image_size":16}"#;
+    let line = format!("images {net} --batch 3 --sparsity 0.5 --repetitions 2 --no-limits");
+    let found = found(&line);
+    assert_spread(&found, "/images_per_second", 2);
+    assert_spread(&found, "/dense_images_per_second", 2);
+    assert!(number(&found, "/zero_share") > 0.3, "{found:#}");
+    assert!(number(&found, "/difference") < 1e-4, "{found:#}");
+    assert!(number(&found, "/weight_bytes") < number(&found, "/dense_bytes"));
+    let folder = tempfile::tempdir().unwrap();
+    let decoder = support::tiny_model(folder.path(), 1, 32).display().to_string();
+    let (code, _, said) = bench(&format!("images {decoder} --no-limits"));
+    assert_eq!(code, 65, "{said}");
+    assert_eq!(bench("images random:{ --no-limits").0, 65);
+}
+
+#[test]
 fn the_wire_is_measured_beside_the_call() {
     let folder = tempfile::tempdir().unwrap();
     let model = support::tiny_model(folder.path(), 1, 32).display().to_string();

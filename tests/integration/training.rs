@@ -143,6 +143,47 @@ async fn a_net_is_made_pruned_while_it_learns_and_measured() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_net_loses_groups_and_is_tuned_with_the_rest() {
+    let service = Service::start().await;
+    images(&service, "bars", "train.idx", &idx(60)).await.unwrap();
+    made(&service, create("net", net())).await;
+    let training = |rate: f64| {
+        json!({
+            "dataset": "datasets/bars", "steps": 80, "batch_size": 16, "learning_rate": rate,
+        })
+    };
+    let recipe = json!({
+        "steps": [
+            { "train": { "training": training(0.01) } },
+            { "group_sparse": { "sparsity": 0.5, "group": 4, "training": training(0.001) } },
+        ],
+        "evaluation": { "images": { "dataset": "datasets/bars" }, "speed": true },
+    });
+    let report: v1::RecipeReport = response(run(&service, "models/net", recipe).await.unwrap());
+    let after = report.after.unwrap();
+    assert!(value(&after, "task_accuracy") > 0.9, "{after:?}");
+    assert!(value(&after, "images_per_second") > 0.0);
+    let step = &report.steps[1];
+    let kept = step.measures["kept_weight_share"];
+    assert!(kept > 0.5 && kept < 1.0, "{kept}");
+    assert_eq!(step.training.clone().unwrap().steps, 80);
+    // The second convolution: 4 groups of 8 channels, half of them with nine taps of four outputs.
+    let kept: i64 = 16 * 9;
+    let request = v1::GetModelVersionRequest { name: report.versions[1].clone() };
+    let stored = service.models().get_model_version(request).await.unwrap().into_inner();
+    let bytes = stored.layout_bytes.iter().find(|(layout, _)| layout.contains("group")).unwrap();
+    assert_eq!(*bytes.1, kept * (4 * 4 + 2) + 4 * 5);
+    // What it left has another pattern to be trained in than `train` knows.
+    let recipe = json!({ "steps": [{ "train": { "training": training(0.01) } }] });
+    let error = run(&service, &report.versions[1], recipe).await.unwrap_err();
+    assert_eq!(error.code(), Code::FailedPrecondition);
+    let recipe = json!({ "steps": [{ "group_sparse": { "group": 5 } }] });
+    let result = run(&service, "models/net", recipe).await;
+    let field = "recipe.steps[0].group_sparse.group";
+    assert_error(result, Code::InvalidArgument, "INVALID_OPTION", field);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn arms_of_different_widths_are_compared_from_one_base() {
     let service = Service::start().await;
     images(&service, "bars", "train.idx", &idx(60)).await.unwrap();

@@ -5,6 +5,7 @@
 
 mod attention;
 mod serve;
+mod sparse;
 mod wire;
 
 use std::path::{Path, PathBuf};
@@ -19,6 +20,7 @@ use crate::bench::embed::{self, Embed};
 use crate::bench::kernels::{self, Bound, Row, SHAPES, Settings, TOKENS};
 use crate::bench::limits::Limits;
 use crate::bench::model::{Decode, Prefill, Run, Subject};
+use crate::bench::row_groups;
 use crate::bench::stats::Spread;
 use crate::bench::train::{self, Train};
 use crate::bench::{Machine, set_threads};
@@ -38,6 +40,8 @@ pub enum Command {
     Embed(EmbedArgs),
     /// Steps of training adapters on a frozen model
     Train(TrainArgs),
+    /// Images through a classifier, as it is stored and as dense weights
+    Images(sparse::ImagesArgs),
     /// The products of every weight layout
     Kernels(KernelsArgs),
     /// Exact and factored gradients of attention as entries grow
@@ -223,9 +227,19 @@ pub struct KernelsArgs {
     /// Shapes, outputs x inputs [default: the linear layers of SmolLM2-135M]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = shape)]
     shape: Vec<[usize; 2]>,
-    /// Numbers of tokens
-    #[arg(long, value_name = "LIST", value_delimiter = ',', default_values_t = TOKENS)]
+    /// Numbers of tokens [default: 1,8,64,512; of row groups 1,16,196]
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
     tokens: Vec<usize>,
+    /// Row groups against the same tiles with every column kept and against the tensor library, in f32, in the
+    /// place of layouts [default shapes: of 1 x 1 convolutions]
+    #[arg(long)]
+    row_groups: bool,
+    /// Rows that share their columns, of row groups
+    #[arg(long, value_name = "N", default_value_t = row_groups::GROUP)]
+    group: usize,
+    /// Shares of columns that row groups keep
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_values_t = row_groups::DENSITIES)]
+    density: Vec<f64>,
     #[command(flatten)]
     common: Common,
 }
@@ -285,6 +299,7 @@ impl Command {
             }
             Self::Embed(args) => args.run(context.output).await,
             Self::Train(args) => args.run(context.output).await,
+            Self::Images(args) => args.run(context.output).await,
             Self::Kernels(args) => {
                 let form = context.output;
                 blocking(move || args.run(form)).await
@@ -489,11 +504,32 @@ impl Bench {
 impl KernelsArgs {
     fn run(self, form: Output) -> Result<()> {
         self.common.apply()?;
+        let or = |given: Vec<usize>, default: &[usize]| match given.is_empty() {
+            true => default.to_vec(),
+            false => given,
+        };
+        let shapes = |default: &[[usize; 2]]| match self.shape.is_empty() {
+            true => default.to_vec(),
+            false => self.shape.clone(),
+        };
+        if self.row_groups {
+            let settings = row_groups::Settings {
+                shapes: shapes(&row_groups::SHAPES),
+                tokens: or(self.tokens, &row_groups::TOKENS),
+                densities: self.density,
+                group: self.group,
+                repetitions: self.common.repetitions.into(),
+            };
+            let limits = self.common.limits(kernels::WORKING_SET);
+            let found = row_groups::measure(&settings)?;
+            let text = sparse::row_groups_text;
+            return print(form, "row-groups", None, limits.as_ref(), found, text);
+        }
         let limits = self.common.limits(kernels::WORKING_SET);
         let settings = Settings {
             layout: self.layout,
-            shapes: if self.shape.is_empty() { SHAPES.to_vec() } else { self.shape },
-            tokens: self.tokens,
+            shapes: shapes(&SHAPES),
+            tokens: or(self.tokens, &TOKENS),
             repetitions: self.common.repetitions.into(),
             arithmetic: self.common.arithmetic(),
         };

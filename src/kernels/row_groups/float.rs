@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::{Bits, Pattern, RowGroups, Values};
+use super::{Bits, Pattern, RowGroups, Values, put};
 use crate::kernels::few::prefetch;
 use crate::kernels::simd::{self, Level, Simd, Task};
 use crate::kernels::threads::{self, Shared, with_scratch};
@@ -52,7 +52,8 @@ pub(super) fn multiply(level: Level, w: &RowGroups<'_>, x: &[f32], y: &mut [f32]
                         unsafe { shared.slice(panel * PANEL * cols..(panel + 1) * PANEL * cols) };
                     let first = first + panel * PANEL;
                     let last = (first + PANEL).min(tokens);
-                    transpose(&x[first * cols..last * cols], cols, xt);
+                    let x = &x[first * cols..last * cols];
+                    simd::run(level, Transpose { x, cols, out: xt });
                 }
             });
             let (w, xt) = (*w, &*xt);
@@ -69,17 +70,37 @@ pub(super) fn multiply(level: Level, w: &RowGroups<'_>, x: &[f32], y: &mut [f32]
 }
 
 /// Rows of `x` become lanes: `out[column][token]`, zeros for tokens there are not.
-fn transpose(x: &[f32], cols: usize, out: &mut [f32]) {
-    let tokens = x.len() / cols;
-    if tokens < PANEL {
-        out.fill(0.0);
-    }
-    // Blocks of 16 columns: a line of cache of each row.
-    for at in (0..cols).step_by(16) {
-        let width = 16.min(cols - at);
+struct Transpose<'a> {
+    x: &'a [f32],
+    cols: usize,
+    out: &'a mut [f32],
+}
+
+impl Task for Transpose<'_> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Self { x, cols, out } = self;
+        let tokens = x.len() / cols;
+        if tokens < PANEL {
+            out.fill(0.0);
+        }
+        let (blocks, across) = (tokens / 16, cols / 16);
+        for token in (0..blocks).map(|block| 16 * block) {
+            for column in (0..across).map(|block| 16 * block) {
+                let at = x.as_ptr().add(token * cols + column);
+                let turned =
+                    S::transpose(std::array::from_fn(|token| S::load(at.add(token * cols))));
+                for (i, vector) in turned.into_iter().enumerate() {
+                    S::store(out.as_mut_ptr().add((column + i) * PANEL + token), vector);
+                }
+            }
+        }
+        // What fills no block: the last columns of the tokens above, and the tokens that are left.
         for (token, row) in x.chunks_exact(cols).enumerate() {
-            for (i, v) in row[at..at + width].iter().enumerate() {
-                out[(at + i) * PANEL + token] = *v;
+            let from = if token < 16 * blocks { 16 * across } else { 0 };
+            for (column, v) in row.iter().enumerate().skip(from) {
+                out[column * PANEL + token] = *v;
             }
         }
     }
@@ -453,18 +474,9 @@ impl Tile<'_> {
                 }
                 values = values.add(self.lanes);
             }
-            let mut out = [[[0.0_f32; 16]; P]; R];
-            for (out, acc) in out.iter_mut().zip(acc) {
-                for (out, acc) in out.iter_mut().zip(acc) {
-                    S::store(out.as_mut_ptr(), acc);
-                }
-            }
-            for token in 0..(16 * P).min(place.count - first) {
-                let at = (place.first + first + token) * place.stride + self.row;
-                for (r, out) in out.iter().enumerate() {
-                    y.set(at + r, out[token / 16][token % 16]);
-                }
-            }
+            let at = (place.first + first) * place.stride + self.row;
+            let count = (16 * P).min(place.count - first);
+            put::<S, R, P>(acc, y, (at, place.stride), count);
         }
         R
     }

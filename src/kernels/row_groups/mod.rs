@@ -13,6 +13,7 @@ mod float;
 mod int8;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+pub mod taps;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +22,7 @@ use half::bf16;
 use super::dot::{Rows, Sink};
 use super::product;
 use super::simd::Simd;
+use super::threads::Shared;
 
 /// Columns that a dot product of 8-bit values may have: what an i32 surely holds.
 pub const MAX_INT8_COLS: usize = 1 << 17;
@@ -129,6 +131,48 @@ impl Pattern {
         // Packing activations passes over all columns, whatever is kept.
         let group = self.values() / self.groups().max(1) + self.cols;
         GRAIN / (group * tokens).max(1) + 1
+    }
+}
+
+/// Writes a tile of `R` rows and `P` vectors of places, of which there are `count`: row `r` of place `i` goes to
+/// element `at + i * step + r`.
+///
+/// # Safety
+/// The processor has the instructions; the elements exist and are written by nobody else.
+#[inline(always)]
+unsafe fn put<S: Simd, const R: usize, const P: usize>(
+    acc: [[S::F; P]; R],
+    y: Shared<'_>,
+    (at, step): (usize, usize),
+    count: usize,
+) {
+    if R == 8 {
+        // Rows of up to two vectors fill a block that is turned around in registers.
+        let row = |i: usize| if i / R < P { acc[i % R][i / R] } else { S::splat(0.0) };
+        let turned = S::transpose(std::array::from_fn(row));
+        for (i, vector) in turned.into_iter().enumerate().take(count) {
+            let mut out = [0.0_f32; 16];
+            S::store(out.as_mut_ptr(), vector);
+            for (p, part) in out.chunks_exact(R).enumerate().take(P) {
+                let place = 16 * p + i;
+                if place < count {
+                    let first = at + place * step;
+                    y.slice(first..first + R).copy_from_slice(part);
+                }
+            }
+        }
+        return;
+    }
+    let mut out = [[[0.0_f32; 16]; P]; R];
+    for (out, acc) in out.iter_mut().zip(acc) {
+        for (out, acc) in out.iter_mut().zip(acc) {
+            S::store(out.as_mut_ptr(), acc);
+        }
+    }
+    for place in 0..(16 * P).min(count) {
+        for (r, out) in out.iter().enumerate() {
+            y.set(at + place * step + r, out[place / 16][place % 16]);
+        }
     }
 }
 

@@ -18,6 +18,8 @@ pub mod flap;
 mod folding;
 pub mod gptq;
 pub mod grid;
+pub mod group_sparse;
+mod group_units;
 pub mod hessian;
 pub mod ig_lora;
 pub mod keep_budget;

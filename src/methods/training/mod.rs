@@ -9,6 +9,7 @@ mod data;
 pub mod gradual;
 pub mod initialise;
 mod lstm;
+pub mod masked_run;
 pub mod masks;
 mod net;
 pub mod pruner;

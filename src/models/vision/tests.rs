@@ -138,6 +138,68 @@ fn the_fast_forward_is_the_one_that_is_written_down() {
 }
 
 #[test]
+fn row_groups_run_as_the_weights_they_stand_for() {
+    use crate::nn::weight::{RowGroupValues, RowGroups, Weight};
+    for (config, group) in [
+        // Wide images, whose convolutions read planes, and narrow ones, whose rows are unfolded.
+        (
+            json!({ "model_type": "conv_net", "image_size": [6, 29], "num_channels": 2,
+                    "num_labels": 3, "channels": [12, 17, 9], "strides": [1, 1, 2] }),
+            8,
+        ),
+        (
+            json!({ "model_type": "conv_net", "image_size": [9, 7], "num_channels": 2,
+                    "num_labels": 3, "channels": [5, 17], "strides": [1, 2] }),
+            4,
+        ),
+        (
+            json!({ "model_type": "mobilenet_v1", "image_size": 12, "num_channels": 3,
+                    "num_labels": 4, "depth_multiplier": 0.1, "min_depth": 3, "first_stride": 1 }),
+            2,
+        ),
+    ] {
+        let mut model = model(config);
+        for name in model.family.prunable() {
+            let weight = &model.weights[&name];
+            let (shape, mut values) = ([weight.rows(), weight.cols()], weight.to_f32());
+            let inputs = shape[1] / if name.ends_with("conv.weight") { 9 } else { 1 };
+            for (row, values) in values.chunks_exact_mut(shape[1]).enumerate() {
+                for (column, v) in values.iter_mut().enumerate() {
+                    // The first group keeps no input, others about half.
+                    let (g, c) = (row / group, column % inputs);
+                    if g == 0 && inputs > 3 || (c * 5 + g * 3) % 7 < 3 {
+                        *v = 0.0;
+                    }
+                }
+            }
+            let groups = RowGroups::from_dense(shape, &values, group, RowGroupValues::F32);
+            let weight = Weight::RowGroups(groups.unwrap());
+            model.weights.insert(name, std::sync::Arc::new(weight));
+        }
+        let image = model.family.image();
+        let bytes: Vec<u8> = (0..3 * image).map(|i| (i * 31 % 256) as u8).collect();
+        let plan = Plan::new(&model).unwrap();
+        let got = plan.classify(&bytes).unwrap();
+        let want: Vec<f64> = bytes.chunks(image).flat_map(|image| naive(&model, image)).collect();
+        for (got, want) in got.iter().zip(&want) {
+            assert!((f64::from(*got) - want).abs() < 1e-4 * (1.0 + want.abs()), "{got} {want}");
+        }
+        let dense = Plan::with(&model.family, &|name| Ok(model.weights[name].to_f32())).unwrap();
+        assert!(plan.bytes() < dense.bytes());
+        // What enters each weight, in order, with its channels.
+        let mut seen = Vec::new();
+        dense
+            .watch(&bytes[..image], &mut |name, rows, channels| {
+                assert!(rows.len().is_multiple_of(channels));
+                seen.push(name.to_owned());
+            })
+            .unwrap();
+        let matrices = model.family.tensors().into_iter().filter(|(_, shape)| shape.len() == 2);
+        assert_eq!(seen, matrices.map(|(name, _)| name).collect::<Vec<_>>());
+    }
+}
+
+#[test]
 fn sizes_are_those_of_the_papers() {
     let mobilenet = Config::from_hugging_face(&json!({
         "model_type": "mobilenet_v1", "image_size": 224, "num_channels": 3, "num_labels": 1000,
