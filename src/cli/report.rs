@@ -13,8 +13,8 @@ use crate::eval::{format, metrics};
 use crate::proto::google::longrunning::{Operation, operation};
 use crate::proto::v1::{
     AdaptData, AdaptPlan, AdaptReport, ClaimResult, ComparisonPlan, ComparisonReport,
-    EvaluationReport, ExportReport, Measurement, MergeReport, ModelVersion, PruningReport, RecipePlan,
-    RecipeReport, StepReport, TrainingEnd, TrainingReport,
+    EvaluationReport, ExportReport, Measurement, MergeReport, ModelVersion, PruningReport,
+    RecipePlan, RecipeReport, StepReport, TrainingEnd, TrainingReport,
 };
 use crate::recipe::claim::judge;
 use crate::recipe::compare::table;
@@ -442,7 +442,10 @@ pub(super) fn exported(
     let Some(report) = report else { return Ok(()) };
     let carried = report.tensors.iter().filter(|t| t.carried).count();
     if carried > 0 {
-        output::line(format!("{carried} of {} tensors carried over as they are", report.tensors.len()))?;
+        output::line(format!(
+            "{carried} of {} tensors carried over as they are",
+            report.tensors.len()
+        ))?;
     }
     let moved = report.tensors.iter().filter(|t| t.max_difference > 0.0);
     if let Some(worst) =

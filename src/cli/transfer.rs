@@ -13,12 +13,12 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use super::client::Client;
 use super::error::{CliError, Result};
 use super::output::Output;
-use crate::recipe::card;
 use crate::proto::v1::{
     Dataset, DatasetHeader, ExportAdapterRequest, ExportModelRequest, ExportReport,
-    ImportDatasetRequest, ModelFile, UploadFileRequest, UploadHeader, export_adapter_response, export_model_response,
-    import_dataset_request, upload_file_request,
+    ImportDatasetRequest, ModelFile, UploadFileRequest, UploadHeader, export_adapter_response,
+    export_model_response, import_dataset_request, upload_file_request,
 };
+use crate::recipe::card;
 
 const CHUNK: usize = 1 << 20;
 

@@ -233,7 +233,8 @@ impl Reports<'_> {
             let request = v1::EvaluateRequest::decode(&*operation.request).ok();
             let response = operation.response.as_deref().map(v1::EvaluationReport::decode);
             let Some(Ok(report)) = response else { continue };
-            let names = request.and_then(|r| r.evaluation).as_ref().map(recipe::evaluation_datasets);
+            let names =
+                request.and_then(|r| r.evaluation).as_ref().map(recipe::evaluation_datasets);
             let datasets = self.digests(names.unwrap_or_default()).await?;
             all.push(card::Measured { report, before: None, datasets });
         }
@@ -248,7 +249,7 @@ impl Reports<'_> {
                 Ok(id) => found(self.state.store.dataset(id).await)?,
                 Err(_) => None,
             };
-            all.push((name, row.map(|row| row.digest).unwrap_or_default()));
+            all.push((name, row.map(|row| row.object.digest).unwrap_or_default()));
         }
         Ok(all)
     }

@@ -236,10 +236,7 @@ async fn a_compressed_model_goes_out_in_each_form_and_comes_back() {
     // The base has neither codes nor zeros.
     let refused = service.models().export_model(request(&report.base, form, f32)).await;
     assert_error(refused.map(|_| ()), Code::FailedPrecondition, "MODEL_UNSUITABLE", "");
-    let refused = service
-        .models()
-        .export_model(request(&name, form, v1::ExportType::Q80))
-        .await;
+    let refused = service.models().export_model(request(&name, form, v1::ExportType::Q80)).await;
     assert_error(refused.map(|_| ()), Code::InvalidArgument, "INVALID_FIELD", "type");
     let decoded = v1::ExportModelRequest { decode_grids: true, ..request_native(&name) };
     let refused = service.models().export_model(decoded).await;
@@ -270,9 +267,8 @@ async fn a_card_tells_the_story_and_tells_it_twice_the_same() {
     let card = first.card();
     let get = v1::GetDatasetRequest { name: "datasets/words".into() };
     let digest = service.datasets().get_dataset(get).await.unwrap().into_inner().digest;
-    let number = |report: &Option<v1::EvaluationReport>| {
-        format!("{:.3}", value(report.as_ref().unwrap()))
-    };
+    let number =
+        |report: &Option<v1::EvaluationReport>| format!("{:.3}", value(report.as_ref().unwrap()));
     for part in [
         "license: \"apache-2.0\"",
         "library_name: \"transformers\"",

@@ -158,11 +158,8 @@ async fn exported(
     format: v1::ExportFormat,
 ) -> BTreeMap<String, Vec<u8>> {
     use v1::export_model_response::Part;
-    let request = v1::ExportModelRequest {
-        name: name.into(),
-        format: format.into(),
-        ..Default::default()
-    };
+    let request =
+        v1::ExportModelRequest { name: name.into(), format: format.into(), ..Default::default() };
     let mut stream = service.models().export_model(request).await.unwrap().into_inner();
     let mut files: BTreeMap<String, Vec<u8>> = BTreeMap::new();
     let mut sizes = BTreeMap::new();

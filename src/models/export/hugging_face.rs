@@ -89,7 +89,7 @@ fn write<F>(
         .map(|(name, w)| Plan { name: name.clone(), dtype, shape: w.shape().to_vec() })
         .collect();
     let mut drifts = BTreeMap::new();
-    let mut data = |plan: &Plan, out: &mut dyn Write| {
+    let mut data = |plan: &Plan, out: &mut dyn Write| -> Result<()> {
         let weight = model.weight(&plan.name)?;
         let mut drift = Drift::default();
         each_rows(weight, None, progress, |rows| put_dense(rows, dtype, out, &mut drift))

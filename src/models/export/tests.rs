@@ -360,9 +360,8 @@ fn what_is_rounded_anew_says_how_far_it_went() {
             (model.weights[&tensor.name].to_f32(), again.weights[&tensor.name].to_f32());
         let pairs = || before.iter().zip(&after).map(|(a, b)| (a - b).abs());
         assert_eq!(tensor.drift.max(), pairs().fold(0.0, f32::max), "{}", tensor.name);
-        let norm = |v: &mut dyn Iterator<Item = f32>| {
-            v.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt()
-        };
+        let norm =
+            |v: &mut dyn Iterator<Item = f32>| v.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
         let relative = norm(&mut pairs()) / norm(&mut before.iter().copied());
         assert!((tensor.drift.relative() - relative).abs() < 1e-9, "{}", tensor.name);
         assert!(relative > 0.0 && relative < 0.01);

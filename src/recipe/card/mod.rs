@@ -94,7 +94,7 @@ fn license(card: &Card<'_>) -> Option<String> {
     labels.cloned().or_else(config).filter(|text| !text.is_empty())
 }
 
-fn steps<'a>(card: &'a Card<'_>) -> impl Iterator<Item = &'static str> + 'a {
+fn steps(card: &Card<'_>) -> impl Iterator<Item = &'static str> {
     let steps = card.ancestors.iter().filter_map(|a| a.lineage.step.as_ref());
     steps.filter_map(|step| registry::method(step).ok()).map(|method| method.card().name)
 }
@@ -117,13 +117,16 @@ fn front_matter(card: &Card<'_>) -> String {
             let _ = writeln!(out, "{key}: {}", text(&value));
         }
     }
-    let mut tags = vec!["planish", card.version.family.as_str(), card.version.architecture.as_str()];
+    let mut tags =
+        vec!["planish", card.version.family.as_str(), card.version.architecture.as_str()];
     tags.extend(match card.format {
         v1::ExportFormat::Gguf => Some("gguf"),
         v1::ExportFormat::CompressedTensors => Some("compressed-tensors"),
         _ => None,
     });
-    tags.extend(steps(card));
+    for name in steps(card) {
+        tags.push(name);
+    }
     let mut seen = Vec::new();
     out.push_str("tags:\n");
     for tag in tags.into_iter().filter(|tag| !tag.is_empty()) {
@@ -166,10 +169,13 @@ fn facts(card: &Card<'_>, out: &mut String) {
         ("weights as stored", format::size(version.weight_bytes)),
         ("by layout", layouts.join(", ")),
         ("digest of the version", code(&version.digest)),
-        ("licence", match license(card) {
-            Some(license) => plain(&license),
-            None => "not known; that of the model it was made from applies".to_owned(),
-        }),
+        (
+            "licence",
+            match license(card) {
+                Some(license) => plain(&license),
+                None => "not known; that of the model it was made from applies".to_owned(),
+            },
+        ),
     ];
     let rows = rows.map(|(name, value)| vec![name.to_owned(), value]);
     out.push_str(&table(&["", ""], &rows));
@@ -217,7 +223,9 @@ fn lineage(card: &Card<'_>, out: &mut String) {
         }
         if let Some((zeros, elements)) = total(lineage) {
             let share = 100.0 * zeros / elements;
-            notes.push(format!("{zeros:.0} of {elements:.0} elements in scope are 0 ({share:.1} %)"));
+            notes.push(format!(
+                "{zeros:.0} of {elements:.0} elements in scope are 0 ({share:.1} %)"
+            ));
         }
         if !lineage.code_version.is_empty() {
             let threads = lineage.threads;
@@ -393,7 +401,8 @@ fn export(card: &Card<'_>, out: &mut String) {
 fn loading(card: &Card<'_>, out: &mut String) {
     out.push_str("\n## Loading\n\n");
     let (family, file) = (card.version.family.as_str(), card.file);
-    let sparse = card.export.is_some_and(|e| e.tensors.iter().any(|t| t.written_as.starts_with("2 of 4")));
+    let sparse =
+        card.export.is_some_and(|e| e.tensors.iter().any(|t| t.written_as.starts_with("2 of 4")));
     let text = match (card.format, family) {
         (v1::ExportFormat::Gguf, _) => format!(
             "With llama.cpp and its relatives (`llama-cli -m {file}`), or `planish models import {file}`."

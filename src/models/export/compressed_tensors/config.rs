@@ -26,7 +26,9 @@ pub(super) fn config(model: &AnyModel, ways: &BTreeMap<String, Way>) -> Value {
         all
     };
     match schemes[..] {
-        [] => json!({ "quant_method": "compressed-tensors", "sparsity_config": sparse(model, ways) }),
+        [] => {
+            json!({ "quant_method": "compressed-tensors", "sparsity_config": sparse(model, ways) })
+        }
         _ => packed(model, ways, &schemes),
     }
 }

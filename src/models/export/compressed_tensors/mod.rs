@@ -83,7 +83,7 @@ pub fn compressed_tensors(
         }
     }
     let mut drifts: BTreeMap<String, Drift> = BTreeMap::new();
-    let mut data = |plan: &Plan, out: &mut dyn Write| {
+    let mut data = |plan: &Plan, out: &mut dyn Write| -> Result<()> {
         let (name, part) = pieces.get(&plan.name).ok_or_else(|| lost(&plan.name))?;
         let piece = Piece { weight: name, part: *part };
         let drift = drifts.entry(name.clone()).or_default();
@@ -226,7 +226,9 @@ fn warnings(model: &AnyModel, ways: &BTreeMap<String, Way>) -> Vec<String> {
     let mut groups: Vec<usize> = ways
         .iter()
         .filter_map(|(name, way)| match way {
-            Way::Packed(scheme) if scheme.group != model.weights()[name].cols() => Some(scheme.group),
+            Way::Packed(scheme) if scheme.group != model.weights()[name].cols() => {
+                Some(scheme.group)
+            }
             _ => None,
         })
         .filter(|group| ![32, 64, 128].contains(group))
@@ -238,12 +240,14 @@ fn warnings(model: &AnyModel, ways: &BTreeMap<String, Way>) -> Vec<String> {
             "groups of {groups:?} columns are read by the library; kernels of vLLM want 32, 64, 128 or whole rows"
         ));
     }
-    for parts in [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].as_slice(), &[
-        "mlp.gate_proj",
-        "mlp.up_proj",
-    ]] {
+    for parts in [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].as_slice(),
+        &["mlp.gate_proj", "mlp.up_proj"],
+    ] {
         let differs = |name: &&String| {
-            let Some(prefix) = name.strip_suffix(&format!("{}.weight", parts[0])) else { return false };
+            let Some(prefix) = name.strip_suffix(&format!("{}.weight", parts[0])) else {
+                return false;
+            };
             parts.iter().any(|part| ways.get(&format!("{prefix}{part}.weight")) != ways.get(*name))
         };
         if let Some(name) = ways.keys().find(differs) {

@@ -158,12 +158,7 @@ fn stored(scale: f16, dtype: Dtype) -> f32 {
 }
 
 /// Zero points of a group in words down the rows.
-fn zeros(
-    grid: &Grid<'_>,
-    scheme: &Scheme,
-    out: &mut dyn Write,
-    progress: &Progress,
-) -> Result<()> {
+fn zeros(grid: &Grid<'_>, scheme: &Scheme, out: &mut dyn Write, progress: &Progress) -> Result<()> {
     let rows: Vec<usize> = (0..grid.rows()).collect();
     for rows in rows.chunks(scheme.per_word()) {
         progress.check()?;

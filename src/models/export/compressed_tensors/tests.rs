@@ -43,7 +43,9 @@ fn halved(weight: &Weight) -> Weight {
 fn model(change: impl Fn(&str, &Weight) -> Option<Weight>) -> Model {
     let mut model = random::model(tiny("llama"), 3).unwrap();
     for (name, weight) in &mut model.weights {
-        if name.contains("_proj.") && let Some(new) = change(name, weight) {
+        if name.contains("_proj.")
+            && let Some(new) = change(name, weight)
+        {
             *weight = Arc::new(new);
         }
     }
@@ -142,7 +144,7 @@ fn words_by_hand() {
     let grid = Grid::of(&weight).unwrap();
     let scheme = packed::Scheme::of(&grid);
     assert!(scheme.channel);
-    let mut part = |part| {
+    let part = |part| {
         let mut out = Vec::new();
         let progress = Progress::silent();
         let mut drift = Drift::default();
@@ -247,7 +249,10 @@ fn what_the_form_cannot_hold_is_refused_with_a_way_out() {
         error.message().to_owned()
     };
     let message = refused(model(|_, _| None));
-    assert!(message.contains("there are: F32") && message.contains("form hugging_face"), "{message}");
+    assert!(
+        message.contains("there are: F32") && message.contains("form hugging_face"),
+        "{message}"
+    );
     let mut narrow = tiny("llama");
     narrow["intermediate_size"] = json!([64, 32, 96]);
     let message = refused(random::model(narrow, 1).unwrap());
@@ -298,9 +303,8 @@ fn files_for_the_peer() {
     let kept = std::env::var_os("PLANISH_COMPRESSED_OUT");
     let own = tempfile::tempdir().unwrap();
     let out = kept.as_ref().map_or(own.path(), Path::new);
-    let on = |bits, group, symmetric| {
-        model(move |_, w| Some(grouped(w, spec(bits, group, symmetric))))
-    };
+    let on =
+        |bits, group, symmetric| model(move |_, w| Some(grouped(w, spec(bits, group, symmetric))));
     let pruned = model(|_, w| {
         let halved = halved(w).to_f32();
         let spec = spec(4, 16, false);
