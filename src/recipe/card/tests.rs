@@ -198,7 +198,8 @@ fn hostile_texts_stay_text() {
     assert!(!text.lines().any(|l| l.starts_with("evil")));
 
     // A place on the server's disk is nobody else's business.
-    chain[0].lineage.source = "/srv/secret/model".into();
-    let card = Card { ancestors: &chain, ..card };
+    let mut local = chain.clone();
+    local[0].lineage.source = "/srv/secret/model".into();
+    let card = Card { ancestors: &local, ..card };
     assert!(!super::text(&card).contains("secret"));
 }
