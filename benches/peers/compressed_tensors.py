@@ -108,11 +108,12 @@ def compare(packed_folder, dense_folder):
     print(f"{len(dense)} other tensors, {len(rest)} of them different {rest[:3]}")
 
     if not sparsity and config["model_type"] == "llama":
-        failed |= logits(packed_folder, dense_folder, config["vocab_size"], dtype)
+        zeros = any(n.endswith(".weight_zero_point") for n in packed)
+        failed |= logits(packed_folder, dense_folder, config["vocab_size"], dtype, zeros)
     return failed
 
 
-def logits(packed, dense, vocabulary, dtype):
+def logits(packed, dense, vocabulary, dtype, zeros):
     try:
         from transformers import AutoModelForCausalLM
     except ImportError as error:
@@ -125,9 +126,20 @@ def logits(packed, dense, vocabulary, dtype):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         with torch.no_grad():
             model(tokens)  # what is packed is unpacked by the first forward
-            return model.float()(tokens).logits
+            return model(tokens).logits.float()
 
-    want, got = run(dense), run(packed)
+    want = run(dense)
+    try:
+        got = run(packed)
+    except ImportError as error:
+        print(f"transformers: left out ({str(error).splitlines()[0]})")
+        return False
+    except RuntimeError as error:
+        # compressed-tensors 0.20 makes room for zero points as they are before they are packed.
+        if zeros and "mismatched_sizes" in str(error):
+            print("transformers: left out (it has no room for packed zero points, whoever packed them)")
+            return False
+        raise
     difference = (want - got).abs().max().item() / want.abs().max().item()
     limit = 0.05 if dtype == torch.bfloat16 else 1e-4
     print(f"transformers: largest difference of logits {difference:.3e} of the largest logit (at most {limit:.0e})")

@@ -223,6 +223,13 @@ fn warnings(model: &AnyModel, ways: &BTreeMap<String, Way>) -> Vec<String> {
                 .to_owned(),
         );
     }
+    if ways.values().any(|way| matches!(way, Way::Packed(scheme) if !scheme.symmetric)) {
+        warnings.push(
+            "transformers does not load packed zero points (5.23 with compressed-tensors 0.20); the library itself \
+             unpacks them, and symmetric grids are loaded by both"
+                .to_owned(),
+        );
+    }
     let mut groups: Vec<usize> = ways
         .iter()
         .filter_map(|(name, way)| match way {

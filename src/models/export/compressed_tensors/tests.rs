@@ -130,7 +130,9 @@ fn codes_come_back_as_the_values_they_were() {
             assert_eq!(weights["group_size"], 16);
             assert_eq!(settings["ignore"], json!(["lm_head"]));
             assert_eq!(settings["config_groups"]["group_0"]["targets"], json!(["Linear"]));
-            assert!(report.warnings[0].contains("groups of [16]"), "{:?}", report.warnings);
+            let warned = |text: &str| report.warnings.iter().any(|w| w.contains(text));
+            assert!(warned("groups of [16]"), "{:?}", report.warnings);
+            assert_eq!(warned("zero points"), !symmetric, "{:?}", report.warnings);
         }
     }
 }
