@@ -11,7 +11,8 @@ or, on small models with every kind of code,
 
 Every matrix is decompressed by the package itself. `pack-quantized` is also loaded through transformers, whose
 logits are compared with those of the dense folder rounded to the same type. `sparse-24-bitmask` needs the package in
-version 0.14 or older; packed codes are read by all. Needs torch, transformers, safetensors and compressed-tensors."""
+version 0.14 or older; packed codes are read by all. Needs torch, transformers, safetensors and compressed-tensors; gguf for the files
+beside small models, which are to unpack to the same values."""
 
 import json
 import sys
@@ -146,6 +147,41 @@ def logits(packed, dense, vocabulary, dtype, zeros):
     return not difference <= limit
 
 
+def compare_gguf(path, dense_folder):
+    """The same for a GGUF file beside them, whose blocks the package gguf unpacks; nothing may differ."""
+    try:
+        from gguf import GGUFReader, dequantize
+    except ImportError as error:
+        print(f"gguf: left out ({error})")
+        return False
+    config = json.loads((dense_folder / "config.json").read_text())
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    parts = {
+        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    }
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    dense, kinds, different = tensors(dense_folder), {}, []
+    for tensor in GGUFReader(path).tensors:
+        module = tensor.name.removesuffix(".weight")
+        if module in names:
+            name = f"{names[module]}.weight"
+        else:
+            _, layer, module = module.split(".")
+            name = f"model.layers.{layer}.{parts[module]}.weight"
+        value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        if module in heads:
+            # Halves of rotated heads are interleaved in these files.
+            value = value.reshape(heads[module], -1, 2, value.shape[-1]).transpose(1, 2)
+        if not torch.equal(value.reshape(dense[name].shape), dense.pop(name)):
+            different.append(name)
+        kinds[tensor.tensor_type.name] = kinds.get(tensor.tensor_type.name, 0) + 1
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    print(f"gguf: {kinds}; {len(different)} different {different[:3]}, {len(dense)} missing")
+    return bool(different or dense)
+
+
 def main():
     folders = [Path(p) for p in sys.argv[1:3]]
     if len(folders) == 2:
@@ -155,6 +191,8 @@ def main():
         print(f"== {folder.name}")
         if compare(folder / "packed", folder / "dense"):
             failed.append(folder.name)
+        if (folder / "model.gguf").exists() and compare_gguf(folder / "model.gguf", folder / "dense"):
+            failed.append(f"{folder.name}, gguf")
     print(f"failed: {failed}" if failed else "all are the same")
     sys.exit(bool(failed))
 

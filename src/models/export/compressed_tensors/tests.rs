@@ -7,6 +7,7 @@ use crate::formats::safetensors;
 use crate::models::Model;
 use crate::models::decoder::random::{self, tiny};
 use crate::models::encoder;
+use crate::models::export::{GgufFormat, gguf};
 use crate::nn::weight::{Dense, Ggml, GgmlType, Grouped, GroupedSpec, Sparse};
 
 fn spec(bits: u8, group: usize, symmetric: bool) -> GroupedSpec {
@@ -322,11 +323,13 @@ fn files_for_the_peer() {
         let sparse = Sparse::from_codes(shape, &mask, spec, &codes, &scales, &zeros, Some((2, 4)));
         Some(Weight::Sparse(sparse.unwrap()))
     });
-    let mixed = model(|name, w| match name.contains("mlp") {
-        true => Some(grouped(w, spec(8, w.cols(), true))),
-        false if name.contains(".1.") => None,
-        false => Some(grouped(w, spec(4, 32, false))),
-    });
+    let mixed = |symmetric| {
+        model(move |name, w| match name.contains("mlp") {
+            true => Some(grouped(w, spec(8, w.cols(), true))),
+            false if name.contains(".1.") => None,
+            false => Some(grouped(w, spec(4, 32, symmetric))),
+        })
+    };
     let halves = || model(|_, w| Some(halved(w)));
     for (name, model, dtype) in [
         ("four-bits", on(4, 16, true), Dtype::F16),
@@ -337,16 +340,21 @@ fn files_for_the_peer() {
         ("eight-bits", on(8, 16, true), Dtype::F16),
         ("eight-bits-zeros", on(8, 16, false), Dtype::F32),
         ("pruned-codes", pruned, Dtype::F16),
-        ("mixed", mixed, Dtype::F16),
+        ("mixed", mixed(true), Dtype::F16),
+        ("mixed-zeros", mixed(false), Dtype::F16),
         ("two-of-four", halves(), Dtype::F16),
         ("two-of-four-bf16", halves(), Dtype::BF16),
     ] {
-        let model = AnyModel::from(&model);
+        let decoder = model;
+        let model = AnyModel::from(&decoder);
         let [packed, plain] = ["packed", "dense"].map(|kind| out.join(name).join(kind));
         let silent = Progress::silent();
         let written = compressed_tensors(&model, &packed, dtype, &silent).unwrap().report;
         let carried = written.tensors.iter().filter(|t| t.carried);
         assert!(carried.count() >= 9, "{name}");
         hugging_face::dense(&model, &plain, Dtype::F32, &silent).unwrap();
+        let file = out.join(name).join("model.gguf");
+        let written = gguf(&decoder, &file, GgufFormat::F32, &silent).unwrap();
+        assert!(written.tensors.iter().all(|t| t.drift.max() == 0.0), "{name}");
     }
 }
