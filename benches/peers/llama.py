@@ -39,7 +39,7 @@ row("as imported", ours(source, "base"), Llama(source).perplexity(text))
 
 for kind in ("f16", "q8-0", "q4-0", "q4-1"):
     folder = planish.folder / kind
-    planish.run("models", "export", "base", "--format", "gguf", "--type", kind, "--to", folder)
+    planish.run("models", "export", "base", "--format", "gguf", "--type", kind, "--decode-grids", "--to", folder)
     file = next(folder.glob("*.gguf"))
     row(f"exported gguf {kind}", ours(file, kind), Llama(file).perplexity(text))
 

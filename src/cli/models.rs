@@ -123,11 +123,14 @@ pub struct ExportArgs {
     #[arg(long, value_name = "PATH")]
     to: PathBuf,
     /// Form of the export
-    #[arg(long, value_enum, default_value_t = Format::Hf)]
+    #[arg(long, visible_alias = "form", value_enum, default_value_t = Format::Hf)]
     format: Format,
-    /// Number format of the matrices; f16 for gguf and bf16 for hf when absent
+    /// Number format of the matrices that are not carried over; bf16 for hf and f16 for others when absent
     #[arg(long, value_enum)]
     r#type: Option<Type>,
+    /// With gguf: write all matrices in --type, also those that a block type holds exactly
+    #[arg(long)]
+    decode_grids: bool,
     /// Replace files that exist
     #[arg(long)]
     force: bool,
@@ -135,12 +138,15 @@ pub struct ExportArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Format {
-    /// Hugging Face folder: config.json, safetensors, tokenizer
+    /// Hugging Face folder of dense values: config.json, safetensors, tokenizer
+    #[value(alias = "dense")]
     Hf,
     /// One GGUF file
     Gguf,
     /// The files as stored, layouts kept
     Native,
+    /// Folder for vLLM's compressed-tensors library: packed codes, or 2:4
+    CompressedTensors,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -390,6 +396,7 @@ impl ExportArgs {
                 Format::Hf => ExportFormat::HuggingFace,
                 Format::Gguf => ExportFormat::Gguf,
                 Format::Native => ExportFormat::Native,
+                Format::CompressedTensors => ExportFormat::CompressedTensors,
             }
             .into(),
             r#type: match self.r#type {
@@ -402,13 +409,14 @@ impl ExportArgs {
                 Some(Type::Q4_1) => ExportType::Q41,
             }
             .into(),
+            decode_grids: self.decode_grids,
         };
         let single =
             self.format == Format::Gguf && self.to.extension().is_some_and(|e| e == "gguf");
         let to = Destination { path: self.to, single, force: self.force };
         let bar = bytes_bar(context.output, 0);
-        let files = transfer::download(client, request, &to, &bar).await?;
-        report::written(context, &files)
+        let (files, made) = transfer::download(client, request, &to, &bar).await?;
+        report::exported(context, &files, made.as_ref())
     }
 }
 

@@ -13,8 +13,8 @@ use crate::eval::{format, metrics};
 use crate::proto::google::longrunning::{Operation, operation};
 use crate::proto::v1::{
     AdaptData, AdaptPlan, AdaptReport, ClaimResult, ComparisonPlan, ComparisonReport,
-    EvaluationReport, Measurement, MergeReport, ModelVersion, PruningReport, RecipePlan,
-    RecipeReport, StepReport, TrainingEnd, TrainingReport,
+    EvaluationReport, ExportReport, Measurement, MergeReport, ModelVersion, PruningReport,
+    RecipePlan, RecipeReport, StepReport, TrainingEnd, TrainingReport,
 };
 use crate::recipe::claim::judge;
 use crate::recipe::compare::table;
@@ -421,6 +421,46 @@ pub(super) fn written(context: &Context, files: &[(PathBuf, i64)]) -> Result<()>
     }
     for (path, bytes) in files {
         output::line(format!("{}  {}", path.display(), size(*bytes)))?;
+    }
+    Ok(())
+}
+
+/// Files of a model, and what became of its tensors.
+pub(super) fn exported(
+    context: &Context,
+    files: &[(PathBuf, i64)],
+    report: Option<&ExportReport>,
+) -> Result<()> {
+    if context.output.is_json() {
+        let files: Vec<_> = files
+            .iter()
+            .map(|(path, bytes)| json!({ "path": path, "size_bytes": bytes }))
+            .collect();
+        return output::json(&json!({ "files": files, "report": report }));
+    }
+    written(context, files)?;
+    let Some(report) = report else { return Ok(()) };
+    let carried = report.tensors.iter().filter(|t| t.carried).count();
+    if carried > 0 {
+        output::line(format!(
+            "{carried} of {} tensors carried over as they are",
+            report.tensors.len()
+        ))?;
+    }
+    let moved = report.tensors.iter().filter(|t| t.max_difference > 0.0);
+    if let Some(worst) =
+        moved.clone().max_by(|a, b| a.relative_difference.total_cmp(&b.relative_difference))
+    {
+        output::line(format!(
+            "rounding moved {} tensors, by {:.2e} of their norm at most ({} as {})",
+            moved.count(),
+            worst.relative_difference,
+            worst.name,
+            worst.written_as
+        ))?;
+    }
+    for warning in &report.warnings {
+        output::line(format!("warning: {warning}"))?;
     }
     Ok(())
 }

@@ -14,10 +14,11 @@ use super::client::Client;
 use super::error::{CliError, Result};
 use super::output::Output;
 use crate::proto::v1::{
-    Dataset, DatasetHeader, ExportAdapterRequest, ExportModelRequest, ImportDatasetRequest,
-    ModelFile, UploadFileRequest, UploadHeader, export_adapter_response, export_model_response,
-    import_dataset_request, upload_file_request,
+    Dataset, DatasetHeader, ExportAdapterRequest, ExportModelRequest, ExportReport,
+    ImportDatasetRequest, ModelFile, UploadFileRequest, UploadHeader, export_adapter_response,
+    export_model_response, import_dataset_request, upload_file_request,
 };
+use crate::recipe::card;
 
 const CHUNK: usize = 1 << 20;
 
@@ -181,14 +182,14 @@ pub struct Destination {
     pub force: bool,
 }
 
-/// Receives an export; gives the files written and their sizes. A file appears under its name only
-/// when it is whole.
+/// Receives an export; gives the files written with their sizes, and what became of the tensors. Files
+/// appear under their names when all are whole.
 pub async fn download(
     client: &Client,
     request: ExportModelRequest,
     to: &Destination,
     bar: &ProgressBar,
-) -> Result<Vec<(PathBuf, i64)>> {
+) -> Result<(Vec<(PathBuf, i64)>, Option<ExportReport>)> {
     let parts = client.models().export_model(request).await?.into_inner();
     let parts = parts.map(|message| Ok(message?.part));
     receive(parts, to, bar).await
@@ -209,14 +210,14 @@ pub async fn download_adapter(
             Part::Chunk(bytes) => export_model_response::Part::Chunk(bytes),
         }))
     });
-    receive(parts, to, bar).await
+    Ok(receive(parts, to, bar).await?.0)
 }
 
 async fn receive(
     parts: impl Stream<Item = Result<Option<export_model_response::Part>, tonic::Status>>,
     to: &Destination,
     bar: &ProgressBar,
-) -> Result<Vec<(PathBuf, i64)>> {
+) -> Result<(Vec<(PathBuf, i64)>, Option<ExportReport>)> {
     let mut parts = std::pin::pin!(parts);
     let folder = if to.single { to.path.parent() } else { Some(to.path.as_path()) };
     if let Some(folder) = folder.filter(|f| !f.as_os_str().is_empty()) {
@@ -224,15 +225,16 @@ async fn receive(
             .await
             .map_err(|e| CliError::file(&format!("creating {}", folder.display()), &e))?;
     }
-    let mut written = Vec::new();
+    let mut whole: Vec<Whole> = Vec::new();
+    let mut report = None;
     let mut current: Option<Incoming> = None;
     while let Some(part) = parts.next().await {
         match part? {
             Some(export_model_response::Part::File(header)) => {
                 if let Some(done) = current.take() {
-                    written.push(done.close().await?);
+                    whole.push(done.close().await?);
                 }
-                if to.single && !written.is_empty() {
+                if to.single && whole.iter().any(|w| w.path == to.path) && !is_card(&header) {
                     return Err(CliError::failure(format!(
                         "the export has several files; name a folder instead of {}",
                         to.path.display()
@@ -249,15 +251,39 @@ async fn receive(
                 file.write(&bytes).await?;
                 bar.inc(bytes.len() as u64);
             }
+            Some(export_model_response::Part::Report(made)) => report = Some(made),
             None => {}
         }
     }
     match current {
-        Some(done) => written.push(done.close().await?),
+        Some(done) => whole.push(done.close().await?),
         None => return Err(CliError::failure("the server sent no file")),
     }
+    let written = whole.into_iter().map(Whole::keep).collect::<Result<_>>()?;
     bar.finish_and_clear();
-    Ok(written)
+    Ok((written, report))
+}
+
+/// Whether a file is the model card.
+fn is_card(header: &ModelFile) -> bool {
+    header.file_name == card::FILE
+}
+
+/// A file that has come whole, not under its name yet.
+struct Whole {
+    path: PathBuf,
+    partial: tempfile::TempPath,
+    size: i64,
+}
+
+impl Whole {
+    /// Gives the file its name.
+    fn keep(self) -> Result<(PathBuf, i64)> {
+        self.partial
+            .persist(&self.path)
+            .map_err(|e| CliError::file(&format!("writing {}", self.path.display()), &e.error))?;
+        Ok((self.path, self.size))
+    }
 }
 
 /// A file on its way in.
@@ -272,7 +298,12 @@ struct Incoming {
 
 impl Incoming {
     async fn create(to: &Destination, header: &ModelFile) -> Result<Self> {
-        let path = if to.single { to.path.clone() } else { to.path.join(safe(&header.file_name)?) };
+        let path = match to.single {
+            // The card of a file lies beside it, under its name.
+            true if is_card(header) => to.path.with_extension(card::FILE),
+            true => to.path.clone(),
+            false => to.path.join(safe(&header.file_name)?),
+        };
         if !to.force && fs::try_exists(&path).await.unwrap_or(true) {
             return Err(CliError::usage(format!(
                 "{} exists; choose another place or add --force",
@@ -305,15 +336,14 @@ impl Incoming {
             .map_err(|e| CliError::file(&format!("writing {}", path.display()), &e))
     }
 
-    async fn close(mut self) -> Result<(PathBuf, i64)> {
+    async fn close(mut self) -> Result<Whole> {
         if self.size != self.expected {
             return Err(self.wrong_size());
         }
         let failed = |e| CliError::file(&format!("writing {}", self.path.display()), &e);
         self.file.flush().await.map_err(failed)?;
         readable(&self.file).await.map_err(failed)?;
-        self.partial.persist(&self.path).map_err(|e| failed(e.error))?;
-        Ok((self.path, self.size))
+        Ok(Whole { path: self.path, partial: self.partial, size: self.size })
     }
 
     fn wrong_size(&self) -> CliError {
@@ -386,7 +416,9 @@ mod tests {
         assert!(file.write(b"e").await.is_err());
         let mut file = Incoming::create(&to, &header).await.unwrap();
         file.write(b"abcd").await.unwrap();
-        let (path, size) = file.close().await.unwrap();
+        let whole = file.close().await.unwrap();
+        assert!(!folder.path().join("a.json").exists(), "the others may fail yet");
+        let (path, size) = whole.keep().unwrap();
         assert_eq!((std::fs::read(path).unwrap().as_slice(), size), (b"abcd".as_slice(), 4));
         assert!(Incoming::create(&to, &header).await.is_err(), "no silent overwrite");
     }

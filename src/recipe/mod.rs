@@ -1,6 +1,7 @@
 //! Recipes: ordered steps, their checking, their files, their running.
 
 pub mod adapt;
+pub mod card;
 pub mod claim;
 pub mod compare;
 pub mod curve;

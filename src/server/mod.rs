@@ -14,6 +14,7 @@ mod convert;
 mod creation;
 mod datasets;
 mod download;
+mod exports;
 mod gate;
 mod generation;
 mod health;

@@ -9,18 +9,16 @@ use prost::Message as _;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::State;
-use super::download::{self, Piece, Source as File};
+use super::download;
 use super::paging::Page;
 use super::upload::{self, Part};
-use super::{check, convert};
+use super::{check, convert, exports};
 use crate::error::{Error, Result};
-use crate::models::export::{self, GgufFormat};
 use crate::models::import::Source;
-use crate::nn::dtype::Dtype;
 use crate::proto::google::longrunning::Operation;
 use crate::proto::v1;
 use crate::proto::v1::model_service_server::ModelService;
-use crate::proto::v1::{export_model_response, import_model_request, upload_file_request};
+use crate::proto::v1::{import_model_request, upload_file_request};
 use crate::store::models::VersionRow;
 use crate::store::names;
 use crate::store::objects::check_digest;
@@ -203,21 +201,7 @@ impl ModelService for Models {
         &self,
         request: Request<v1::ExportModelRequest>,
     ) -> Result<Response<Self::ExportModelStream>, Status> {
-        let request = request.into_inner();
-        let form = Form::of(&request)?;
-        let row = self.0.store.version(&request.name).await?;
-        let (files, folder) = self.export(&row, form).await?;
-        Ok(Response::new(download::stream(files, folder, |piece| {
-            let part = match piece {
-                Piece::File { name, size } => export_model_response::Part::File(v1::ModelFile {
-                    file_name: name,
-                    digest: String::new(),
-                    size_bytes: convert::signed(size),
-                }),
-                Piece::Chunk(chunk) => export_model_response::Part::Chunk(chunk),
-            };
-            Some(v1::ExportModelResponse { part: Some(part) })
-        })))
+        Ok(Response::new(exports::export(&self.0, &request.into_inner()).await?))
     }
 
     async fn load_model(
@@ -295,110 +279,5 @@ impl Models {
         path.into_os_string()
             .into_string()
             .map_err(|_| Error::field("uri", "the path is not unicode; rename the folder"))
-    }
-
-    /// The files of an export and the temporary folder they lie in, if any.
-    async fn export(
-        &self,
-        row: &VersionRow,
-        form: Form,
-    ) -> Result<(Vec<File>, Option<tempfile::TempDir>)> {
-        if let Form::Native = form {
-            let paths = self.0.store.version_paths(row).await?;
-            let files = paths.into_iter().map(|(name, path)| File { name, path }).collect();
-            return Ok((files, None));
-        }
-        // Conversions take all of a disk and a core: few at a time.
-        let _turn = self.0.exports.acquire().await;
-        let model = self.0.store.open_any_version(row).await?;
-        let folder = tempfile::Builder::new().prefix("export-").tempdir_in(&self.0.scratch)?;
-        let gguf_name = format!("{}.gguf", row.model);
-        super::blocking(move || {
-            let paths = match form {
-                Form::HuggingFace(dtype) => export::any(&model, folder.path(), dtype)?,
-                Form::Gguf(format) => {
-                    let path = folder.path().join(gguf_name);
-                    export::gguf(&model.decoder()?, &path, format)?;
-                    vec![path]
-                }
-                Form::Native => Vec::new(),
-            };
-            let files = paths
-                .into_iter()
-                .map(|path| {
-                    // Within the folder: some files lie in one of their own.
-                    let name = path.strip_prefix(folder.path()).unwrap_or(&path);
-                    File { name: name.to_string_lossy().into_owned(), path }
-                })
-                .collect();
-            Ok((files, Some(folder)))
-        })
-        .await
-    }
-}
-
-/// What an export is made of.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Form {
-    Native,
-    HuggingFace(Dtype),
-    Gguf(GgufFormat),
-}
-
-impl Form {
-    fn of(request: &v1::ExportModelRequest) -> Result<Self> {
-        use v1::{ExportFormat as F, ExportType as T};
-        let format = F::try_from(request.format)
-            .map_err(|_| Error::field("format", format!("{} is no format", request.format)))?;
-        let r#type = T::try_from(request.r#type)
-            .map_err(|_| Error::field("type", format!("{} is no type", request.r#type)))?;
-        Ok(match (format, r#type) {
-            (F::Native, T::Unspecified) => Self::Native,
-            (F::Native, _) => {
-                return Err(Error::field("type", "native exports keep the layouts; leave it out"));
-            }
-            (F::Unspecified | F::HuggingFace, T::Unspecified | T::Bf16) => {
-                Self::HuggingFace(Dtype::BF16)
-            }
-            (F::Unspecified | F::HuggingFace, T::F16) => Self::HuggingFace(Dtype::F16),
-            (F::Unspecified | F::HuggingFace, T::F32) => Self::HuggingFace(Dtype::F32),
-            (F::Unspecified | F::HuggingFace, _) => {
-                return Err(Error::field("type", "hugging face folders take F32, F16 or BF16"));
-            }
-            (F::Gguf, T::Unspecified | T::F16) => Self::Gguf(GgufFormat::F16),
-            (F::Gguf, T::F32) => Self::Gguf(GgufFormat::F32),
-            (F::Gguf, T::Q80) => Self::Gguf(GgufFormat::Q8_0),
-            (F::Gguf, T::Q40) => Self::Gguf(GgufFormat::Q4_0),
-            (F::Gguf, T::Q41) => Self::Gguf(GgufFormat::Q4_1),
-            (F::Gguf, T::Bf16) => {
-                return Err(Error::field("type", "gguf files take F32, F16, Q8_0, Q4_0 or Q4_1"));
-            }
-        })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn forms_of_exports() {
-        use v1::{ExportFormat as F, ExportType as T};
-        let form = |format: F, r#type: T| {
-            Form::of(&v1::ExportModelRequest {
-                name: String::new(),
-                format: format.into(),
-                r#type: r#type.into(),
-            })
-        };
-        assert_eq!(form(F::Unspecified, T::Unspecified).unwrap(), Form::HuggingFace(Dtype::BF16));
-        assert_eq!(form(F::Gguf, T::Unspecified).unwrap(), Form::Gguf(GgufFormat::F16));
-        assert_eq!(form(F::Native, T::Unspecified).unwrap(), Form::Native);
-        for (format, r#type) in [(F::Native, T::F16), (F::HuggingFace, T::Q40), (F::Gguf, T::Bf16)]
-        {
-            assert!(form(format, r#type).is_err());
-        }
-        let wild = v1::ExportModelRequest { format: 99, ..Default::default() };
-        assert_eq!(Form::of(&wild).unwrap_err().violations()[0].field, "format");
     }
 }

@@ -269,6 +269,19 @@ impl Store {
         rows.iter().map(Operation::read).collect()
     }
 
+    /// The newest evaluations of a version that succeeded, oldest first, at most `limit`.
+    pub async fn evaluations(&self, version: &str, limit: usize) -> Result<Vec<Operation>> {
+        let rows = sqlx::query(
+            "SELECT * FROM operation_rows WHERE kind = 'evaluate' AND state = 'succeeded' \
+             AND target = ? ORDER BY created_ms DESC, id DESC LIMIT ?",
+        )
+        .bind(version)
+        .bind(page(limit))
+        .fetch_all(&self.sql.reader)
+        .await?;
+        rows.iter().rev().map(Operation::read).collect()
+    }
+
     /// Forgets a finished operation; its results stay.
     pub async fn delete_operation(&self, id: &str) -> Result<()> {
         let mut tx = self.sql.write().await?;

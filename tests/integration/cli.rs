@@ -234,18 +234,21 @@ fn a_model_travels_from_a_folder_to_an_export() {
 
     // Out.
     for (format, file) in
-        [("hf", "model.safetensors"), ("gguf", "small.gguf"), ("native", "planish.json")]
+        [("dense", "model.safetensors"), ("gguf", "small.gguf"), ("native", "planish.json")]
     {
         let to = match format {
             "gguf" => format!("{at}/{format}/small.gguf"),
             _ => format!("{at}/{format}"),
         };
-        service.run(&format!("models export tiny@3 --format {format} --to {to}"));
+        service.run(&format!("models export tiny@3 --form {format} --to {to}"));
+        let card = if format == "gguf" { "small.README.md" } else { "README.md" };
+        let card = std::fs::read_to_string(folder.path().join(format).join(card)).unwrap();
+        assert!(card.contains("models/tiny/versions/3"), "{card}");
         let written = folder.path().join(format).join(file);
         assert!(written.metadata().unwrap().len() > 0, "{format}");
         service.fail(64, &format!("models export tiny@3 --format {format} --to {to}"));
     }
-    let again = service.json(&format!("models import {at}/hf --id again"));
+    let again = service.json(&format!("models import {at}/dense --id again"));
     assert_eq!(again["response"]["name"], "models/again/versions/1");
 
     // Gone. A version that another was made from stays.

@@ -353,6 +353,7 @@ async fn exports_carry_the_pooling_and_come_back() {
         name: "models/e/versions/1".into(),
         format: v1::ExportFormat::HuggingFace.into(),
         r#type: v1::ExportType::F32.into(),
+        ..Default::default()
     };
     let mut parts = service.models().export_model(request).await.unwrap().into_inner();
     let folder = tempfile::tempdir().unwrap();
@@ -369,6 +370,9 @@ async fn exports_carry_the_pooling_and_come_back() {
                 let mut bytes = std::fs::read(&path).unwrap();
                 bytes.extend_from_slice(&chunk);
                 std::fs::write(&path, bytes).unwrap();
+            }
+            v1::export_model_response::Part::Report(report) => {
+                assert!(report.tensors.iter().all(|t| t.max_difference == 0.0));
             }
         }
     }

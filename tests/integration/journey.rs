@@ -158,7 +158,8 @@ async fn exported(
     format: v1::ExportFormat,
 ) -> BTreeMap<String, Vec<u8>> {
     use v1::export_model_response::Part;
-    let request = v1::ExportModelRequest { name: name.into(), format: format.into(), r#type: 0 };
+    let request =
+        v1::ExportModelRequest { name: name.into(), format: format.into(), ..Default::default() };
     let mut stream = service.models().export_model(request).await.unwrap().into_inner();
     let mut files: BTreeMap<String, Vec<u8>> = BTreeMap::new();
     let mut sizes = BTreeMap::new();
@@ -171,6 +172,7 @@ async fn exported(
                 sizes.insert(current.clone(), file.size_bytes);
             }
             Part::Chunk(chunk) => files.get_mut(&current).unwrap().extend_from_slice(&chunk),
+            Part::Report(report) => assert_eq!(report.format(), format),
         }
     }
     for (name, bytes) in &files {
@@ -218,7 +220,8 @@ async fn models_change_and_go() {
     client.unload_model(unload).await.unwrap();
 
     let native = exported(&service, &version.name, v1::ExportFormat::Native).await;
-    assert_eq!(native.len(), version.files.len());
+    assert_eq!(native.len(), version.files.len() + 1, "the files and the card");
+    assert!(native["README.md"].starts_with(b"---\n"));
     let gguf = exported(&service, &version.name, v1::ExportFormat::Gguf).await;
     assert!(gguf["m.gguf"].starts_with(b"GGUF"));
 

@@ -3,8 +3,10 @@
 use std::io::Write;
 use std::path::Path;
 
-use super::{each_rows, put_dense};
-use crate::error::{Error, Result};
+use super::grid::Grid;
+use super::report::describe;
+use super::{Drift, Report, TensorReport, blocks, each_rows, finite, put_dense};
+use crate::error::Result;
 use crate::formats::gguf::{Metadata, Plan, TensorType, Value, write};
 use crate::formats::tokenizer::to_gguf;
 use crate::models::Model;
@@ -14,15 +16,32 @@ use crate::models::gguf::{
 };
 use crate::nn::dtype::Dtype;
 use crate::nn::weight::{Ggml, GgmlType, Weight};
+use crate::progress::Progress;
 
 /// Number format of the matrices of a GGUF export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GgufFormat {
     F32,
     F16,
+    BF16,
     Q8_0,
     Q4_0,
     Q4_1,
+}
+
+/// How a GGUF export writes matrices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gguf {
+    /// What becomes of a matrix that is not carried over.
+    pub format: GgufFormat,
+    /// Matrices are not carried over: blocks and grids are written in `format` too.
+    pub decode_grids: bool,
+}
+
+impl From<GgufFormat> for Gguf {
+    fn from(format: GgufFormat) -> Self {
+        Self { format, decode_grids: false }
+    }
 }
 
 impl GgufFormat {
@@ -30,35 +49,70 @@ impl GgufFormat {
         match self {
             Self::F32 => TensorType::F32,
             Self::F16 => TensorType::F16,
+            Self::BF16 => TensorType::BF16,
             Self::Q8_0 => TensorType::Blocks(GgmlType::Q8_0),
             Self::Q4_0 => TensorType::Blocks(GgmlType::Q4_0),
             Self::Q4_1 => TensorType::Blocks(GgmlType::Q4_1),
         }
     }
+}
 
-    /// `general.file_type`.
-    fn file_type(self) -> u32 {
-        match self {
-            Self::F32 => 0,
-            Self::F16 => 1,
-            Self::Q4_0 => 2,
-            Self::Q4_1 => 3,
-            Self::Q8_0 => 7,
-        }
+/// `general.file_type` of a file most of whose elements are of a type.
+fn file_type(kind: TensorType) -> u32 {
+    match kind {
+        TensorType::F32 => 0,
+        TensorType::F16 => 1,
+        TensorType::BF16 => 32,
+        TensorType::Blocks(kind) => match kind {
+            GgmlType::Q4_0 => 2,
+            GgmlType::Q4_1 => 3,
+            GgmlType::Q8_0 => 7,
+            GgmlType::Q5_0 => 8,
+            GgmlType::Q5_1 => 9,
+            GgmlType::Q2K => 10,
+            GgmlType::Q3K => 12,
+            GgmlType::Q4K => 15,
+            GgmlType::Q5K => 17,
+            GgmlType::Q6K => 18,
+        },
     }
 }
 
-/// Writes one GGUF file. Matrices get `format`, except that the embeddings and the head stay at Q8_0
-/// where it has 4 bits (they cost the most quality), and that rows that are not whole blocks stay at
-/// F16. Vectors are F32. Blocks that have the type already are copied.
+/// How a tensor gets into the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// Its blocks are copied.
+    Copied,
+    /// Its grid becomes blocks that hold the same values.
+    Carried,
+    /// Its values are written in a type that may round them.
+    Written,
+}
+
+/// A tensor on its way.
+struct Source<'a> {
+    name: String,
+    weight: &'a Weight,
+    way: Way,
+}
+
+/// Writes one GGUF file. Matrices that are blocks already are copied, and grids that a block type holds
+/// exactly become such blocks; all others get `options.format`, except that the embeddings and the head stay
+/// at Q8_0 where it has 4 bits (they cost the most quality), and that rows that are not whole blocks stay at
+/// F16. Vectors are F32.
 ///
 /// # Errors
-/// `UNSUPPORTED_MODEL` for settings that GGUF files cannot express, `MODEL_UNSUITABLE` for tokenizers
-/// of other kinds, `NON_FINITE` for values that F16 cannot hold.
-pub fn gguf(model: &Model, file: &Path, format: GgufFormat) -> Result<()> {
+/// `UNSUPPORTED_MODEL` for settings that GGUF files cannot express, `MODEL_UNSUITABLE` for encoders and
+/// tokenizers of other kinds, `NON_FINITE` for values that F16 cannot hold, `CANCELLED`.
+pub fn gguf(
+    model: &Model,
+    file: &Path,
+    options: impl Into<Gguf>,
+    progress: &Progress,
+) -> Result<Report> {
+    let options = options.into();
     let config = model.decoder()?;
     let mut metadata = from_config(config)?;
-    metadata.set("general.file_type", Value::U32(format.file_type()));
     metadata.set("general.quantization_version", Value::U32(2));
     add_tokenizer(&mut metadata, model, config)?;
 
@@ -71,17 +125,74 @@ pub fn gguf(model: &Model, file: &Path, format: GgufFormat) -> Result<()> {
         sources.push(None);
     }
     for (name, shape) in config.tensors() {
-        let kind = tensor_type(&name, &shape, format);
+        progress.check()?;
         let weight = model.weight(&name)?;
+        let (kind, way) = kind_of(&name, weight, options, progress).map_err(|e| e.within(&name))?;
         plans.push(Plan { name: tensor_name(config, &name)?, kind, shape });
-        sources.push(Some((name, weight)));
+        sources.push(Some(Source { name, weight, way }));
     }
-    write(file, &metadata, &plans, &mut |index, out| match &sources[index] {
-        None => put_dense(factors.as_deref().unwrap_or_default(), Dtype::F32, out),
-        Some((name, weight)) => {
-            put(config, name, weight, plans[index].kind, out).map_err(|e| e.within(name))
+    let matrices = plans.iter().filter(|plan| plan.shape.len() == 2);
+    metadata.set("general.file_type", Value::U32(most(matrices).map_or(1, file_type)));
+
+    let mut tensors = Vec::new();
+    write(file, &metadata, &plans, &mut |index, out| {
+        let plan = &plans[index];
+        let Some(source) = &sources[index] else {
+            let factors = factors.as_deref().unwrap_or_default();
+            return put_dense(factors, Dtype::F32, out, &mut Drift::default());
+        };
+        let drift =
+            put(config, source, plan.kind, out, progress).map_err(|e| e.within(&source.name))?;
+        let kind = match plan.kind {
+            TensorType::Blocks(kind) => format!("{kind:?}"),
+            dense => format!("{dense:?}"),
+        };
+        tensors.push(TensorReport {
+            name: source.name.clone(),
+            stored_as: describe(source.weight),
+            written_as: kind,
+            bytes: plan.kind.bytes(&plan.shape).unwrap_or(0) as u64,
+            carried: source.way != Way::Written,
+            drift,
+        });
+        Ok(())
+    })?;
+    Ok(Report { tensors, warnings: Vec::new() })
+}
+
+/// The type of most elements.
+fn most<'a>(plans: impl Iterator<Item = &'a Plan>) -> Option<TensorType> {
+    let mut counts: Vec<(TensorType, usize)> = Vec::new();
+    for plan in plans {
+        let elements = plan.shape.iter().product::<usize>();
+        match counts.iter_mut().find(|(kind, _)| *kind == plan.kind) {
+            Some((_, count)) => *count += elements,
+            None => counts.push((plan.kind, elements)),
         }
-    })
+    }
+    counts.into_iter().max_by_key(|(_, count)| *count).map(|(kind, _)| kind)
+}
+
+fn kind_of(
+    name: &str,
+    weight: &Weight,
+    options: Gguf,
+    progress: &Progress,
+) -> Result<(TensorType, Way)> {
+    let wanted = tensor_type(name, weight.shape(), options.format);
+    if let Weight::Ggml(blocks) = weight {
+        let own = TensorType::Blocks(blocks.kind());
+        return Ok(match options.decode_grids && own != wanted {
+            true => (wanted, Way::Written),
+            false => (own, Way::Copied),
+        });
+    }
+    if let Some(grid) = Grid::of(weight).filter(|_| !options.decode_grids)
+        && let Some(kind) = blocks::carrier(&grid, progress)?
+    {
+        return Ok((TensorType::Blocks(kind), Way::Carried));
+    }
+    Ok((wanted, Way::Written))
 }
 
 fn add_tokenizer(metadata: &mut Metadata, model: &Model, config: &Config) -> Result<()> {
@@ -110,45 +221,49 @@ fn tensor_type(name: &str, shape: &[usize], format: GgufFormat) -> TensorType {
 
 fn put(
     config: &Config,
-    name: &str,
-    weight: &Weight,
+    Source { name, weight, way }: &Source<'_>,
     kind: TensorType,
     out: &mut dyn Write,
-) -> Result<()> {
+    progress: &Progress,
+) -> Result<Drift> {
     let order = row_order(config, name);
     let order = order.as_deref();
-    let kind = match (kind, weight) {
-        (TensorType::Blocks(kind), Weight::Ggml(blocks)) if blocks.kind() == kind => {
+    let mut drift = Drift::default();
+    let dense = match (kind, way, weight) {
+        (TensorType::Blocks(_), Way::Copied, Weight::Ggml(blocks)) => {
             match order {
                 Some(order) => out.write_all(blocks.permute_rows(order).data())?,
                 None => out.write_all(blocks.data())?,
             }
-            return Ok(());
+            return Ok(drift);
         }
-        (TensorType::Blocks(kind), _) => kind,
-        (TensorType::F32, _) if shifted_norm(config, name) => {
+        (TensorType::Blocks(kind), Way::Carried, weight) => {
+            let Some(grid) = Grid::of(weight) else { return Ok(drift) };
+            return blocks::put(&grid, kind, order, out, progress);
+        }
+        (TensorType::Blocks(kind), ..) => {
+            let cols = weight.cols();
+            let mut back = Vec::new();
+            each_rows(weight, order, progress, |rows| {
+                finite(rows)?;
+                let blocks = Ggml::quantize([rows.len() / cols, cols], kind, rows)?;
+                back.resize(rows.len(), 0.0);
+                blocks.read_rows(0, &mut back);
+                drift.add_all(rows, &back);
+                out.write_all(blocks.data())?;
+                Ok(())
+            })?;
+            return Ok(drift);
+        }
+        (TensorType::F32, ..) if shifted_norm(config, name) => {
             let values: Vec<f32> = weight.to_f32().iter().map(|v| v + 1.0).collect();
-            return put_dense(&values, Dtype::F32, out);
+            put_dense(&values, Dtype::F32, out, &mut drift)?;
+            return Ok(drift);
         }
-        (dense, _) => {
-            let dtype = match dense {
-                TensorType::F16 => Dtype::F16,
-                TensorType::BF16 => Dtype::BF16,
-                _ => Dtype::F32,
-            };
-            return each_rows(weight, order, |rows| put_dense(rows, dtype, out));
-        }
+        (TensorType::F16, ..) => Dtype::F16,
+        (TensorType::BF16, ..) => Dtype::BF16,
+        (TensorType::F32, ..) => Dtype::F32,
     };
-    let cols = weight.cols();
-    each_rows(weight, order, |rows| {
-        if let Some(bad) = rows.iter().find(|v| !v.is_finite()) {
-            return Err(Error::new(
-                crate::error::Reason::NonFinite,
-                format!("the tensor holds {bad}; the model is damaged"),
-            ));
-        }
-        let blocks = Ggml::quantize([rows.len() / cols, cols], kind, rows)?;
-        out.write_all(blocks.data())?;
-        Ok(())
-    })
+    each_rows(weight, order, progress, |rows| put_dense(rows, dense, out, &mut drift))?;
+    Ok(drift)
 }

@@ -7,9 +7,13 @@ use super::*;
 use crate::formats::gguf::{File, TensorType};
 use crate::formats::hostile::damage;
 use crate::models::decoder::random::{self, tiny};
-use crate::models::{Model, import};
-use crate::nn::weight::{Dense, Ggml, GgmlType};
+use crate::models::{AnyModel, Model, import};
+use crate::nn::weight::{Dense, Ggml, GgmlType, Grouped, GroupedSpec, Sparse, ValueFormat};
 use crate::seed::Stream;
+
+fn silent() -> Progress {
+    Progress::silent()
+}
 
 /// Small configurations with settings that GGUF files can express.
 fn configs() -> Vec<Value> {
@@ -93,7 +97,7 @@ fn gguf_files_open_as_the_same_model() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.gguf");
         let model = random::model(config, 6).unwrap();
-        gguf(&model, &path, GgufFormat::F32).unwrap();
+        gguf(&model, &path, GgufFormat::F32, &silent()).unwrap();
         assert_same(&model, &import::open(&path).unwrap());
         assert_same(&model, &import::open(folder.path()).unwrap());
     }
@@ -105,7 +109,7 @@ fn each_tensor_gets_the_type_it_can_have() {
     let path = folder.path().join("model.gguf");
     // 80 columns of the last projection are not whole blocks of 32.
     let model = random::model(tiny("llama"), 7).unwrap();
-    gguf(&model, &path, GgufFormat::Q4_1).unwrap();
+    gguf(&model, &path, GgufFormat::Q4_1, &silent()).unwrap();
     let file = crate::formats::gguf::open(&path).unwrap();
     let kind = |name: &str| file.tensors[name].kind;
     assert_eq!(kind("token_embd.weight"), TensorType::Blocks(GgmlType::Q8_0));
@@ -116,7 +120,7 @@ fn each_tensor_gets_the_type_it_can_have() {
     assert_eq!(file.tensors["blk.0.attn_k.weight"].shape, [32, 32]);
     // Opened and exported again, blocks are copied: nothing is rounded twice.
     let second = folder.path().join("second.gguf");
-    gguf(&import::open(&path).unwrap(), &second, GgufFormat::Q4_1).unwrap();
+    gguf(&import::open(&path).unwrap(), &second, GgufFormat::Q4_1, &silent()).unwrap();
     assert!(std::fs::read(path).unwrap() == std::fs::read(second).unwrap());
 }
 
@@ -129,7 +133,7 @@ fn blocks_move_with_the_rows_of_rotated_heads() {
     model.weights.insert(name.to_owned(), Arc::new(Weight::Ggml(blocks.clone())));
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
-    gguf(&model, &path, GgufFormat::Q8_0).unwrap();
+    gguf(&model, &path, GgufFormat::Q8_0, &silent()).unwrap();
     let file = crate::formats::gguf::open(&path).unwrap();
     let theirs = &file.tensors["blk.1.attn_q.weight"].data;
     // Heads of 16 rows of one block: row 1 there is row 8 here, the first of the second half.
@@ -144,7 +148,7 @@ fn blocks_move_with_the_rows_of_rotated_heads() {
 fn what_gguf_cannot_say_is_refused() {
     let path = tempfile::tempdir().unwrap().path().join("never.gguf");
     let model = random::model(tiny("gemma3_text"), 9).unwrap();
-    let error = gguf(&model, &path, GgufFormat::F16).unwrap_err();
+    let error = gguf(&model, &path, GgufFormat::F16, &silent()).unwrap_err();
     assert_eq!(error.reason(), Reason::UnsupportedModel);
 }
 
@@ -229,7 +233,9 @@ fn shards_open_as_the_same_model() {
         .map(|(n, w)| Plan { name: n.clone(), dtype: Dtype::F32, shape: w.shape().to_vec() })
         .collect();
     let names = write_shards(folder.path(), &plans, 40_000, &mut |plan, out| {
-        each_rows(&model.weights[&plan.name], None, |rows| put_dense(rows, Dtype::F32, out))
+        let weight = &model.weights[&plan.name];
+        let mut drift = Drift::default();
+        each_rows(weight, None, &silent(), |rows| put_dense(rows, Dtype::F32, out, &mut drift))
     })
     .unwrap();
     assert!(names.len() > 3, "{names:?}");
@@ -242,7 +248,8 @@ fn shards_open_as_the_same_model() {
 fn damaged_gguf_models_are_survived() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
-    gguf(&random::model(tiny("llama"), 13).unwrap(), &path, GgufFormat::Q8_0).unwrap();
+    let model = random::model(tiny("llama"), 13).unwrap();
+    gguf(&model, &path, GgufFormat::Q8_0, &silent()).unwrap();
     let good = std::fs::read(&path).unwrap();
     let file = File::parse(good.clone().into()).unwrap();
     let data: usize = file.tensors.values().map(|t| t.data.len()).sum();
@@ -253,4 +260,174 @@ fn damaged_gguf_models_are_survived() {
         std::fs::write(&path, damage(&good, header, &mut rng)).unwrap();
         let _ = import::open(&path);
     }
+}
+
+/// Linear weights in turn: 4 bits symmetric, 4 bits with zero points, 8 bits, 2:4 of 4 bits, a bitmap, groups
+/// that are no whole blocks.
+fn compressed() -> Model {
+    let mut config = tiny("llama");
+    config["intermediate_size"] = json!(96);
+    config["tie_word_embeddings"] = json!(true);
+    let mut model = random::model(config, 21).unwrap();
+    let names: Vec<String> =
+        model.weights.keys().filter(|n| n.contains("_proj.")).cloned().collect();
+    for (i, name) in names.iter().enumerate() {
+        let weight = &model.weights[name];
+        let shape = [weight.rows(), weight.cols()];
+        let values = weight.to_f32();
+        let on_grid = |bits, group, symmetric| {
+            let spec = GroupedSpec { bits, group, symmetric };
+            let grids: Vec<_> = values.chunks_exact(group).map(|g| spec.fit(g)).collect();
+            let codes: Vec<u8> = values
+                .chunks_exact(group)
+                .zip(&grids)
+                .flat_map(|(g, (scale, zero))| g.iter().map(|v| spec.code(*v, *scale, *zero)))
+                .collect();
+            let (scales, zeros): (Vec<f32>, Vec<u8>) = grids.into_iter().unzip();
+            (spec, codes, scales, zeros)
+        };
+        let grouped = |bits, group, symmetric| {
+            let (spec, codes, scales, zeros) = on_grid(bits, group, symmetric);
+            Weight::Grouped(Grouped::pack(shape, spec, &codes, &scales, &zeros).unwrap())
+        };
+        let weight = match i % 6 {
+            0 => grouped(4, 32, true),
+            1 => grouped(4, 32, false),
+            2 => grouped(8, 32, true),
+            3 => {
+                let mask: Vec<bool> = (0..values.len()).map(|i| i % 4 > 1).collect();
+                let (spec, codes, scales, zeros) = on_grid(4, 32, false);
+                let hint = Some((2, 4));
+                let sparse =
+                    Sparse::from_codes(shape, &mask, spec, &codes, &scales, &zeros, hint).unwrap();
+                Weight::Sparse(sparse)
+            }
+            4 => {
+                let mut values = values.clone();
+                values.iter_mut().step_by(3).for_each(|v| *v = 0.0);
+                let format = ValueFormat::F16;
+                Weight::Sparse(Sparse::from_dense(shape, &values, format, None).unwrap())
+            }
+            _ => grouped(4, 16, true),
+        };
+        model.weights.insert(name.clone(), Arc::new(weight));
+    }
+    model
+}
+
+#[test]
+fn grids_go_into_gguf_files_and_come_back_to_the_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let model = compressed();
+    let report = gguf(&model, &path, GgufFormat::F32, &silent()).unwrap();
+    let again = import::open(&path).unwrap();
+    let mut carried = std::collections::BTreeSet::new();
+    for tensor in &report.tensors {
+        let (before, after) = (&model.weights[&tensor.name], &again.weights[&tensor.name]);
+        let exact = before.to_f32().iter().zip(after.to_f32()).all(|(a, b)| *a == b);
+        assert!(exact, "{}", tensor.name);
+        assert_eq!((tensor.drift.max(), tensor.drift.relative()), (0.0, 0.0), "{}", tensor.name);
+        if tensor.carried {
+            carried.insert(tensor.written_as.clone());
+            assert!(matches!(**after, Weight::Ggml(_)), "{}", tensor.name);
+            assert!(tensor.bytes * 3 < before.to_f32().len() as u64 * 4);
+        } else {
+            assert_eq!(tensor.written_as, "F32");
+        }
+    }
+    assert_eq!(carried.iter().map(String::as_str).collect::<Vec<_>>(), ["Q4_0", "Q5_0", "Q8_0"]);
+    // What is read again is copied.
+    let second = folder.path().join("second.gguf");
+    gguf(&again, &second, GgufFormat::F32, &silent()).unwrap();
+    assert!(std::fs::read(&path).unwrap() == std::fs::read(second).unwrap());
+
+    let all = Gguf { format: GgufFormat::F16, decode_grids: true };
+    let report = gguf(&again, &path, all, &silent()).unwrap();
+    assert!(report.tensors.iter().all(|t| !t.carried && ["F16", "F32"].contains(&&*t.written_as)));
+}
+
+#[test]
+fn what_is_rounded_anew_says_how_far_it_went() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let model = compressed();
+    let report = gguf(&model, &path, GgufFormat::Q8_0, &silent()).unwrap();
+    let again = import::open(&path).unwrap();
+    let mut rounded = 0;
+    for tensor in report.tensors.iter().filter(|t| !t.carried && t.written_as == "Q8_0") {
+        let (before, after) =
+            (model.weights[&tensor.name].to_f32(), again.weights[&tensor.name].to_f32());
+        let pairs = || before.iter().zip(&after).map(|(a, b)| (a - b).abs());
+        assert_eq!(tensor.drift.max(), pairs().fold(0.0, f32::max), "{}", tensor.name);
+        let norm =
+            |v: &mut dyn Iterator<Item = f32>| v.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+        let relative = norm(&mut pairs()) / norm(&mut before.iter().copied());
+        assert!((tensor.drift.relative() - relative).abs() < 1e-9, "{}", tensor.name);
+        assert!(relative > 0.0 && relative < 0.01);
+        rounded += 1;
+    }
+    assert!(rounded > 3);
+    // Brain floats have three bits less than halves, and say so.
+    let brain = gguf(&model, &path, GgufFormat::BF16, &silent()).unwrap();
+    let half = gguf(&model, &path, GgufFormat::F16, &silent()).unwrap();
+    let drift = |report: &Report| {
+        let name = "model.embed_tokens.weight";
+        report.tensors.iter().find(|t| t.name == name).unwrap().drift.relative()
+    };
+    assert!(drift(&brain) > 4.0 * drift(&half) && drift(&half) > 0.0);
+}
+
+#[test]
+fn dense_folders_hold_what_the_layouts_say() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = compressed();
+    let any = AnyModel::from(&model);
+    let exported = dense(&any, folder.path(), Dtype::F32, &silent()).unwrap();
+    let again = import::open(folder.path()).unwrap();
+    for (name, weight) in &model.weights {
+        assert_eq!(again.weights[name].to_f32(), weight.to_f32(), "{name}");
+    }
+    // A head that is the embedding matrix is not written twice.
+    assert!(!again.weights.contains_key("lm_head.weight"));
+    let file = crate::formats::safetensors::open(&folder.path().join("model.safetensors")).unwrap();
+    assert_eq!(file.tensors.len(), model.weights.len());
+    assert_eq!(exported.report.tensors.len(), model.weights.len());
+    let bytes: u64 = exported.report.tensors.iter().map(|t| t.bytes).sum();
+    assert_eq!(bytes, 4 * model.parameters());
+    assert!(exported.report.warnings.is_empty());
+
+    // Rounded values are those that the report speaks of.
+    let exported = dense(&any, folder.path(), Dtype::BF16, &silent()).unwrap();
+    let again = import::open(folder.path()).unwrap();
+    for tensor in &exported.report.tensors {
+        let (before, after) =
+            (model.weights[&tensor.name].to_f32(), again.weights[&tensor.name].to_f32());
+        let worst = before.iter().zip(&after).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert_eq!(tensor.drift.max(), worst, "{}", tensor.name);
+    }
+
+    let mut odd = tiny("qwen2");
+    odd["intermediate_size"] = json!([64, 32, 96]);
+    odd["mlp_bias"] = json!(true);
+    let odd = AnyModel::from(&random::model(odd, 1).unwrap());
+    let warnings = dense(&odd, folder.path(), Dtype::F16, &silent()).unwrap().report.warnings;
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
+}
+
+#[test]
+fn nothing_stays_of_what_is_cancelled() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let folder = tempfile::tempdir().unwrap();
+    let model = compressed();
+    let cancelled = Arc::new(AtomicBool::new(true));
+    let progress = Progress::new(Arc::new(|_, _| {}), Arc::clone(&cancelled));
+    let path = folder.path().join("model.gguf");
+    let error = gguf(&model, &path, GgufFormat::F16, &progress).unwrap_err();
+    assert_eq!(error.reason(), Reason::Cancelled);
+    let error = dense(&AnyModel::from(&model), folder.path(), Dtype::F16, &progress).unwrap_err();
+    assert_eq!(error.reason(), Reason::Cancelled);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    cancelled.store(false, Ordering::Relaxed);
+    gguf(&model, &path, GgufFormat::F16, &progress).unwrap();
 }
