@@ -5,6 +5,7 @@ pub mod claim;
 pub mod compare;
 pub mod curve;
 pub mod file;
+pub mod rules;
 pub mod run;
 
 use std::collections::BTreeSet;
@@ -22,9 +23,12 @@ const MAX_STEPS: usize = 64;
 pub struct Plan {
     pub steps: Vec<Estimate>,
     pub total: Estimate,
+    /// What is worth knowing and no reason to refuse; fields as in errors.
+    pub warnings: Vec<v1::RecipeWarning>,
 }
 
-/// Checks a recipe against a model: at least one and at most 64 steps, every option, every order.
+/// Checks a recipe against a model: at least one and at most 64 steps, every option, every order
+/// (by the [rules]).
 /// Errors point at `steps[i].<method>.<option>`.
 pub fn check(recipe: &v1::Recipe, model: &AnyInfo) -> Result<Plan> {
     let plan = check_steps(&recipe.steps, model)?;
@@ -45,12 +49,14 @@ pub fn check_steps(given: &[v1::Step], model: &AnyInfo) -> Result<Plan> {
     }
     let mut info = model.clone();
     let mut steps = Vec::with_capacity(given.len());
+    let mut rules = rules::Rules::default();
     for (i, step) in given.iter().enumerate() {
         let place = format!("steps[{i}]");
         let method = registry::method(step).map_err(|e| e.within(&place))?;
         let (estimate, after) = method
             .check_any(&info)
             .map_err(|e| e.within(&format!("{place}.{}", method.card().name)))?;
+        rules.step(&place, step, &info, &after)?;
         steps.push(estimate);
         info = after;
     }
@@ -60,7 +66,7 @@ pub fn check_steps(given: &[v1::Step], model: &AnyInfo) -> Result<Plan> {
         seconds: steps.iter().map(|s| s.seconds).sum(),
         calibration_tokens: steps.iter().map(|s| s.calibration_tokens).sum(),
     };
-    Ok(Plan { steps, total })
+    Ok(Plan { steps, total, warnings: rules.warnings })
 }
 
 /// The same recipe with every default written out.

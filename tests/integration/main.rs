@@ -18,6 +18,7 @@ mod journey;
 mod layers;
 mod nola;
 mod residency;
+mod rules;
 mod security;
 mod soak;
 mod structured;
