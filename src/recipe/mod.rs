@@ -87,8 +87,9 @@ pub fn evaluation_datasets(evaluation: &v1::Evaluation) -> Vec<String> {
     let images = evaluation.images.iter().map(|images| images.dataset.clone());
     let tasks = evaluation.task.iter().map(|task| task.dataset.clone());
     let norms = evaluation.norm_bounds.iter().map(|norms| norms.dataset.clone());
+    let texts = evaluation.texts.iter().map(|text| text.dataset.clone());
     let text = [evaluation.dataset.clone()];
-    choices.chain(images).chain(tasks).chain(norms).chain(text).collect()
+    choices.chain(images).chain(tasks).chain(norms).chain(text).chain(texts).collect()
 }
 
 fn unique(names: impl Iterator<Item = String>) -> Vec<String> {

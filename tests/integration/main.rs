@@ -24,6 +24,7 @@ mod soak;
 mod structured;
 mod support;
 mod telemetry;
+mod texts;
 mod training;
 mod tuned;
 mod tuning;

@@ -46,7 +46,7 @@ const NARROW: Entry = Entry {
 };
 
 /// What exchanges pruned weights for kept ones.
-const EXCHANGING: [Conflict; 7] = [
+const EXCHANGING: [Conflict; 8] = [
     after::QUANTISED,
     after::FACTORED,
     after::exchanges("magnitude"),
@@ -54,6 +54,7 @@ const EXCHANGING: [Conflict; 7] = [
     after::exchanges("sparsegpt"),
     after::exchanges("dsnot"),
     after::exchanges("ecoflap"),
+    after::exchanges("gradual"),
 ];
 
 pub(super) const ALL: &[Entry] = &[

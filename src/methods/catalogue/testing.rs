@@ -9,7 +9,7 @@ use crate::proto::v1;
 /// A decoder of 16 blocks in 16 bits, without its data.
 pub fn reference() -> AnyInfo {
     let config = json!({
-        "model_type": "llama", "vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1536,
+        "model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536,
         "num_hidden_layers": 16, "num_attention_heads": 8, "num_key_value_heads": 8,
         "max_position_embeddings": 2048, "tie_word_embeddings": true,
     });

@@ -13,7 +13,10 @@ const NAMED: usize = 3;
 /// Warnings about the data of a recipe's steps; `kinds` has the kind of each data set. Steps change a model for
 /// all that it is asked; records of one task, or the text it is measured on, say little of the rest.
 pub fn of_data(recipe: &v1::Recipe, kinds: &BTreeMap<String, Kind>) -> Vec<v1::RecipeWarning> {
-    let measured = recipe.evaluation.as_ref().map_or("", |e| e.dataset.as_str());
+    let evaluation = recipe.evaluation.clone().unwrap_or_default();
+    let further = evaluation.texts.iter().map(|text| text.dataset.as_str());
+    let texts: Vec<&str> = further.chain([evaluation.dataset.as_str()]).collect();
+    let measured = |name: &str| !name.is_empty() && texts.contains(&name);
     let mut warnings = Vec::new();
     for (i, step) in recipe.steps.iter().enumerate() {
         let Ok(method) = registry::method(step) else { continue };
@@ -34,7 +37,7 @@ pub fn of_data(recipe: &v1::Recipe, kinds: &BTreeMap<String, Kind>) -> Vec<v1::R
                 ),
             });
         }
-        if !measured.is_empty() && read.contains(&measured) {
+        if let Some(measured) = read.iter().find(|name| measured(name)) {
             warnings.push(v1::RecipeWarning {
                 rule: "measured_on".to_owned(),
                 field,
