@@ -7,7 +7,7 @@ use crate::data::records::Kind as Records;
 use crate::methods::catalogue::neighbours;
 use crate::methods::catalogue::testing::{reference, step};
 use crate::models::random;
-use crate::recipe::check_steps;
+use crate::recipe::{check_steps, file};
 
 fn steps(recipe: Value) -> Vec<v1::Step> {
     serde_json::from_value(recipe).unwrap()
@@ -223,23 +223,34 @@ fn adapters_of_what_is_rounded_or_narrowed_are_named() {
 fn recipes_of_the_repository_keep_the_order() {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut read = 0;
-    for folder in ["recipes", "recipes/reference"] {
+    for folder in ["recipes", "recipes/reference", "recipes/compare"] {
         for entry in std::fs::read_dir(root.join(folder)).unwrap() {
             let path = entry.unwrap().path();
-            let Ok(recipe) = crate::recipe::file::read::<v1::Recipe>(&path) else { continue };
-            let entries: Vec<_> = recipe
-                .steps
-                .iter()
-                .map(|step| {
-                    let card = registry::method(step).unwrap().card();
-                    catalogue::entry(card.verb, card.name).unwrap()
-                })
-                .collect();
-            for pair in entries.windows(2) {
-                assert_eq!(pair[1].conflict(pair[0]), None, "{}", path.display());
+            if path.is_dir() {
+                continue;
             }
-            read += usize::from(!recipe.steps.is_empty());
+            let all: Vec<Vec<v1::Step>> = if folder.ends_with("compare") {
+                let found: v1::Comparison = file::read(&path).unwrap();
+                crate::recipe::compare::check_counts(&found).unwrap();
+                found.arms.into_iter().map(|arm| arm.steps).collect()
+            } else {
+                let found: v1::Recipe = file::read(&path).unwrap();
+                vec![found.steps]
+            };
+            for steps in all {
+                let entries: Vec<_> = steps
+                    .iter()
+                    .map(|step| {
+                        let card = registry::method(step).unwrap().card();
+                        catalogue::entry(card.verb, card.name).unwrap()
+                    })
+                    .collect();
+                for pair in entries.windows(2) {
+                    assert_eq!(pair[1].conflict(pair[0]), None, "{}", path.display());
+                }
+                read += usize::from(!steps.is_empty());
+            }
         }
     }
-    assert!(read > 8, "{read} recipes were read");
+    assert!(read > 30, "{read} recipes were read");
 }
