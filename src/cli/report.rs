@@ -14,7 +14,7 @@ use crate::proto::google::longrunning::{Operation, operation};
 use crate::proto::v1::{
     AdaptData, AdaptPlan, AdaptReport, ClaimResult, ComparisonPlan, ComparisonReport,
     EvaluationReport, ExportReport, Measurement, MergeReport, ModelVersion, PruningReport,
-    RecipePlan, RecipeReport, StepReport, TrainingEnd, TrainingReport,
+    RecipePlan, RecipeReport, RecipeWarning, StepReport, TrainingEnd, TrainingReport,
 };
 use crate::recipe::claim::judge;
 use crate::recipe::compare::table;
@@ -68,6 +68,7 @@ pub fn recipe(report: &RecipeReport) -> Result<()> {
     if !report.steps.is_empty() {
         output::line(steps(&report.steps))?;
     }
+    recipe_warnings(&report.warnings)?;
     for step in &report.steps {
         if let Some(report) = &step.training {
             output::line(format!("{}: {}", step.method, training(report)))?;
@@ -336,7 +337,12 @@ pub fn plan(plan: &RecipePlan) -> Result<()> {
             ]
         })
         .collect();
-    output::line(table(&["step", "weights after", "memory", "about"], &[1, 2, 3], rows))
+    output::line(table(&["step", "weights after", "memory", "about"], &[1, 2, 3], rows))?;
+    recipe_warnings(&plan.warnings)
+}
+
+fn recipe_warnings(warnings: &[RecipeWarning]) -> Result<()> {
+    warnings.iter().try_for_each(|w| output::line(format!("warning: {}: {}", w.field, w.message)))
 }
 
 /// What a comparison found.
@@ -370,7 +376,8 @@ fn comparison_plan(plan: &ComparisonPlan) -> Result<()> {
         plan.steps_shared,
         output::seconds(plan.seconds),
         size(plan.memory_bytes)
-    ))
+    ))?;
+    recipe_warnings(&plan.warnings)
 }
 
 /// What became of a claim.

@@ -11,7 +11,7 @@ use super::{output, report, watch};
 use crate::proto::google::longrunning::Operation;
 use crate::proto::v1::{
     ChoiceEvaluation, EvaluateRequest, Evaluation, FactoredAttention, ImageEvaluation, NormBounds,
-    RunRecipeRequest, TaskEvaluation,
+    RunRecipeRequest, TaskEvaluation, TextEvaluation,
 };
 use crate::recipe;
 
@@ -34,6 +34,9 @@ pub struct EvaluateArgs {
     /// Text to measure on; bytes only when absent
     #[arg(long, value_name = "NAME")]
     dataset: Option<String>,
+    /// Further texts to measure on, each with a perplexity of its own
+    #[arg(long, value_name = "NAME", requires = "dataset")]
+    also: Vec<String>,
     /// Version to compare with: adds divergence and agreement
     #[arg(long, value_name = "MODEL")]
     base: Option<ModelName>,
@@ -159,6 +162,14 @@ impl EvaluateArgs {
                         ..Default::default()
                     }),
                 }),
+                texts: self
+                    .also
+                    .iter()
+                    .map(|name| TextEvaluation {
+                        dataset: resource("datasets", name),
+                        max_tokens: None,
+                    })
+                    .collect(),
                 images: self.images.map(|name| ImageEvaluation {
                     dataset: resource("datasets", &name),
                     max_items: self.max_items,

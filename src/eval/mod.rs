@@ -15,6 +15,7 @@ pub mod task;
 pub mod training;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
@@ -37,6 +38,8 @@ pub struct Subject<'a> {
     pub base: Option<Base<'a>>,
     /// Text to measure on, documents joined; needed for perplexity and agreement.
     pub text: Option<&'a str>,
+    /// The further texts of the options, in their order.
+    pub further: &'a [Arc<String>],
     /// Questions to answer, when asked for.
     pub choices: Option<&'a [Item]>,
     /// Bytes of all files of the version.
@@ -57,6 +60,9 @@ pub enum Base<'a> {
 /// Longest window.
 const MAX_CONTEXT: u32 = 8192;
 
+/// Further texts of an evaluation.
+const MAX_TEXTS: usize = 8;
+
 /// Checks the options of an evaluation against a model.
 pub fn check(options: &v1::Evaluation, model: &ModelInfo) -> Result<()> {
     nets::no_images(options)?;
@@ -64,6 +70,7 @@ pub fn check(options: &v1::Evaluation, model: &ModelInfo) -> Result<()> {
     if let Family::Encoder(encoder) = &model.family {
         let asked = [
             ("dataset", config.text),
+            ("texts", !options.texts.is_empty()),
             ("compare_with_base", options.compare_with_base),
             ("choice", options.choice.is_some()),
             ("counts", options.counts),
@@ -85,6 +92,7 @@ pub fn check_encoder(options: &v1::Evaluation) -> Result<()> {
     nets::no_images(options)?;
     let asked = [
         ("dataset", !options.dataset.is_empty()),
+        ("texts", !options.texts.is_empty()),
         ("compare_with_base", options.compare_with_base),
         ("speed", options.speed),
         ("choice", options.choice.is_some()),
@@ -149,8 +157,8 @@ pub fn states(
 
 /// Measures what `options` asks for. Always: `disk_bytes`, `weight_bytes`, `resident_bytes`,
 /// `parameters`, `zero_share` (of the linear weights inside the blocks). `perplexity` when a data set
-/// is given; `kl_divergence` and `top1_agreement` with `compare_with_base`; `accuracy` (and `macro_f1`)
-/// with `choice`; `multiply_accumulates` and `bytes_per_token` with `counts`;
+/// is given, and again of each of the further texts; `kl_divergence` and `top1_agreement` with
+/// `compare_with_base`; `accuracy` (and `macro_f1`) with `choice`; `multiply_accumulates` and `bytes_per_token` with `counts`;
 /// `products_1_token_ms` and `products_512_tokens_ms` with `kernels`;
 /// `prefill_tokens_per_second` and `decode_tokens_per_second` with `speed`. A task is [`task::measure`]'s.
 ///
@@ -173,6 +181,7 @@ pub fn evaluate(
     // Shares of the progress, by what usually takes long.
     let weights = [
         (settings.text, 6.0),
+        (!options.texts.is_empty(), 6.0 * options.texts.len() as f64),
         (options.choice.is_some(), 6.0),
         (options.kernels, 1.0),
         (options.speed, 3.0),
@@ -198,17 +207,42 @@ pub fn evaluate(
         };
         out.extend(on_text(subject, base, text, &options.dataset, &settings, &part(0))?);
     }
+    if !options.texts.is_empty() {
+        out.extend(on_further_texts(subject, options, &settings, &part(1))?);
+    }
     if let Some(asked) = &options.choice {
         let items = subject.choices.ok_or_else(|| unread(&asked.dataset))?;
-        out.extend(on_choices(model, items, asked, &settings, &part(1))?);
+        out.extend(on_choices(model, items, asked, &settings, &part(2))?);
     }
     if options.kernels {
-        out.extend(products::measure(model, &part(2))?);
+        out.extend(products::measure(model, &part(3))?);
     }
     if options.speed {
-        out.extend(speed::measure(model, &part(3))?);
+        out.extend(speed::measure(model, &part(4))?);
     }
     progress.report(1.0, "measured")?;
+    Ok(out)
+}
+
+/// Perplexity of each further text; nothing is kept of the base's passes over them.
+fn on_further_texts(
+    subject: &Subject<'_>,
+    options: &v1::Evaluation,
+    settings: &Settings,
+    progress: &Progress,
+) -> Result<Vec<v1::Measurement>> {
+    let count = options.texts.len() as f64;
+    let mut out = Vec::with_capacity(options.texts.len());
+    for (i, asked) in options.texts.iter().enumerate() {
+        let text = subject.further.get(i).ok_or_else(|| unread(&asked.dataset))?;
+        let settings = Settings {
+            max_tokens: asked.max_tokens.map_or(settings.max_tokens, whole),
+            ..settings.clone()
+        };
+        let alone = Subject { states: None, ..*subject };
+        let progress = progress.part(i as f64 / count, (i as f64 + 1.0) / count);
+        out.extend(on_text(&alone, None, text, &asked.dataset, &settings, &progress)?);
+    }
     Ok(out)
 }
 
@@ -216,6 +250,7 @@ fn unread(dataset: &str) -> Error {
     Error::new(Reason::DatasetUnsuitable, format!("'{dataset}' was not read"))
 }
 
+#[derive(Clone)]
 struct Settings {
     context: usize,
     stride: usize,
@@ -264,6 +299,7 @@ impl Settings {
                 return Err(Error::field("choice.max_items", "0 questions; leave it out for all"));
             }
         }
+        check_texts(options, context)?;
         check_task(options)?;
         if options.compare_with_base && dataset.is_empty() {
             return Err(Error::field("compare_with_base", "needs a data set to compare on"));
@@ -271,11 +307,50 @@ impl Settings {
         Ok(Self {
             context: context as usize,
             stride: stride as usize,
-            max_tokens: if max_tokens == 0 { usize::MAX } else { max_tokens as usize },
+            max_tokens: whole(max_tokens),
             text: !dataset.is_empty(),
             rounded: options.rounded_activations,
         })
     }
+}
+
+/// A number of tokens, of which 0 means all.
+fn whole(tokens: u32) -> usize {
+    if tokens == 0 { usize::MAX } else { tokens as usize }
+}
+
+fn check_texts(options: &v1::Evaluation, context: u32) -> Result<()> {
+    let texts = &options.texts;
+    if texts.len() > MAX_TEXTS {
+        let problem = format!("{} further texts; {MAX_TEXTS} at most", texts.len());
+        return Err(Error::field("texts", problem));
+    }
+    if !texts.is_empty() && options.dataset.is_empty() {
+        return Err(Error::field("texts", "come beside a first one; give `dataset` as well"));
+    }
+    let mut known = vec![options.dataset.as_str()];
+    for (i, text) in texts.iter().enumerate() {
+        let at = |field: &str, problem: String| {
+            Err(Error::field(format!("texts[{i}].{field}"), problem))
+        };
+        let name = text.dataset.as_str();
+        if name.strip_prefix("datasets/").is_none_or(str::is_empty) {
+            let problem =
+                format!("'{name:.100}' is no resource name of a data set; write datasets/NAME");
+            return at("dataset", problem);
+        }
+        if known.contains(&name) {
+            return at("dataset", format!("'{name}' is measured already; name another text"));
+        }
+        known.push(name);
+        if let Some(tokens @ 1..) = text.max_tokens
+            && tokens < context
+        {
+            let problem = format!("{tokens} tokens hold no window of {context}; 0 means all");
+            return at("max_tokens", problem);
+        }
+    }
+    Ok(())
 }
 
 /// The tokens of an evaluation and how they are cut.
@@ -441,6 +516,30 @@ mod tests {
             let error = Settings::read(&options, 64).map(|_| ()).unwrap_err();
             assert_eq!(error.violations()[0].field, field);
         }
+        let texts = |names: &[&str], first: &str| v1::Evaluation {
+            dataset: first.into(),
+            texts: names
+                .iter()
+                .map(|name| v1::TextEvaluation {
+                    dataset: (*name).into(),
+                    max_tokens: (*name == "datasets/short").then_some(63),
+                })
+                .collect(),
+            ..Default::default()
+        };
+        let many = vec!["datasets/b"; MAX_TEXTS + 1];
+        for (options, field) in [
+            (texts(&["datasets/b"], ""), "texts"),
+            (texts(&many, "datasets/a"), "texts"),
+            (texts(&["b"], "datasets/a"), "texts[0].dataset"),
+            (texts(&["datasets/a"], "datasets/a"), "texts[0].dataset"),
+            (texts(&["datasets/b", "datasets/b"], "datasets/a"), "texts[1].dataset"),
+            (texts(&["datasets/short"], "datasets/a"), "texts[0].max_tokens"),
+        ] {
+            let error = Settings::read(&options, 64).map(|_| ()).unwrap_err();
+            assert_eq!(error.violations()[0].field, field);
+        }
+        Settings::read(&texts(&["datasets/b"], "datasets/a"), 64).map(|_| ()).expect("two texts");
         let settings = Settings::read(&v1::Evaluation::default(), 4096).expect("defaults");
         assert_eq!((settings.context, settings.stride, settings.max_tokens), (512, 512, 20_000));
     }

@@ -63,6 +63,7 @@ pub fn check(options: &v1::Evaluation, model: &AnyInfo) -> Result<()> {
         ("rounded_activations", options.rounded_activations),
         ("task", options.task.is_some()),
         ("speed", options.speed && !matches!(model.family, AnyFamily::Vision(_))),
+        ("texts", !options.texts.is_empty()),
     ];
     if let Some((field, _)) = asked.into_iter().find(|(_, asked)| *asked) {
         return refuse(field);

@@ -184,8 +184,11 @@ impl Job<'_> {
         };
         let choices = options.choice.as_ref().map(|choice| self.items(&choice.dataset));
         let choices = choices.transpose()?;
+        let further = options.texts.iter().map(|text| self.text(&text.dataset));
+        let further = further.collect::<Result<Vec<_>>>()?;
         let subject = eval::Subject {
             model: subject.model,
+            further: &further,
             states: subject.states,
             base: subject.base,
             text: text.as_ref().map(|text| text.as_str()),
@@ -230,6 +233,7 @@ impl Job<'_> {
                 if options.speed || options.counts || options.kernels {
                     let of_model = v1::Evaluation {
                         dataset: String::new(),
+                        texts: Vec::new(),
                         compare_with_base: false,
                         choice: None,
                         ..options.clone()

@@ -20,6 +20,7 @@ mod testing;
 #[cfg(test)]
 mod tests;
 mod tuning;
+pub mod warnings;
 mod work;
 
 use std::collections::HashMap;

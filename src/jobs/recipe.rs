@@ -6,6 +6,7 @@ use std::time::Instant;
 use prost::Message;
 
 use super::memory::Peak;
+use super::warnings;
 use super::work::Job;
 use crate::calibrate;
 use crate::error::{Error, Result};
@@ -27,6 +28,10 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
         calibrations: calibrate::Shared::default(),
         recovered_seconds: 0.0,
     };
+    // What is wrong with a step is told when it is taken.
+    let planned = job.wait(job.store.version_info(&base)).and_then(|i| recipe::check(&recipe, &i));
+    let planned = planned.map(|plan| plan.warnings).unwrap_or_default();
+    let warnings = job.wait(warnings::of_recipe(job.store, &recipe, planned, &base))?;
     let (start, peak) = (Instant::now(), Peak::start(job.handle));
     // Equal shares for the two evaluations and the steps: how they compare is not known beforehand.
     let parts = recipe.steps.len() as f64 + 2.0;
@@ -49,6 +54,7 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
         steps,
         seconds: start.elapsed().as_secs_f64() + run.recovered_seconds,
         peak_memory_bytes: i64::try_from(peak.bytes()).unwrap_or(i64::MAX),
+        warnings,
     };
     Ok(report.encode_to_vec())
 }

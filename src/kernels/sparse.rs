@@ -24,6 +24,15 @@ pub enum Places<'a> {
 /// The largest group of n:m places: what fits into a word while another is being filled.
 pub const MAX_OF: u32 = 32;
 
+/// Whether this processor moves the values of bitmaps to their places by instructions. Others decode rows, which
+/// takes longer than reading dense ones.
+pub fn moves_bitmaps() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return expand::available();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// Bits of a place among `of`.
 pub fn place_bits(of: u32) -> u32 {
     u32::BITS - (of - 1).leading_zeros()

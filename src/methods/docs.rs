@@ -8,7 +8,8 @@ use prost::Message as _;
 use prost_types::field_descriptor_proto::{Label, Type};
 use prost_types::{DescriptorProto, EnumDescriptorProto, FileDescriptorSet};
 
-use super::{Card, registry};
+use super::Card;
+use super::catalogue::{self, Cost, Entry, Family};
 use crate::proto::DESCRIPTORS;
 
 /// An option of a method; messages inside messages are flattened to `outer.inner`.
@@ -72,22 +73,59 @@ pub fn options(method: &str) -> Vec<OptionDoc> {
 }
 
 /// The page of a method, in Markdown.
-pub fn page(card: &Card) -> String {
+pub fn page(card: &Card, entry: &Entry) -> String {
     let needs = if card.needs_calibration { "calibration text" } else { "nothing but the model" };
-    let followed = match card.followed_by {
-        [] => "nothing: it comes last".to_owned(),
-        names => names.iter().map(|n| format!("[{n}]({n}.md)")).collect::<Vec<_>>().join(", "),
+    let none = |text: String| if text.is_empty() { "none".to_owned() } else { text };
+    let links = |names: &[&str]| {
+        none(names.iter().map(|n| format!("[{n}]({n}.md)")).collect::<Vec<_>>().join(", "))
     };
+    let (after, before) = catalogue::neighbours(card, entry);
+    let words = |words: Vec<&str>| words.join(", ");
+    let data = match entry.data.tokens() {
+        0 => entry.data.word().to_owned(),
+        tokens => format!("{}, {tokens} tokens by default", entry.data.word()),
+    };
+    let kernel = match entry.kernel {
+        "" => "none".to_owned(),
+        name => format!("`{name}`"),
+    };
+    let Cost { parameter, parameter_token, parameter_bytes, token_bytes, basis } = entry.cost;
     let mut page = format!(
-        "# {}\n\n`{}` ({})\n\n{}\n\n- Paper: {}\n- Needs: {needs}\n- Families: {}\n- May be followed \
-         by: {followed}\n\n| option | type | meaning |\n|---|---|---|\n",
+        "# {}\n\n`{}` ({})\n\n{}\n\n- Paper: {}\n- Needs: {needs}\n- Families: {}\n- Usually followed \
+         by: {}\n\n",
         card.title,
         card.name,
         card.verb,
         card.summary,
         card.paper,
         card.families.join(", "),
+        links(card.followed_by),
     );
+    let rows = [
+        ("family", format!("{}: {}", entry.family.word(), entry.sub)),
+        ("data", data),
+        ("tuning", entry.tuning.word().to_owned()),
+        ("changes", words(entry.changes.iter().map(|c| c.word()).collect())),
+        ("makes less", words(entry.gains())),
+        ("kernel", kernel),
+        ("may come after", links(&after)),
+        ("may come before", links(&before)),
+        ("scale", entry.scale.word().to_owned()),
+        ("built from", format!("`{}`", entry.seed_paper)),
+        ("seconds", format!("p ({parameter:e} + {parameter_token:e} t), {}", basis.word())),
+        ("peak bytes", format!("{parameter_bytes} p + {token_bytes} t, {}", basis.word())),
+    ];
+    page += "| fact | |\n|---|---|\n";
+    for (name, value) in rows {
+        page += &format!("| {name} | {value} |\n");
+    }
+    if !entry.conflicts.is_empty() {
+        page += "\nNot after, where both change the same weights:\n\n";
+    }
+    for conflict in entry.conflicts {
+        page += &format!("- {}: {}\n", conflict.after, conflict.why);
+    }
+    page += "\n| option | type | meaning |\n|---|---|---|\n";
     for option in options(card.name) {
         page += &format!("| `{}` | {} | {} |\n", option.name, option.kind, option.description);
     }
@@ -96,16 +134,37 @@ pub fn page(card: &Card) -> String {
 
 /// The pages of `docs/methods`, file name and content.
 pub fn pages() -> Vec<(String, String)> {
-    let mut cards = registry::cards();
-    cards.extend(super::adapt::registry::cards());
-    let mut index = String::from("# Methods\n\n| method | group | what it does |\n|---|---|---|\n");
-    for card in &cards {
-        index += &format!("| [{0}]({0}.md) | {1} | {2} |\n", card.name, card.verb, card.summary);
+    let all = catalogue::all();
+    let mut index = String::from(INDEX);
+    for family in Family::WORDS {
+        let title = family.replace('_', " ");
+        index += &format!(
+            "\n## {}{}\n\n| method | group | data | tuning | less | what it does |\n|---|---|---|---|---|---|\n",
+            title[..1].to_uppercase(),
+            &title[1..]
+        );
+        for (card, entry) in all.iter().filter(|(_, entry)| entry.family.word() == *family) {
+            index += &format!(
+                "| [{0}]({0}.md) | {1} | {2} | {3} | {4} | {5} |\n",
+                card.name,
+                card.verb,
+                entry.data.word(),
+                entry.tuning.word(),
+                entry.gains().join(", "),
+                card.summary
+            );
+        }
     }
     let mut pages = vec![("README.md".to_owned(), index)];
-    pages.extend(cards.iter().map(|card| (format!("{}.md", card.name), page(card))));
+    pages.extend(all.iter().map(|(card, entry)| (format!("{}.md", card.name), page(card, entry))));
     pages
 }
+
+/// The beginning of the index.
+const INDEX: &str = "# Methods\n\nWritten by the program from its catalogue; `planish methods list` prints the same, and filters \
+    it. *Data* is what a method takes beside the model, *tuning* how much of it is trained, *less* what becomes less. Costs \
+    on the pages are rough: `p` is the number of parameters, `t` that of the data's tokens, on two cores; `--validate-only` \
+    says what a recipe costs for a model.\n";
 
 fn api() -> &'static Api {
     static API: OnceLock<Api> = OnceLock::new();

@@ -1,6 +1,7 @@
 //! Methods: the published systems that change a model.
 
 pub mod adapt;
+pub mod catalogue;
 pub mod compress;
 pub mod docs;
 pub mod registry;

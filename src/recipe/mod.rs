@@ -6,6 +6,7 @@ pub mod claim;
 pub mod compare;
 pub mod curve;
 pub mod file;
+pub mod rules;
 pub mod run;
 
 use std::collections::BTreeSet;
@@ -23,9 +24,12 @@ const MAX_STEPS: usize = 64;
 pub struct Plan {
     pub steps: Vec<Estimate>,
     pub total: Estimate,
+    /// What is worth knowing and no reason to refuse; fields as in errors.
+    pub warnings: Vec<v1::RecipeWarning>,
 }
 
-/// Checks a recipe against a model: at least one and at most 64 steps, every option, every order.
+/// Checks a recipe against a model: at least one and at most 64 steps, every option, every order
+/// (by the [rules]).
 /// Errors point at `steps[i].<method>.<option>`.
 pub fn check(recipe: &v1::Recipe, model: &AnyInfo) -> Result<Plan> {
     let plan = check_steps(&recipe.steps, model)?;
@@ -46,12 +50,14 @@ pub fn check_steps(given: &[v1::Step], model: &AnyInfo) -> Result<Plan> {
     }
     let mut info = model.clone();
     let mut steps = Vec::with_capacity(given.len());
+    let mut rules = rules::Rules::default();
     for (i, step) in given.iter().enumerate() {
         let place = format!("steps[{i}]");
         let method = registry::method(step).map_err(|e| e.within(&place))?;
         let (estimate, after) = method
             .check_any(&info)
             .map_err(|e| e.within(&format!("{place}.{}", method.card().name)))?;
+        rules.step(&place, step, &info, &after)?;
         steps.push(estimate);
         info = after;
     }
@@ -61,7 +67,7 @@ pub fn check_steps(given: &[v1::Step], model: &AnyInfo) -> Result<Plan> {
         seconds: steps.iter().map(|s| s.seconds).sum(),
         calibration_tokens: steps.iter().map(|s| s.calibration_tokens).sum(),
     };
-    Ok(Plan { steps, total })
+    Ok(Plan { steps, total, warnings: rules.warnings })
 }
 
 /// The same recipe with every default written out.
@@ -82,8 +88,9 @@ pub fn evaluation_datasets(evaluation: &v1::Evaluation) -> Vec<String> {
     let images = evaluation.images.iter().map(|images| images.dataset.clone());
     let tasks = evaluation.task.iter().map(|task| task.dataset.clone());
     let norms = evaluation.norm_bounds.iter().map(|norms| norms.dataset.clone());
+    let texts = evaluation.texts.iter().map(|text| text.dataset.clone());
     let text = [evaluation.dataset.clone()];
-    choices.chain(images).chain(tasks).chain(norms).chain(text).collect()
+    choices.chain(images).chain(tasks).chain(norms).chain(text).chain(texts).collect()
 }
 
 fn unique(names: impl Iterator<Item = String>) -> Vec<String> {

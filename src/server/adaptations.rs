@@ -3,9 +3,21 @@
 use super::{State, blocking, check};
 use crate::error::{Error, Reason, Result};
 use crate::proto::v1;
-use crate::recipe::adapt::Plan;
+use crate::recipe::{adapt::Plan, rules};
 use crate::store::datasets::DatasetKind;
 use crate::store::names;
+
+/// Said of adapters of a base that was rounded.
+const BESIDE: &str = "the base is quantised: let the adapter serve beside it, since merging would round the sum again";
+
+/// Whether an adaptation makes factors that serve beside a base.
+fn low_rank(adaptation: &v1::Adaptation) -> bool {
+    use v1::adaptation::Method;
+    !matches!(
+        adaptation.method,
+        None | Some(Method::Full(_) | Method::HeadOnly(_) | Method::Bitfit(_))
+    )
+}
 
 /// The name of the version that a request means, and what would be done.
 ///
@@ -28,6 +40,7 @@ pub async fn check(state: &State, request: &v1::AdaptRequest) -> Result<(String,
         Err(_) => {}
     }
     let (adaptation, training) = (request.adaptation.clone(), request.training.clone());
+    let quantised = rules::quantised(&state.store.version_info(&row).await?);
     let plan = blocking(move || {
         Plan::new(adaptation.as_ref(), training.as_ref(), (row.family.as_str(), &row.config))
             .map(|plan| (plan, row.weight_bytes.unsigned_abs()))
@@ -51,5 +64,9 @@ pub async fn check(state: &State, request: &v1::AdaptRequest) -> Result<(String,
         let id = names::dataset(name).map_err(at)?;
         state.store.of_kind(id, DatasetKind::Text).await.map_err(at)?;
     }
-    Ok((base, plan.message(weights)))
+    let mut message = plan.message(weights);
+    if quantised && message.adaptation.as_ref().is_some_and(low_rank) {
+        message.warnings.push(BESIDE.to_owned());
+    }
+    Ok((base, message))
 }

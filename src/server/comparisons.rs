@@ -135,14 +135,26 @@ fn at(field: &str, error: Error) -> Error {
 }
 
 /// What a checked comparison would do and cost.
-pub fn plan(comparison: v1::Comparison, estimates: &[Estimate]) -> v1::ComparisonPlan {
+pub async fn plan(
+    state: &State,
+    comparison: v1::Comparison,
+    estimates: &[Estimate],
+) -> Result<v1::ComparisonPlan> {
+    let row = state.store.version(&comparison.model).await?;
+    let base = base(state, &row).await?;
+    let (comparison, warnings) = blocking(move || {
+        let warnings = compare::warnings(&comparison, &base);
+        Ok((comparison, warnings))
+    })
+    .await?;
     let plan = Plan::new(&comparison);
     let count = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
     // An arm's steps cost the same with each seed; those it shares are counted with the first.
     let all: f64 = plan.runs.iter().map(|run| estimates[run.arm].seconds).sum();
     let steps: usize =
         plan.runs.iter().map(|run| comparison.arms[run.arm].steps.len()).sum::<usize>().max(1);
-    v1::ComparisonPlan {
+    Ok(v1::ComparisonPlan {
+        warnings,
         runs: count(plan.runs.len()),
         steps: count(plan.nodes.len()),
         steps_shared: count(plan.shared),
@@ -153,7 +165,7 @@ pub fn plan(comparison: v1::Comparison, estimates: &[Estimate]) -> v1::Compariso
             .max()
             .unwrap_or_default(),
         comparison: Some(comparison),
-    }
+    })
 }
 
 /// The report of an operation as far as it has come.

@@ -56,8 +56,11 @@ impl JobService for Jobs {
         .await?;
         self.check_datasets(&given).await?;
         if request.validate_only {
+            let warnings =
+                jobs::warnings::of_recipe(&self.0.store, &given, plan.warnings, &row).await?;
             let plan = v1::RecipePlan {
                 recipe: Some(given),
+                warnings,
                 steps: plan.steps.iter().map(estimate).collect(),
                 total: Some(estimate(&plan.total)),
             };
@@ -155,7 +158,7 @@ impl JobService for Jobs {
             comparisons::check(&self.0, given).await.map_err(|e| e.within("comparison"))?;
         let target = comparison.model.clone();
         if request.validate_only {
-            let plan = comparisons::plan(comparison, &estimates);
+            let plan = comparisons::plan(&self.0, comparison, &estimates).await?;
             return Ok(Response::new(convert::validated("compare", target, &plan)));
         }
         request.comparison = Some(comparison);

@@ -303,7 +303,12 @@ async fn methods_are_listed_and_read() {
     let mut names = Vec::new();
     let mut page_token = String::new();
     loop {
-        let request = v1::ListMethodsRequest { page_size: 2, page_token, verb: "compress".into() };
+        let request = v1::ListMethodsRequest {
+            page_size: 2,
+            page_token,
+            verb: "compress".into(),
+            ..Default::default()
+        };
         let page = client.list_methods(request).await.unwrap().into_inner();
         assert!(page.methods.len() <= 2);
         names.extend(page.methods.into_iter().map(|m| m.name));
@@ -323,6 +328,21 @@ async fn methods_are_listed_and_read() {
             .into_inner();
         assert_eq!((method.name, method.verb.as_str()), (name, "compress"));
         assert!(!method.description.is_empty() && !method.families.is_empty());
+    }
+    let free = v1::ListMethodsRequest {
+        family: "quantisation".into(),
+        data_need: "none".into(),
+        ..Default::default()
+    };
+    let page = client.list_methods(free).await.unwrap().into_inner();
+    let found: Vec<_> = page.methods.iter().map(|m| m.name.as_str()).collect();
+    assert_eq!(found, ["methods/normal_float", "methods/round_to_nearest"]);
+    for (field, request) in [
+        ("family", v1::ListMethodsRequest { family: "magic".into(), ..Default::default() }),
+        ("speeds_up", v1::ListMethodsRequest { speeds_up: "sleep".into(), ..Default::default() }),
+    ] {
+        let refused = client.list_methods(request).await;
+        assert_error(refused, Code::InvalidArgument, "INVALID_FIELD", field);
     }
     let bad = client.get_method(v1::GetMethodRequest { name: "methods/magic".into() }).await;
     assert_error(bad, Code::NotFound, "RESOURCE_NOT_FOUND", "");

@@ -158,6 +158,7 @@ fn shorten(comparison: &mut v1::Comparison, short: &v1::ShortForm) -> Result<()>
     for evaluation in evaluations {
         if let Some(tokens) = short.max_tokens {
             evaluation.max_tokens = Some(tokens);
+            evaluation.texts.iter_mut().for_each(|text| text.max_tokens = None);
         }
         if let Some(speed) = short.speed {
             evaluation.speed = speed;

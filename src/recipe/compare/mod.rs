@@ -182,6 +182,21 @@ pub fn check(comparison: &v1::Comparison, base: &Base) -> Result<Vec<Estimate>> 
     Ok(estimates)
 }
 
+/// What is worth knowing of the steps of a checked comparison, by arm (`arms[2].steps[0].wanda`).
+pub fn warnings(comparison: &v1::Comparison, base: &Base) -> Vec<v1::RecipeWarning> {
+    let Ok(info) = base.info() else { return Vec::new() };
+    let arms = comparison.arms.iter().enumerate().filter(|(_, arm)| !arm.steps.is_empty());
+    let of_arm = |(i, arm): (usize, &v1::Arm)| {
+        let plan = check_steps(&arm.steps, info);
+        let found = plan.map(|plan| plan.warnings).unwrap_or_default();
+        found.into_iter().map(move |warning| v1::RecipeWarning {
+            field: format!("arms[{i}].{}", warning.field),
+            ..warning
+        })
+    };
+    arms.flat_map(of_arm).collect()
+}
+
 /// Checks what an arm trains; gives the bytes of memory that it takes.
 fn check_tuning(tuning: &v1::Tuning, base: &Base) -> Result<u64> {
     let training = tuning.training.as_ref();
