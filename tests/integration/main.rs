@@ -12,6 +12,7 @@ mod contract;
 mod correction;
 mod datasets;
 mod embedding;
+mod families;
 mod harness;
 mod inference;
 mod journey;
