@@ -9,8 +9,8 @@
 //! Decided here: grids always span 0, so zero points fit into 4 bits (the published program's may not); rows
 //! of the whole calibration text are searched on, its last sequence alone as a choice; the scale that the
 //! largest weight asks for is among those tried. Of an encoder no input is smoothed: none comes from what takes
-//! scales, but values, which are means over tokens and have no outliers of their own. Keys and values in 8 bits are the server's setting
-//! (`limits.kv_format`), not a part of the weights.
+//! scales, but those made of values, which are means over tokens and have no outliers of their own. Keys and
+//! values in 8 bits are the server's setting (`limits.kv_format`), not a part of the weights.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
