@@ -6,7 +6,7 @@ use super::Context;
 use super::error::{CliError, Result};
 use super::names::{ModelName, resource};
 use super::run::JobArgs;
-use super::{output, report, watch};
+use super::{output, watch};
 use crate::proto::v1::{AdaptReport, AdaptRequest};
 use crate::recipe;
 
@@ -49,19 +49,12 @@ impl Args {
         }
         let client = context.connect().await?;
         let operation = client.jobs().adapt(request).await?.into_inner();
-        let detach = self.job.detach || self.job.validate_only;
-        let operation = watch::settle(context, &client, operation, detach).await?;
-        if context.output.is_json() {
-            return output::json(&output::operation_json(&operation)?);
-        }
-        if self.job.validate_only {
-            watch::check(&operation)?;
-        } else if self.job.detach {
-            return watch::detached(&operation);
-        }
-        if !detach && let Some(training) = watch::response::<AdaptReport>(&operation)?.training {
+        let at_once = self.job.at_once();
+        let operation = watch::settle(context, &client, operation, at_once).await?;
+        let shown = !at_once && !context.output.is_json();
+        if shown && let Some(training) = watch::response::<AdaptReport>(&operation)?.training {
             output::line(format!("{}\n", recipe::curve::text(&training).trim_end()))?;
         }
-        report::operation(&operation)
+        self.job.print(context, &operation)
     }
 }

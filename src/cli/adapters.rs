@@ -12,7 +12,6 @@ use super::output::{self, facts, size, table};
 use super::report;
 use super::run::JobArgs;
 use super::transfer::{self, Destination, bytes_bar};
-use super::watch;
 use crate::methods::adapt::stored::FILES;
 use crate::proto::v1::import_adapter_request::Source;
 use crate::proto::v1::{
@@ -94,21 +93,11 @@ impl MergeArgs {
             weight: self.weight,
             allow_requantise: self.allow_requantise,
             validate_only: self.job.validate_only,
-            request_id: self.job.request_id.unwrap_or_default(),
+            request_id: self.job.request_id.clone().unwrap_or_default(),
         };
         let client = context.connect().await?;
         let operation = client.adapters().merge_adapter(request).await?.into_inner();
-        let detach = self.job.detach || self.job.validate_only;
-        let operation = watch::settle(context, &client, operation, detach).await?;
-        if context.output.is_json() {
-            return output::json(&output::operation_json(&operation)?);
-        }
-        if self.job.validate_only {
-            watch::check(&operation)?;
-        } else if self.job.detach {
-            return watch::detached(&operation);
-        }
-        report::operation(&operation)
+        self.job.finish(context, &client, operation).await
     }
 }
 

@@ -10,7 +10,7 @@ use super::error::{CliError, Result};
 use super::names::{ModelName, resource, short};
 use super::own::{Own, cache_folder};
 use super::run::JobArgs;
-use super::{Context, output, quickstart, report, transfer, watch};
+use super::{Context, output, quickstart, transfer, watch};
 use crate::proto::v1::{
     CompareRequest, Comparison, ComparisonReport, ComparisonView, DatasetHeader, GetDatasetRequest,
     RenderComparisonRequest, render_comparison_request::Source,
@@ -124,9 +124,9 @@ impl Args {
             request_id: self.job.request_id.clone().unwrap_or_default(),
         };
         let operation = client.jobs().compare(request).await?.into_inner();
-        let detach = self.job.detach || self.job.validate_only;
-        let operation = watch::settle(context, &client, operation, detach).await?;
-        if !detach {
+        let at_once = self.job.at_once();
+        let operation = watch::settle(context, &client, operation, at_once).await?;
+        if !at_once {
             let report: ComparisonReport = watch::response(&operation)?;
             if let Some(folder) = &self.to {
                 write(&client, &report, folder).await?;
@@ -140,15 +140,7 @@ impl Args {
                 return output::text(&String::from_utf8_lossy(&content));
             }
         }
-        if context.output.is_json() {
-            return output::json(&output::operation_json(&operation)?);
-        }
-        if self.job.validate_only {
-            watch::check(&operation)?;
-        } else if self.job.detach {
-            return watch::detached(&operation);
-        }
-        report::operation(&operation)
+        self.job.print(context, &operation)
     }
 }
 

@@ -10,6 +10,7 @@ use super::client::Client;
 use super::error::{CliError, Result};
 use super::names::{ModelName, id_from, resource, short_model};
 use super::output::{self, facts, size, table};
+use super::run::JobArgs;
 use super::transfer::{self, Destination, bytes_bar};
 use super::{report, watch};
 use crate::proto::google::longrunning::Operation;
@@ -222,16 +223,9 @@ impl ImportArgs {
             request_id: self.request_id.unwrap_or_default(),
         };
         let operation = client.models().import_model(request).await?.into_inner();
-        let validated = self.validate_only;
-        let operation = watch::settle(context, client, operation, self.detach || validated).await?;
-        if context.output.is_json() {
-            return output::json(&output::operation_json(&operation)?);
-        }
-        if validated {
-            watch::check(&operation)?;
-            return output::line("the request is fine; nothing was imported");
-        }
-        if self.detach { watch::detached(&operation) } else { report::operation(&operation) }
+        let job =
+            JobArgs { validate_only: self.validate_only, detach: self.detach, request_id: None };
+        finish(context, client, operation, &job, "imported").await
     }
 }
 
@@ -281,17 +275,26 @@ impl CreateArgs {
             request_id: self.request_id.unwrap_or_default(),
         };
         let operation = client.models().create_model(request).await?.into_inner();
-        let validated = self.validate_only;
-        let operation = watch::settle(context, client, operation, self.detach || validated).await?;
-        if context.output.is_json() {
-            return output::json(&output::operation_json(&operation)?);
-        }
-        if validated {
-            watch::check(&operation)?;
-            return output::line("the request is fine; nothing was made");
-        }
-        if self.detach { watch::detached(&operation) } else { report::operation(&operation) }
+        let job =
+            JobArgs { validate_only: self.validate_only, detach: self.detach, request_id: None };
+        finish(context, client, operation, &job, "made").await
     }
+}
+
+/// Waits for a model and says what came of it; of a request that was only checked, that nothing was `made`.
+async fn finish(
+    context: &Context,
+    client: &Client,
+    operation: Operation,
+    job: &JobArgs,
+    made: &str,
+) -> Result<()> {
+    let operation = watch::settle(context, client, operation, job.at_once()).await?;
+    if job.validate_only && !context.output.is_json() {
+        watch::check(&operation)?;
+        return output::line(format!("the request is fine; nothing was {made}"));
+    }
+    job.print(context, &operation)
 }
 
 /// Makes a model from the JSON of its configuration, with seed 0, and waits; for claims.

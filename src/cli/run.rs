@@ -187,22 +187,32 @@ impl EvaluateArgs {
 }
 
 impl JobArgs {
-    async fn finish(
+    /// Whether the answer comes before the work is done.
+    pub(super) fn at_once(&self) -> bool {
+        self.detach || self.validate_only
+    }
+
+    /// Waits for the operation, unless it was only checked or goes on alone, and prints what came of it.
+    pub(super) async fn finish(
         self,
         context: &Context,
         client: &super::client::Client,
         operation: Operation,
     ) -> Result<()> {
-        let detach = self.detach || self.validate_only;
-        let operation = watch::settle(context, client, operation, detach).await?;
+        let operation = watch::settle(context, client, operation, self.at_once()).await?;
+        self.print(context, &operation)
+    }
+
+    /// Prints what came of an operation that was waited for as far as these ask for.
+    pub(super) fn print(&self, context: &Context, operation: &Operation) -> Result<()> {
         if context.output.is_json() {
-            return output::json(&output::operation_json(&operation)?);
+            return output::json(&output::operation_json(operation)?);
         }
         if self.validate_only {
-            watch::check(&operation)?;
+            watch::check(operation)?;
         } else if self.detach {
-            return watch::detached(&operation);
+            return watch::detached(operation);
         }
-        report::operation(&operation)
+        report::operation(operation)
     }
 }

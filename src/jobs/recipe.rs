@@ -246,4 +246,6 @@ pub(super) fn signed(value: u64) -> i64 {
 }
 
 #[cfg(test)]
+mod cancelled;
+#[cfg(test)]
 mod tests;

@@ -18,23 +18,27 @@ use planish::recipe::run::{Environment, run_step};
 use serde_json::{Value, json};
 
 /// Decoders, and an encoder.
-const ARCHITECTURES: [&str; 4] = ["llama", "qwen3", "gemma3_text", "bert"];
+pub const ARCHITECTURES: [&str; 4] = ["llama", "qwen3", "gemma3_text", "bert"];
 /// Divides the inputs of every linear of the tiny models (32, 64 and 96).
 const GROUP: u32 = 16;
 
-fn model(architecture: &str) -> Model {
-    if architecture == "bert" {
-        let encoder = encoder::random::model(encoder::random::tiny(), 11).expect("a random model");
-        return AnyModel::from(encoder).walked().expect("a model with blocks");
-    }
-    let mut config = random::tiny(architecture);
+pub fn model(architecture: &str) -> Model {
     // Whole blocks of 32 in the inputs of every linear, which dual grained rows ask for.
-    config["intermediate_size"] = json!(96);
-    random::model(config, 11).expect("a random model")
+    let wide = |mut config: Value| {
+        config["intermediate_size"] = json!(96);
+        config
+    };
+    if architecture == "bert" {
+        let encoder = encoder::random::model(wide(encoder::random::tiny()), 11);
+        return AnyModel::from(encoder.expect("a random model"))
+            .walked()
+            .expect("a model with blocks");
+    }
+    random::model(wide(random::tiny(architecture)), 11).expect("a random model")
 }
 
 /// A method with options that suit tiny models, changed by `patch`.
-fn step(method: &str, patch: &Value) -> v1::Step {
+pub fn step(method: &str, patch: &Value) -> v1::Step {
     let mut options = json!({});
     let mut names: Vec<_> = docs::options(method).into_iter().map(|o| o.name).collect();
     names.sort();
@@ -94,7 +98,7 @@ fn run_with(
         .walked()
 }
 
-fn run(steps: &[v1::Step], mut model: Model) -> Result<Outcome> {
+pub fn run(steps: &[v1::Step], mut model: Model) -> Result<Outcome> {
     let scratch = tempfile::tempdir().expect("a folder");
     let recipe = recipe(steps.to_vec());
     let mut last = None;
@@ -107,7 +111,7 @@ fn run(steps: &[v1::Step], mut model: Model) -> Result<Outcome> {
 }
 
 /// The bytes of every file of a stored model.
-fn package_bytes(model: &Model, folder: &Path) -> BTreeMap<String, Vec<u8>> {
+pub fn package_bytes(model: &Model, folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let names = package::write(model, &json!({}), folder).expect("written");
     names.into_iter().map(|n| (n.clone(), std::fs::read(folder.join(n)).expect("read"))).collect()
 }
@@ -118,7 +122,7 @@ fn linears(model: &Model) -> Vec<String> {
 }
 
 /// The methods that need no data set to learn from.
-fn compressing() -> impl Iterator<Item = &'static Card> {
+pub fn compressing() -> impl Iterator<Item = &'static Card> {
     registry::cards().into_iter().filter(|card| card.verb != "train")
 }
 
@@ -134,16 +138,16 @@ fn each(mut check: impl FnMut(&'static Card, &'static str)) {
     }
 }
 
-fn prunes(card: &Card) -> bool {
+pub fn prunes(card: &Card) -> bool {
     docs::options(card.name).iter().any(|o| o.name == "sparsity.share")
 }
 
-fn quantises(card: &Card) -> bool {
+pub fn quantises(card: &Card) -> bool {
     docs::options(card.name).iter().any(|o| o.name == "grid.bits")
 }
 
 /// Whether the method removes channels of feed-forward networks.
-fn slims(card: &Card) -> bool {
+pub fn slims(card: &Card) -> bool {
     docs::options(card.name).iter().any(|o| o.name == "round_to")
 }
 

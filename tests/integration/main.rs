@@ -13,6 +13,7 @@ mod correction;
 mod datasets;
 mod embedding;
 mod exports;
+mod families;
 mod harness;
 mod inference;
 mod journey;

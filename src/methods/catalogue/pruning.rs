@@ -116,6 +116,14 @@ pub(super) const ALL: &[Entry] = &[
         cost: Cost { parameter_token: 0.0, token_bytes: 0.0, ..NARROW.cost },
         ..NARROW
     },
+    Entry {
+        name: "group_sparse",
+        sub: "inputs of groups of outputs",
+        kernel: "row_groups",
+        seed_paper: "sparsebytenn",
+        cost: Cost { basis: Basis::Reasoned, ..SPARSE.cost },
+        ..SPARSE
+    },
     Entry { name: "wanda_sp", ..NARROW },
     Entry { name: "flap", changes: &[Change::Shapes, Change::Values], ..NARROW },
     Entry {

@@ -8,7 +8,8 @@
 //! weights are clipped. Scales are divided by the root of the product of the largest and the smallest, as in
 //! the published program. Channels of heads that share their values share their scales (the program leaves
 //! such projections alone). Where the linear before is out of scope, or one that shares the input, the input
-//! is not scaled.
+//! is not scaled. Of an encoder only the inputs that are made of values are ([`folding`] says why): the rest is
+//! rounding to the nearest.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -20,12 +21,12 @@ use super::folding::{self, Working};
 use super::grid::Grid;
 use super::mask::Mask;
 use super::report::Report;
-use super::{check_finite, cost, quantise_each, round_to_nearest, seeded};
-use crate::calibrate;
+use super::{check_finite, cost, quantise_each, round_to_nearest, seeded, texts};
 use crate::calibrate::gram::Gram;
+use crate::calibrate::{self, walk};
 use crate::error::{Error, Result};
 use crate::methods::{Card, Estimate, Method, Outcome, StepContext};
-use crate::models::{Model, ModelInfo, TensorInfo};
+use crate::models::{Family, Model, ModelInfo, TensorInfo};
 use crate::nn::dtype::Dtype;
 use crate::nn::weight::{Dense, GroupedSpec, Record, Weight};
 use crate::proto::v1;
@@ -38,7 +39,7 @@ static CARD: Card = Card {
               into what stands before.",
     paper: "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration, arXiv 2306.00978",
     needs_calibration: true,
-    families: &["decoder"],
+    families: &["decoder", "encoder"],
     followed_by: &[],
 };
 
@@ -151,22 +152,23 @@ impl Method for v1::Awq {
         let calibration = calibrate::Options::read(self.calibration.as_ref())?;
         let steps = steps(self.search_steps)?;
         let names = grid.names(&model.family)?;
-        let sources = calibrate::Sources {
-            model: &model,
-            texts: cx.texts,
-            stream: &cx.random.child("calibration"),
-            progress: cx.progress,
-        };
-        let windows = cx.calibrations.windows(&calibration, cx.digest, &sources)?;
         let mut report = Report::default();
-        windows.warnings.iter().for_each(|w| report.warn(w.clone()));
-        let config = model.decoder()?.clone();
+        let windows = texts::calibration(cx, &model, &calibration, &mut report)?;
+        let family = model.family.clone();
+        if let Family::Encoder(_) = &family {
+            report.warn(
+                "of an encoder only the inputs of the attention's outputs are scaled: nothing before the \
+                 others takes scales"
+                    .to_owned(),
+            );
+        }
         let mut powers = serde_json::Map::new();
         let mut layer = 0;
         let work = &mut |mut block: Block<'_>| {
             let sites = std::mem::take(&mut block.sites);
             let mut working = start(&block, &sites, &names)?;
-            for ((group, seen), before) in sites.iter().zip(folding::before(&config, layer)) {
+            for ((group, seen), before) in sites.iter().zip(folding::before(&family, layer)) {
+                let Some(before) = before else { continue };
                 if !group.iter().all(|name| names.contains(name)) || !working.takes(&before) {
                     continue;
                 }
@@ -197,10 +199,10 @@ impl Method for v1::Awq {
 
 /// Norms and biases that may be divided.
 fn divided(model: &ModelInfo) -> Vec<String> {
-    let crate::models::Family::Decoder(config) = &model.family else { return Vec::new() };
-    let blocks = 0..config.layers.len();
+    let blocks = 0..walk::of(&model.family).blocks();
     blocks
-        .flat_map(|layer| folding::before(config, layer))
+        .flat_map(|layer| folding::before(&model.family, layer))
+        .flatten()
         .map(|before| match before {
             folding::Before::Norm { name, .. } => name,
             folding::Before::Linear { name, .. } => name.replace(".weight", ".bias"),
@@ -251,11 +253,9 @@ fn store(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::methods::compress::folding::testing::logits;
-    use crate::methods::compress::testing::{correlated, weights};
+    use crate::methods::compress::folding::testing::{logits, tiny};
+    use crate::methods::compress::testing::{self, correlated, weights};
     use crate::models::decoder::random;
-    use crate::progress::Progress;
-    use crate::seed::Stream;
 
     const COLS: usize = 64;
     const SPEC: GroupedSpec = GroupedSpec { bits: 3, group: 16, symmetric: false };
@@ -299,17 +299,7 @@ mod tests {
     }
 
     fn apply(options: &v1::Awq, model: &Model) -> Outcome {
-        let scratch = tempfile::tempdir().unwrap();
-        let no_texts = |name: &str| Err(Error::not_found(name, "there are no data sets here"));
-        let mut cx = StepContext {
-            random: Stream::root(5).child("step 0"),
-            progress: &Progress::silent(),
-            texts: &no_texts,
-            calibrations: &calibrate::Shared::default(),
-            digest: "a tiny model",
-            scratch: scratch.path().to_owned(),
-        };
-        options.apply(&mut cx, model.clone()).unwrap()
+        testing::apply(options, model).unwrap()
     }
 
     fn options(bits: u32, scope: &[&str]) -> v1::Awq {
@@ -332,15 +322,17 @@ mod tests {
 
     #[test]
     fn a_fine_grid_leaves_the_model_as_it_was() {
-        for architecture in ["llama", "qwen2", "gemma3_text"] {
-            let model = random::model(random::tiny(architecture), 5).unwrap();
+        for architecture in ["llama", "qwen2", "gemma3_text", "bert"] {
+            let model = tiny(architecture);
             let want = logits(&model);
             let made = apply(&options(8, &[]), &model);
             for (got, want) in logits(&made.model).iter().zip(&want) {
                 assert!((got - want).abs() < 0.1, "{architecture}: {got} is not {want}");
             }
             let inputs = made.record["inputs"].as_object().unwrap();
-            assert_eq!(inputs.len(), 4 * model.decoder().unwrap().layers.len());
+            let each = if architecture == "bert" { 1 } else { 4 };
+            assert_eq!(inputs.len(), each * walk::of(&model.family).blocks());
+            assert_eq!(made.warnings.iter().any(|w| w.contains("encoder")), each == 1);
             let shares = inputs.values().map(|v| v["squared_error_share"].as_f64().unwrap());
             assert!(shares.into_iter().all(|share| share <= 1.0));
         }

@@ -8,8 +8,9 @@
 //!
 //! Decided here: grids always span 0, so zero points fit into 4 bits (the published program's may not); rows
 //! of the whole calibration text are searched on, its last sequence alone as a choice; the scale that the
-//! largest weight asks for is among those tried. Keys and values in 8 bits are the server's setting
-//! (`limits.kv_format`), not a part of the weights.
+//! largest weight asks for is among those tried. Of an encoder no input is smoothed: none comes from what takes
+//! scales, but those made of values, which are means over tokens and have no outliers of their own. Keys and
+//! values in 8 bits are the server's setting (`limits.kv_format`), not a part of the weights.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use super::blockwise::{Block, Rows, Seen, walk_blocks};
 use super::dgq_search::{self, Dual, Problem};
 use super::folding::{self, Working};
 use super::report::Report;
-use super::{check_finite, cost, round_to_nearest, seeded, store};
+use super::{check_finite, cost, round_to_nearest, seeded, store, texts};
 use crate::calibrate;
 use crate::error::{Error, Result};
 use crate::methods::{Card, Estimate, Method, Outcome, StepContext, scope};
@@ -38,7 +39,7 @@ static CARD: Card = Card {
               products in integers.",
     paper: "Dual Grained Quantization: Efficient Fine-Grained Quantization for LLM, arXiv 2310.04836",
     needs_calibration: true,
-    families: &["decoder"],
+    families: &["decoder", "encoder"],
     followed_by: &[],
 };
 
@@ -203,16 +204,9 @@ impl Method for v1::Dgq {
         let read = read(self)?;
         let names: BTreeSet<String> =
             scope::names(&model.family, &read.scope)?.into_iter().collect();
-        let sources = calibrate::Sources {
-            model: &model,
-            texts: cx.texts,
-            stream: &cx.random.child("calibration"),
-            progress: cx.progress,
-        };
-        let windows = cx.calibrations.windows(&read.calibration, cx.digest, &sources)?;
         let mut report = Report::default();
-        windows.warnings.iter().for_each(|w| report.warn(w.clone()));
-        let config = model.decoder()?.clone();
+        let windows = texts::calibration(cx, &model, &read.calibration, &mut report)?;
+        let family = model.family.clone();
         let (mut layers, mut ratios) = (serde_json::Map::new(), serde_json::Map::new());
         let mut layer = 0;
         let work = &mut |mut block: Block<'_>| {
@@ -223,11 +217,17 @@ impl Method for v1::Dgq {
             for (name, values) in &working.values {
                 check_finite(name, values)?;
             }
-            for ((group, seen), before) in sites.iter().zip(folding::before(&config, layer)) {
+            for (at, ((group, seen), before)) in
+                sites.iter().zip(folding::before(&family, layer)).enumerate()
+            {
                 let whole = group.iter().all(|name| names.contains(name));
                 // Values are means over tokens: they have no outliers of their own.
-                let values = matches!(&before, folding::Before::Linear { name, .. } if name.contains("v_proj"));
-                let (Some(top), true, false) = (read.smooth_top, whole, values) else { continue };
+                let values = at == folding::VALUES;
+                let (Some(top), Some(before), true, false) =
+                    (read.smooth_top, before, whole, values)
+                else {
+                    continue;
+                };
                 if !working.takes(&before) {
                     continue;
                 }
@@ -334,17 +334,8 @@ fn quantised(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::methods::compress::folding::testing::logits;
-    use crate::models::decoder::random;
-    use crate::progress::Progress;
-    use crate::seed::Stream;
-
-    fn model(architecture: &str) -> Model {
-        let mut config = random::tiny(architecture);
-        // Whole blocks of 32.
-        config["intermediate_size"] = json!(96);
-        random::model(config, 5).unwrap()
-    }
+    use crate::methods::compress::folding::testing::{logits, tiny};
+    use crate::methods::compress::testing;
 
     fn options(change: impl Fn(&mut v1::Dgq)) -> v1::Dgq {
         let mut options = v1::Dgq {
@@ -361,17 +352,7 @@ mod tests {
     }
 
     fn apply(options: &v1::Dgq, model: &Model) -> Outcome {
-        let scratch = tempfile::tempdir().unwrap();
-        let no_texts = |name: &str| Err(Error::not_found(name, "there are no data sets here"));
-        let mut cx = StepContext {
-            random: Stream::root(5).child("step 0"),
-            progress: &Progress::silent(),
-            texts: &no_texts,
-            calibrations: &calibrate::Shared::default(),
-            digest: "a tiny model",
-            scratch: scratch.path().to_owned(),
-        };
-        options.apply(&mut cx, model.clone()).unwrap()
+        testing::apply(options, model).unwrap()
     }
 
     fn mean_snr(outcome: &Outcome) -> f64 {
@@ -381,8 +362,8 @@ mod tests {
 
     #[test]
     fn every_form_stores_what_it_said_and_finer_forms_err_less() {
-        for architecture in ["llama", "qwen2", "gemma3_text"] {
-            let model = model(architecture);
+        for architecture in ["llama", "qwen2", "gemma3_text", "bert"] {
+            let model = tiny(architecture);
             let want = logits(&model);
             let mut snr = Vec::new();
             for form in [DgqForm::DualGrained, DgqForm::Grouped, DgqForm::Rows] {
@@ -405,7 +386,7 @@ mod tests {
     #[test]
     fn smoothing_is_undone_by_the_weights() {
         // Scales with the norms alone, and no rounding to speak of: what comes out must be what went in.
-        let model = model("llama");
+        let model = tiny("llama");
         let made = apply(&options(|o| o.smooth_top = Some(0.2)), &model);
         assert!(!made.record["smoothed_by_at_most"].as_object().unwrap().is_empty());
         let norm = "model.layers.0.input_layernorm.weight";
@@ -420,7 +401,7 @@ mod tests {
     #[test]
     fn fixed_activations_are_kept_with_the_weights_and_used_where_integers_run() {
         use crate::models::decoder::plan::{Arithmetic, Cache, Chunk, Decoder};
-        let model = model("llama");
+        let model = tiny("llama");
         let fixed = apply(&options(|o| o.activations = DgqActivations::Static as i32), &model);
         let token = apply(&options(|_| ()), &model);
         let run = |model: &Model, by| -> Vec<f32> {
@@ -442,7 +423,7 @@ mod tests {
 
     #[test]
     fn bad_options_are_refused_by_name() {
-        let info = model("llama").info();
+        let info = tiny("llama").info();
         let refused = |field: &str, change: &dyn Fn(&mut v1::Dgq)| {
             let error = options(change).check(&info).unwrap_err();
             assert_eq!(error.violations()[0].field, field, "{error}");

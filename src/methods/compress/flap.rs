@@ -9,11 +9,9 @@
 //! for two). Biases come into `mlp_bias` of the configuration, gate's and up's being zero; readers other than
 //! this one know that key of llama only.
 
-use serde_json::json;
-
-use super::ffn_walk::{self, Block};
+use super::across::{Given, Rule};
+use super::ffn_walk::Block;
 use super::slimming::{self, Slim};
-use super::{cost, seeded};
 use crate::calibrate;
 use crate::error::Result;
 use crate::methods::{Card, Estimate, Method, Outcome, StepContext};
@@ -49,6 +47,20 @@ fn scores(model: &Model, block: &Block) -> Result<Vec<f64>> {
     Ok(squares.iter().zip(block.channels.variance()).map(|(s, v)| s * v).collect())
 }
 
+fn bias(model: &Model, block: &Block, kept: &[usize]) -> Result<Vec<f32>> {
+    let weight = model.weight(&block.parts.out)?;
+    Ok(lost(&weight.to_f32(), weight.cols(), block.channels.mean(), kept))
+}
+
+const RULE: Rule = Rule { score: scores, bias: Some(bias) };
+
+impl v1::Flap {
+    fn given(&self) -> Given<'_> {
+        let &Self { ratio, round_to, values, ref calibration } = self;
+        Given { ratio, round_to, values, calibration: calibration.as_ref() }
+    }
+}
+
 impl Method for v1::Flap {
     fn card(&self) -> &'static Card {
         &CARD
@@ -64,39 +76,15 @@ impl Method for v1::Flap {
     }
 
     fn seeded(&self) -> bool {
-        seeded(self.calibration.as_ref()) && self.ratio != Some(0.0)
+        self.given().seeded()
     }
 
     fn check(&self, model: &ModelInfo) -> Result<(Estimate, ModelInfo)> {
-        let slim = Slim::read(self.ratio, self.round_to, self.values)?;
-        let calibration = calibrate::Options::read(self.calibration.as_ref())?;
-        calibration.check(model)?;
-        let after = slim.check(model, true, true)?;
-        Ok((cost::calibrated(model, &after, &calibration, false), after))
+        self.given().check(RULE, model)
     }
 
     fn apply(&self, cx: &mut StepContext<'_>, model: Model) -> Result<Outcome> {
-        let slim = Slim::read(self.ratio, self.round_to, self.values)?;
-        let calibration = calibrate::Options::read(self.calibration.as_ref())?;
-        let before = model.info();
-        let seen = ffn_walk::collect(cx, &model, &calibration, &cx.progress.part(0.0, 0.9))?;
-        let (mut kept, mut biases) = (Vec::new(), Vec::new());
-        if slim.nothing() {
-            kept.extend(slimming::full(&model)?.iter().map(|w| (0..*w).collect::<Vec<_>>()));
-        } else {
-            let all: Vec<Vec<f64>> =
-                seen.blocks.iter().map(|b| scores(&model, b)).collect::<Result<_>>()?;
-            kept = slimming::across_blocks(&all, &slim);
-            for (block, kept) in seen.blocks.iter().zip(&kept) {
-                let weight = model.weight(&block.parts.out)?;
-                biases.push(lost(&weight.to_f32(), weight.cols(), block.channels.mean(), kept));
-            }
-        }
-        let added = (!slim.nothing()).then_some(&biases[..]);
-        let progress = cx.progress.part(0.9, 1.0);
-        let model = slimming::slim(model, &kept, added, slim.values, &progress)?;
-        let tokens = calibration.tokens();
-        Ok(slimming::outcome((model, &before), &kept, json!({}), tokens, seen.warnings))
+        self.given().apply(RULE, cx, model)
     }
 }
 

@@ -4,13 +4,17 @@
 //! The input of q, k, v and of gate, up comes from a norm. The input of the output projection is a weighted
 //! mean of values, so channels of heads that share their values must share their scales; that of the down
 //! projection is a product with the outputs of up, whose rows can be divided.
+//!
+//! In an encoder the norms come after the sums: what they give is read by the linears and added to what those
+//! make, so it cannot be divided; and before the last linear stands a function that scales do not pass. Its
+//! values alone take scales.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::blockwise::Block;
 use crate::error::{Error, Result};
-use crate::models::decoder;
+use crate::models::{Family, decoder, encoder};
 use crate::nn::dtype::Dtype;
 use crate::nn::weight::{Dense, Weight};
 
@@ -23,8 +27,24 @@ pub enum Before {
     Linear { name: String, rows: Vec<usize> },
 }
 
-/// What stands before each group of linears of block `layer`, in their order.
-pub fn before(config: &decoder::Config, layer: usize) -> [Before; 4] {
+/// Which of the groups of a block reads what the values of the attention make.
+pub const VALUES: usize = 1;
+
+/// What stands before each group of linears of block `layer`, in their order; `None` where that takes no
+/// scales.
+pub fn before(family: &Family, layer: usize) -> [Option<Before>; 4] {
+    match family {
+        Family::Decoder(config) => of_decoder(config, layer).map(Some),
+        Family::Encoder(config) => of_encoder(config, layer),
+    }
+}
+
+fn of_encoder(config: &encoder::Config, layer: usize) -> [Option<Before>; 4] {
+    let name = format!("encoder.layer.{layer}.attention.self.value.weight");
+    [None, Some(Before::Linear { name, rows: (0..config.hidden).collect() }), None, None]
+}
+
+fn of_decoder(config: &decoder::Config, layer: usize) -> [Before; 4] {
     let name = |n: &str| format!("model.layers.{layer}.{n}.weight");
     let offset = if config.norm_offset { 1.0 } else { 0.0 };
     let middle =
@@ -186,38 +206,68 @@ fn find<'a>(block: &'a Block<'_>, name: &str) -> Result<&'a Arc<Weight>> {
 
 #[cfg(test)]
 pub mod testing {
-    use crate::models::Model;
-    use crate::models::decoder::plan::{Cache, Chunk, Decoder};
+    use serde_json::json;
 
-    /// Logits of a short text.
+    use crate::models::decoder::plan::{Cache, Chunk, Decoder};
+    use crate::models::decoder::random;
+    use crate::models::{AnyModel, Family, Model, encoder};
+
+    /// A tiny random model whose linears read whole blocks of 32.
+    pub fn tiny(architecture: &str) -> Model {
+        if architecture == "bert" {
+            let mut config = encoder::random::tiny();
+            config["intermediate_size"] = json!(96);
+            let model = encoder::random::model(config, 5).unwrap();
+            return AnyModel::from(model).walked().unwrap();
+        }
+        let mut config = random::tiny(architecture);
+        config["intermediate_size"] = json!(96);
+        random::model(config, 5).unwrap()
+    }
+
+    /// Logits of a short text; of an encoder its final states.
     pub fn logits(model: &Model) -> Vec<f32> {
         let ids: Vec<u32> = (0..24).map(|i| (i * 29 + 7) % 96).collect();
+        if let Family::Encoder(_) = model.family {
+            return states(model, &ids);
+        }
         let mut decoder = Decoder::new(model).unwrap();
         let mut cache = Cache::new(decoder.config(), ids.len());
         let mut chunks = [Chunk { tokens: &ids, cache: &mut cache, logits: 0..ids.len() }];
         decoder.forward(&mut chunks).unwrap().to_vec()
     }
+
+    fn states(model: &Model, ids: &[u32]) -> Vec<f32> {
+        let walk = crate::calibrate::walk::of(&model.family);
+        let mut hidden = vec![0.0; ids.len() * walk.width()];
+        walk.embed(&model.weights, ids, &mut hidden).unwrap();
+        for block in 0..walk.blocks() {
+            walk.block(&model.weights, block).unwrap().forward(&mut hidden, ids.len(), None);
+        }
+        hidden
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::testing::logits;
+    use super::testing::{logits, tiny};
     use super::*;
     use crate::calibrate::walk;
-    use crate::models::decoder::random;
 
     #[test]
     fn scales_do_not_change_what_a_model_computes() {
-        for architecture in ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"] {
-            let mut model = random::model(random::tiny(architecture), 5).unwrap();
+        for architecture in ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "bert"] {
+            let mut model = tiny(architecture);
             let want = logits(&model);
-            let config = model.decoder().unwrap().clone();
             let family = model.family.clone();
-            for layer in 0..config.layers.len() {
+            let mut scaled = 0;
+            for layer in 0..walk::of(&family).blocks() {
                 let groups = walk::of(&family).linears(layer);
                 let mut block = Block { weights: &mut model.weights, sites: Vec::new() };
                 let mut working = Working::new(&block, groups.iter().flatten()).unwrap();
-                for (group, before) in groups.iter().zip(before(&config, layer)) {
+                for (group, before) in groups.iter().zip(before(&family, layer)) {
+                    let Some(before) = before else { continue };
+                    scaled += 1;
                     let cols = block.weights[&group[0]].cols();
                     let scales: Vec<f64> =
                         (0..cols).map(|c| 0.5 + (c * 7 % 13) as f64 / 4.0).collect();
@@ -241,14 +291,15 @@ mod tests {
             for (got, want) in logits(&model).iter().zip(&want) {
                 assert!((got - want).abs() < 1e-4, "{architecture}: {got} is not {want}");
             }
+            let each = if architecture == "bert" { 1 } else { 4 };
+            assert_eq!(scaled, each * walk::of(&family).blocks(), "{architecture}");
         }
     }
 
     #[test]
     fn heads_that_share_values_share_scales() {
-        let model = random::model(random::tiny("llama"), 5).unwrap();
         // Four heads of 16 over two heads of values.
-        let [_, values, _, up] = before(model.decoder().unwrap(), 0);
+        let [_, values, _, up] = of_decoder(tiny("llama").decoder().unwrap(), 0);
         let tied = values.tied((0..64).map(f64::from).collect());
         assert_eq!((tied[0], tied[16], tied[32], tied[48]), (8.0, 8.0, 40.0, 40.0));
         assert_eq!(up.tied(vec![1.0, 2.0]), [1.0, 2.0]);

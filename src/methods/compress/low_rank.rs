@@ -19,7 +19,7 @@ use serde_json::json;
 
 use super::blockwise::{Rows, walk_blocks};
 use super::report::Report;
-use super::{check_finite, cost, options, seeded, store};
+use super::{check_finite, cost, options, seeded, store, texts};
 use crate::calibrate;
 use crate::error::{Error, Reason, Result};
 use crate::methods::adapt::corda::{Orientation, truncated};
@@ -41,7 +41,7 @@ static CARD: Card = Card {
             Parameter-Efficient Fine-tuning, arXiv 2406.05223; ASVD: Activation-aware Singular Value \
             Decomposition for Compressing Large Language Models, arXiv 2312.05821",
     needs_calibration: true,
-    families: &["decoder"],
+    families: &["decoder", "encoder"],
     followed_by: &[],
 };
 
@@ -236,14 +236,7 @@ impl Method for v1::LowRank {
         let windows = match &read.calibration {
             None => None,
             Some(calibration) => {
-                let sources = calibrate::Sources {
-                    model: &model,
-                    texts: cx.texts,
-                    stream: &cx.random.child("calibration"),
-                    progress: cx.progress,
-                };
-                let windows = cx.calibrations.windows(calibration, cx.digest, &sources)?;
-                windows.warnings.iter().for_each(|w| report.warn(w.clone()));
+                let windows = texts::calibration(cx, &model, calibration, &mut report)?;
                 tokens = calibration.tokens();
                 Some(windows)
             }
@@ -359,10 +352,9 @@ impl Cut<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::methods::compress::testing::{correlated, weights};
+    use crate::methods::compress::folding::testing::{logits, tiny};
+    use crate::methods::compress::testing::{self, correlated, weights};
     use crate::models::decoder::random;
-    use crate::progress::Progress;
-    use crate::seed::Stream;
 
     #[test]
     fn the_largest_components_stay_and_factors_are_kept_where_they_are_smaller() {
@@ -420,17 +412,7 @@ mod tests {
     }
 
     fn apply(options: &v1::LowRank, model: &Model) -> Outcome {
-        let scratch = tempfile::tempdir().unwrap();
-        let no_texts = |name: &str| Err(Error::not_found(name, "there are no data sets here"));
-        let mut cx = StepContext {
-            random: Stream::root(5).child("step 0"),
-            progress: &Progress::silent(),
-            texts: &no_texts,
-            calibrations: &calibrate::Shared::default(),
-            digest: "a tiny model",
-            scratch: scratch.path().to_owned(),
-        };
-        options.apply(&mut cx, model.clone()).unwrap()
+        testing::apply(options, model).unwrap()
     }
 
     #[test]
@@ -462,6 +444,22 @@ mod tests {
             let near = apply(&options(oriented, 1), &model);
             let error = &near.record["tensors"]["model.layers.0.mlp.up_proj.weight"];
             assert!(error["relative_weight_error"].as_f64().unwrap() < 0.2);
+        }
+    }
+
+    #[test]
+    fn the_fewer_components_go_the_nearer_the_answers_stay() {
+        for architecture in ["gemma3_text", "bert"] {
+            let model = tiny(architecture);
+            let want = logits(&model);
+            for oriented in [LowRankOrientation::SecondMoments, LowRankOrientation::Activations] {
+                let off = |drop: u32| -> f32 {
+                    let got = logits(&apply(&options(oriented, drop), &model).model);
+                    got.iter().zip(&want).map(|(a, b)| (a - b).powi(2)).sum()
+                };
+                let (few, many) = (off(1), off(24));
+                assert!(few > 0.0 && few < 0.3 * many, "{architecture}: {few} {many}");
+            }
         }
     }
 

@@ -17,7 +17,7 @@ use serde_json::json;
 
 use super::grid::Grid;
 use super::report::Report;
-use super::{options, store};
+use super::{options, store, texts};
 use crate::calibrate;
 use crate::data::sequence::{Sequence, Target};
 use crate::error::{Error, Reason, Result};
@@ -230,6 +230,7 @@ impl Method for v1::Lrec {
 
     fn check(&self, model: &ModelInfo) -> Result<(Estimate, ModelInfo)> {
         let read = read(self)?;
+        let config = model_config(model)?;
         let quantiser = self.first_step();
         let (first, mut after) = quantiser.check(model)?;
         read.text.check(model).map_err(|error| renamed(error, "calibration.", "text."))?;
@@ -258,7 +259,7 @@ impl Method for v1::Lrec {
         // Forward, backward and the teacher's forward.
         let flops = 8.0 * elements as f64 * tokens as f64 * epochs;
         let seen = read.settings.batch_size * read.text.length;
-        let held = activations(model_config(model)?, &read.settings, elements as u64, seen);
+        let held = activations(config, &read.settings, elements as u64, seen);
         let estimate = Estimate {
             weight_bytes: after.bytes(),
             memory_bytes: first.memory_bytes + held,
@@ -285,13 +286,8 @@ impl Method for v1::Lrec {
         };
         let quantised = self.first_step().apply(&mut own, model.clone())?;
         let reading = part(0.2, 0.25);
-        let sources = calibrate::Sources {
-            model: &model,
-            texts: cx.texts,
-            stream: &cx.random.child("text"),
-            progress: &reading,
-        };
-        let windows = cx.calibrations.windows(&read.text, cx.digest, &sources)?;
+        let mut report = Report::default();
+        let windows = texts::named(cx, &model, &read.text, ("text", &reading), &mut report)?;
         let mut sequences: Vec<Sequence> =
             windows.tokens.chunks_exact(windows.length).map(sequence).collect();
         let held_out = (sequences.len() as f64 * read.validation_share).round() as usize;
@@ -313,8 +309,7 @@ impl Method for v1::Lrec {
         let learnt = student.learn(cx, &names, &part(0.25, 1.0))?;
 
         let mut made = quantised.model;
-        let mut report = Report::default();
-        quantised.warnings.iter().chain(&windows.warnings).for_each(|w| report.warn(w.clone()));
+        quantised.warnings.iter().for_each(|w| report.warn(w.clone()));
         if let Some(warning) = &learnt.warning {
             report.warn(warning.clone());
         }
@@ -370,9 +365,15 @@ fn sequence(tokens: &[u32]) -> Sequence {
 fn model_config(model: &ModelInfo) -> Result<&decoder::Config> {
     match &model.family {
         crate::models::Family::Decoder(config) => Ok(config),
-        crate::models::Family::Encoder(config) => {
-            Err(crate::models::not_a_decoder(&config.architecture))
-        }
+        crate::models::Family::Encoder(config) => Err(Error::at(
+            Reason::ModelUnsuitable,
+            "teacher",
+            format!(
+                "an encoder ({}) gives no probabilities of tokens that a correction could learn from; use \
+                 gptq, or round_to_nearest",
+                config.architecture
+            ),
+        )),
     }
 }
 

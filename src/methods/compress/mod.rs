@@ -4,6 +4,7 @@
 //! the model ([`alone`], [`calibrated`]), the layouts that come out ([`store`]) and the accounts
 //! ([`report`]) are shared.
 
+mod across;
 pub mod awq;
 mod blockwise;
 pub mod cfsp;
@@ -38,6 +39,7 @@ pub mod slimming;
 pub mod sparsegpt;
 pub mod sparsity;
 mod store;
+mod texts;
 pub mod wanda;
 pub mod wanda_sp;
 pub mod zeroth;
@@ -158,12 +160,32 @@ fn check_finite(name: &str, values: &[f32]) -> Result<()> {
 
 #[cfg(test)]
 mod testing {
-    //! Matrices for the methods' tests.
+    //! Matrices for the methods' tests, and a way to run a method.
 
     use rand::Rng;
 
-    use crate::calibrate::gram::Gram;
+    use crate::calibrate::{self, gram::Gram};
+    use crate::error::{Error, Result};
+    use crate::methods::{Method, Outcome, StepContext};
+    use crate::models::Model;
+    use crate::progress::Progress;
     use crate::seed::Stream;
+
+    /// Checks a method against a model and applies it to a copy; there are no data sets.
+    pub fn apply(method: &dyn Method, model: &Model) -> Result<Outcome> {
+        let scratch = tempfile::tempdir()?;
+        let no_texts = |name: &str| Err(Error::not_found(name, "there are no data sets here"));
+        method.check(&model.info())?;
+        let mut cx = StepContext {
+            random: Stream::root(5).child("step 0"),
+            progress: &Progress::silent(),
+            texts: &no_texts,
+            calibrations: &calibrate::Shared::default(),
+            digest: "a tiny model",
+            scratch: scratch.path().to_owned(),
+        };
+        method.apply(&mut cx, model.clone())
+    }
 
     /// Weights `[rows, cols]` that are roughly normal.
     pub fn weights(rows: usize, cols: usize, seed: u64) -> Vec<f32> {

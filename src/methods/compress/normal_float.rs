@@ -17,7 +17,7 @@ static CARD: Card = Card {
               with 8-bit sizes.",
     paper: "QLoRA: Efficient Finetuning of Quantized LLMs, arXiv 2305.14314",
     needs_calibration: false,
-    families: &["decoder"],
+    families: &["decoder", "encoder"],
     followed_by: &[],
 };
 

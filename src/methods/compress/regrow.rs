@@ -354,4 +354,134 @@ mod tests {
         assert_eq!(mask.pruned(), [false, false, true, true, true, true, false, false]);
         assert_eq!((change.before, change.after), (8.5, 2.5));
     }
+
+    #[test]
+    fn three_rows_by_hand() {
+        // All means 1, so a weight gives itself. Row 0 has pruned 1, 2 and 0.5: the error is 3.5. Of these 1
+        // comes back first (1/1 against 2/4 and 0.5/1), of what is kept and negative -3 goes: 3.5 - 1 - 3 =
+        // -0.5, and nothing negative was pruned. Row 1 is its negative. In row 2 nothing kept is negative.
+        let w = [
+            [1.0, 2.0, -3.0, 4.0, 0.5, -5.0],
+            [-1.0, -2.0, 3.0, -4.0, -0.5, 5.0],
+            [1.0, -1.0, 2.0, 3.0, 4.0, 5.0],
+        ]
+        .concat();
+        let start = [[0, 1, 4], [0, 1, 4], [0, 1, 2]];
+        let mut mask = Mask::new(3, 6);
+        for (row, columns) in mask.pruned_mut().chunks_mut(6).zip(start) {
+            columns.into_iter().for_each(|j| row[j] = true);
+        }
+        let seen = seen(&[1.0; 6], &[1.0, 4.0, 1.0, 1.0, 1.0, 1.0], 1.0);
+        let changes = refine(&w, &mut mask, &seen, &rules(Stop::NoIncrease), |w, _| w.abs());
+        let change = |swaps, before, after| Change { swaps, before, after };
+        assert_eq!(changes, [change(1, 3.5, -0.5), change(1, -3.5, 0.5), change(0, 2.0, 2.0)]);
+        for (row, want) in mask.pruned().chunks(6).zip([[1, 2, 4], [1, 2, 4], [0, 1, 2]]) {
+            let got: Vec<usize> = (0..6).filter(|j| row[*j]).collect();
+            assert_eq!(got, want);
+        }
+    }
+
+    /// The exchange written down once more, without lists: in every cycle the whole row is looked at.
+    fn plainly(
+        w: &[f32],
+        start: &[bool],
+        [means, variance, norms]: [&[f64]; 3],
+        power: f64,
+        rules: &Rules,
+    ) -> (Vec<bool>, f64) {
+        let d = |j: usize| f64::from(w[j]) * means[j];
+        let mut kept: Vec<bool> = start.iter().map(|p| !p).collect();
+        let error = |kept: &[bool]| -> f64 { (0..w.len()).filter(|j| !kept[*j]).map(d).sum() };
+        let first = error(&kept);
+        let wanda = |j: usize| f64::from(w[j].abs()) * norms[j];
+        let least = |found: Vec<usize>, of: &dyn Fn(usize) -> f64| {
+            found.into_iter().fold(None, |best: Option<usize>, j| match best {
+                Some(b) if of(b) <= of(j) => Some(b),
+                _ => Some(j),
+            })
+        };
+        let mut passed = vec![false; w.len()];
+        for _ in 0..rules.max_cycles {
+            let now = error(&kept);
+            if now.abs() <= rules.threshold {
+                break;
+            }
+            let untouched = |j: &usize| kept[*j] != start[*j];
+            // Towards zero: what comes back has the error's sign.
+            let back = (0..w.len()).filter(|j| start[*j] && !passed[*j] && d(*j) * now > 0.0);
+            let back = back.filter(untouched);
+            let Some(back) = least(back.collect(), &|j| -d(j).abs() / variance[j].powf(power))
+            else {
+                break;
+            };
+            let out = (0..w.len()).filter(|j| !start[*j]).filter(untouched);
+            let out: Vec<usize> = match rules.group {
+                None => out.filter(|j| d(*j) * now < 0.0).collect(),
+                Some(m) => out.filter(|j| j / m == back / m).collect(),
+            };
+            let Some(out) = least(out, &wanda) else {
+                match rules.group {
+                    None => break,
+                    Some(_) => passed[back] = true,
+                }
+                continue;
+            };
+            let next = now - d(back) + d(out);
+            let holds = rules.stop == Stop::Sign || rules.group.is_some();
+            if holds && next * first < 0.0
+                || rules.stop == Stop::NoIncrease && next.abs() >= now.abs()
+            {
+                break;
+            }
+            (kept[back], kept[out]) = (true, false);
+        }
+        (kept.iter().map(|k| !k).collect(), error(&kept))
+    }
+
+    #[test]
+    fn the_plain_loop_makes_the_same_masks() {
+        // Quarters, whole means and powers of two: every sum is exact, and ties are many.
+        let cols = 48;
+        let quarters = |v: &f32| (v * 4.0).round() / 4.0;
+        let (mut swaps, mut most) = (0, 0);
+        for seed in 0..6 {
+            let w: Vec<f32> = weights(20, cols, 100 + seed).iter().map(quarters).collect();
+            let means: Vec<f64> =
+                weights(1, cols, 200 + seed).iter().map(|m| f64::from((m * 3.0).round())).collect();
+            let variance: Vec<f64> = (0..cols).map(|j| 2f64.powi((j * 7 % 5) as i32 - 2)).collect();
+            let norms: Vec<f32> = (0..cols).map(|j| 2f32.powi((j * 5 % 3) as i32)).collect();
+            let wide: Vec<f64> = norms.iter().map(|n| f64::from(*n)).collect();
+            for power in [0.0, 1.0, 2.0] {
+                let seen = Seen::of(means.clone(), &variance, norms.clone(), power);
+                for stop in [Stop::NoIncrease, Stop::Threshold, Stop::Sign] {
+                    for amount in [
+                        Amount::Share(0.7),
+                        Amount::NOfM { n: 2, m: 4 },
+                        Amount::NOfM { n: 3, m: 4 },
+                    ] {
+                        let group = match amount {
+                            Amount::Share(_) => None,
+                            Amount::NOfM { m, .. } => Some(m),
+                        };
+                        let start = wanda::mask(&w, &norms, amount);
+                        let rules = Rules { max_cycles: 9, threshold: 0.5, stop, group };
+                        let mut mask = start.clone();
+                        let score = |w: f32, j: usize| w.abs() * norms[j];
+                        let changes = refine(&w, &mut mask, &seen, &rules, score);
+                        swaps += changes.iter().map(|c| c.swaps).sum::<usize>();
+                        most = changes.iter().map(|c| c.swaps).fold(most, usize::max);
+                        let rows = w.chunks(cols).zip(start.pruned().chunks(cols));
+                        for (r, (w, start)) in rows.enumerate() {
+                            let (want, error) =
+                                plainly(w, start, [&means, &variance, &wide], power, &rules);
+                            let got = &mask.pruned()[r * cols..][..cols];
+                            assert_eq!(got, want, "row {r}, {rules:?}, power {power}");
+                            assert_eq!(changes[r].after, error);
+                        }
+                    }
+                }
+            }
+        }
+        assert!(swaps > 1000 && most > 4, "{swaps} {most}");
+    }
 }

@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use candle_core::{Device, Tensor, Var};
 
 use super::*;
+use crate::methods::compress::folding::testing::tiny;
+use crate::methods::compress::testing;
 use crate::models::decoder::plan::adapters::{Fitted, Mix};
 use crate::models::decoder::plan::{Arithmetic, Cache, Chunk, Decoder};
 use crate::models::decoder::random;
 use crate::nn::adapter::Adapter;
 use crate::nn::weight::Dense;
-use crate::seed::Stream;
 use crate::train::optimizer::{AdamW, Optimizer, Rule};
 use crate::train::parameters::Parameter;
 
@@ -42,18 +43,7 @@ fn options(change: impl Fn(&mut v1::Lrec)) -> v1::Lrec {
 }
 
 fn run(method: &dyn Method, model: &Model) -> Result<Outcome> {
-    let scratch = tempfile::tempdir().unwrap();
-    let no_texts = |name: &str| Err(Error::not_found(name, "there are no data sets here"));
-    method.check(&model.info())?;
-    let mut cx = StepContext {
-        random: Stream::root(5).child("step 0"),
-        progress: &Progress::silent(),
-        texts: &no_texts,
-        calibrations: &calibrate::Shared::default(),
-        digest: "a tiny model",
-        scratch: scratch.path().to_owned(),
-    };
-    method.apply(&mut cx, model.clone())
+    testing::apply(method, model)
 }
 
 fn number(outcome: &Outcome, path: [&str; 2]) -> f64 {
@@ -220,4 +210,12 @@ fn bad_options_are_refused_by_name() {
     refused("quantiser", &|o| o.quantiser = 9);
     refused("teacher", &|o| o.teacher = 9);
     refused("precision", &|o| o.precision = 9);
+}
+
+#[test]
+fn encoders_are_refused_before_anything_is_quantised() {
+    let error = options(|_| ()).check(&tiny("bert").info()).unwrap_err();
+    assert_eq!(error.reason(), Reason::ModelUnsuitable);
+    assert_eq!(error.violations()[0].field, "teacher");
+    assert!(error.message().contains("gptq"), "{error}");
 }
