@@ -105,6 +105,7 @@ fn measure(model: &Model, text: &str) -> Result<(f64, f64)> {
         states: None,
         base: None,
         text: Some(text),
+        further: &[],
         choices: None,
         disk_bytes: 0,
         stored: None,
