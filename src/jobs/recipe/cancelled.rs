@@ -91,7 +91,7 @@ async fn every_method_that_is_cancelled_in_the_middle_leaves_nothing() {
             assert_eq!(cut.error.unwrap().reason(), Reason::Cancelled, "{what}");
             assert_eq!(cut.versions, [""; 0], "{what}");
             let next = format!("models/m{}/versions/3", walked - 1);
-            let missing = service.store.version(&next).await.err().expect("no version");
+            let missing = service.store.version(&next).await.expect_err("no version");
             assert_eq!(missing.reason(), Reason::ResourceNotFound, "{what}");
             assert_eq!(files(&folder.path().join("scratch")), 0, "{what} left files");
             for place in ["jobs", "kept"] {

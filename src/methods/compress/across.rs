@@ -12,13 +12,16 @@ use crate::methods::{Estimate, Outcome, StepContext};
 use crate::models::{Model, ModelInfo};
 use crate::proto::v1;
 
+/// What is added to the bias of what leads out of a block that keeps these channels.
+type Bias = fn(&Model, &Block, &[usize]) -> Result<Vec<f32>>;
+
 /// What makes such a method.
 #[derive(Clone, Copy)]
 pub struct Rule {
     /// Scores of a block's channels.
     pub score: fn(&Model, &Block) -> Result<Vec<f64>>,
-    /// What is added to the bias of what leads out of a block that keeps these channels, where biases come in.
-    pub bias: Option<fn(&Model, &Block, &[usize]) -> Result<Vec<f32>>>,
+    /// Where biases come in.
+    pub bias: Option<Bias>,
 }
 
 /// The options as a message has them.
