@@ -21,7 +21,7 @@ use super::folding::{self, Working};
 use super::grid::Grid;
 use super::mask::Mask;
 use super::report::Report;
-use super::{check_finite, cost, quantise_each, round_to_nearest, seeded, texts};
+use super::{check_finite, cost, quantise_each, round_to_nearest, seeded, windows_of};
 use crate::calibrate::gram::Gram;
 use crate::calibrate::{self, walk};
 use crate::error::{Error, Result};
@@ -153,7 +153,7 @@ impl Method for v1::Awq {
         let steps = steps(self.search_steps)?;
         let names = grid.names(&model.family)?;
         let mut report = Report::default();
-        let windows = texts::calibration(cx, &model, &calibration, &mut report)?;
+        let windows = windows_of::calibration(cx, &model, &calibration, &mut report)?;
         let family = model.family.clone();
         if let Family::Encoder(_) = &family {
             report.warn(

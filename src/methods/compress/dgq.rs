@@ -22,7 +22,7 @@ use super::blockwise::{Block, Rows, Seen, walk_blocks};
 use super::dgq_search::{self, Dual, Problem};
 use super::folding::{self, Working};
 use super::report::Report;
-use super::{check_finite, cost, round_to_nearest, seeded, store, texts};
+use super::{check_finite, cost, round_to_nearest, seeded, store, windows_of};
 use crate::calibrate;
 use crate::error::{Error, Result};
 use crate::methods::{Card, Estimate, Method, Outcome, StepContext, scope};
@@ -205,7 +205,7 @@ impl Method for v1::Dgq {
         let names: BTreeSet<String> =
             scope::names(&model.family, &read.scope)?.into_iter().collect();
         let mut report = Report::default();
-        let windows = texts::calibration(cx, &model, &read.calibration, &mut report)?;
+        let windows = windows_of::calibration(cx, &model, &read.calibration, &mut report)?;
         let family = model.family.clone();
         let (mut layers, mut ratios) = (serde_json::Map::new(), serde_json::Map::new());
         let mut layer = 0;

@@ -10,7 +10,14 @@
 //! otherwise; exchanges stop before the error would grow (the published loop bounces until it meets the
 //! threshold, which is `threshold`); an exchange that ends at exactly zero turns no sign; a pruned weight
 //! whose whole group changed sides is passed over. A start from magnitude is that of `magnitude` (compared
-//! over the tensor), one from SparseGPT compares its score within rows, on the dense weights.
+//! over the tensor; the published program compares within rows once it exchanges), one from SparseGPT compares
+//! its score within rows, on the dense weights.
+//!
+//! The exchange believes the means, and needs text for them: of SmolLM2-135M with 70 % of the weights gone, the
+//! perplexity of Wanda's mask went from 726 to 896 with 2 sequences of 256 tokens and from 654 to 509 with 16
+//! (2044 predictions of WikiText-2), while the expected error fell to 6 % both times. What attention gives is
+//! alike along a sequence, so there few sequences are few samples: refined alone it lost each time, the
+//! feed-forward networks alone gained with 2 sequences already (711).
 
 use std::collections::BTreeMap;
 use std::time::Instant;

@@ -19,7 +19,7 @@ use serde_json::json;
 
 use super::blockwise::{Rows, walk_blocks};
 use super::report::Report;
-use super::{check_finite, cost, options, seeded, store, texts};
+use super::{check_finite, cost, options, seeded, store, windows_of};
 use crate::calibrate;
 use crate::error::{Error, Reason, Result};
 use crate::methods::adapt::corda::{Orientation, truncated};
@@ -236,7 +236,7 @@ impl Method for v1::LowRank {
         let windows = match &read.calibration {
             None => None,
             Some(calibration) => {
-                let windows = texts::calibration(cx, &model, calibration, &mut report)?;
+                let windows = windows_of::calibration(cx, &model, calibration, &mut report)?;
                 tokens = calibration.tokens();
                 Some(windows)
             }

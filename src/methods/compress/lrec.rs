@@ -17,7 +17,7 @@ use serde_json::json;
 
 use super::grid::Grid;
 use super::report::Report;
-use super::{options, store, texts};
+use super::{options, store, windows_of};
 use crate::calibrate;
 use crate::data::sequence::{Sequence, Target};
 use crate::error::{Error, Reason, Result};
@@ -287,7 +287,7 @@ impl Method for v1::Lrec {
         let quantised = self.first_step().apply(&mut own, model.clone())?;
         let reading = part(0.2, 0.25);
         let mut report = Report::default();
-        let windows = texts::named(cx, &model, &read.text, ("text", &reading), &mut report)?;
+        let windows = windows_of::named(cx, &model, &read.text, ("text", &reading), &mut report)?;
         let mut sequences: Vec<Sequence> =
             windows.tokens.chunks_exact(windows.length).map(sequence).collect();
         let held_out = (sequences.len() as f64 * read.validation_share).round() as usize;

@@ -39,9 +39,9 @@ pub mod slimming;
 pub mod sparsegpt;
 pub mod sparsity;
 mod store;
-mod texts;
 pub mod wanda;
 pub mod wanda_sp;
+mod windows_of;
 pub mod zeroth;
 
 use std::collections::BTreeSet;
