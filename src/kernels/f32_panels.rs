@@ -43,7 +43,8 @@ impl F32Panels {
     }
 
     /// `y[t, o] = sum_i x[t, i] w[o, i]`, overwritten; parallel. Columns are added in order, so that a
-    /// result depends neither on the other tokens nor on how the work is split. Panics if sizes do not fit.
+    /// result does not depend on how the work is split, and on the other tokens only, by rounding, in whether they
+    /// are enough for products in parts. Panics if sizes do not fit.
     pub fn multiply(&self, x: &[f32], y: &mut [f32]) {
         self.multiply_at(Level::best(), x, y);
     }
@@ -61,8 +62,13 @@ impl F32Panels {
             return;
         }
         let x = View::new(x, tokens, self.cols);
-        let y =
-            Result { c: Shared::new(y), stride: self.rows, columns: self.rows, accumulate: false };
+        let y = Result {
+            c: Shared::new(y),
+            stride: self.rows,
+            columns: self.rows,
+            of: self.rows,
+            accumulate: false,
+        };
         // SAFETY: the sizes fit, and `y` is borrowed mutably.
         unsafe { strips::multiply(level, x, Right::Packed(&self.lines), y, true) };
     }
@@ -105,6 +111,24 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    /// More strips than are taken apart at once, the last of them short.
+    #[test]
+    fn products_of_many_strips_match_the_definition() {
+        let (rows, cols, tokens) = (530, 2048, 97);
+        let (w, x) = (noise(rows * cols, 1), noise(tokens * cols, 2));
+        let packed =
+            F32Panels::pack(rows, cols, |row, out| out.copy_from_slice(&w[row * cols..][..cols]));
+        let mut y = vec![f32::NAN; tokens * rows];
+        packed.multiply(&x, &mut y);
+        for (i, y) in y.iter().enumerate() {
+            let (x, w) = (&x[i / rows * cols..], &w[i % rows * cols..][..cols]);
+            let terms = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w));
+            let size: f64 = terms.clone().map(f64::abs).sum();
+            let error = (f64::from(*y) - terms.sum::<f64>()).abs();
+            assert!(error <= 1e-5 * size, "{i}: off by {error} of {size}");
         }
     }
 

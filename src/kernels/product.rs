@@ -38,7 +38,7 @@ pub fn multiply<R: Rows>(rows: &R, x: &[f32], y: &mut [f32]) {
             });
             let columns = (lines.len() / cols * LANES).min(out - first * LANES);
             let y = Shared::new(&mut y[first * LANES..]);
-            let y = Result { c: y, stride: out, columns, accumulate: false };
+            let y = Result { c: y, stride: out, columns, of: out, accumulate: false };
             // SAFETY: the sizes fit, and `y` is borrowed mutably.
             unsafe { strips::multiply(level, x, Right::Packed(lines), y, true) };
         }
@@ -81,7 +81,7 @@ pub fn multiply_transposed<R: Rows>(rows: &R, g: &[f32], dx: &mut [f32]) {
             });
             let g = View::strided(&g[first..], tokens, count, out, 1);
             let c = Shared::new(dx);
-            let dx = Result { c, stride: cols, columns: cols, accumulate: first > 0 };
+            let dx = Result { c, stride: cols, columns: cols, of: cols, accumulate: first > 0 };
             // SAFETY: the sizes fit, and `dx` is borrowed mutably.
             unsafe { strips::multiply(Level::best(), g, Right::Packed(lines), dx, true) };
         }

@@ -410,6 +410,24 @@ mod tests {
     }
 
     #[test]
+    fn who_rests_sleeps_before_long() {
+        // Other tests give the team work: then it is tried again.
+        let asleep = || {
+            share(4, &|_| ());
+            rest();
+            for _ in 0..200 {
+                let members = team().members.get().map_or(&[][..], Vec::as_slice);
+                if members.iter().all(|member| member.asleep.load(Ordering::Relaxed)) {
+                    return true;
+                }
+                std::thread::sleep(std::time::Duration::from_micros(50));
+            }
+            false
+        };
+        assert!((0..100).any(|_| asleep()));
+    }
+
+    #[test]
     fn sleepers_wake_up() {
         for round in 0..40 {
             match round % 2 {

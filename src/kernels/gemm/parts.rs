@@ -32,16 +32,19 @@ const STEPS: usize = 20;
 const ROOM: usize = 3 << 15;
 /// Rows from which taking the right side apart pays off.
 const ENOUGH: usize = 96;
+/// Columns below which taking the left side apart does not.
+const NARROW: usize = 3 * LANES;
 /// Rows that are multiplied together.
 const BLOCK: usize = 2 * LANES;
 /// Rows that meet the same strips before the next strips come.
 const PASS: usize = 8 * BLOCK;
 
-/// Whether these products are to be taken in parts: the processor has tiles, and there is enough for them.
+/// Whether a product of `rows` by `columns` over `steps` is to be taken in parts: the processor has tiles, and there is
+/// enough for them.
 pub fn suit(level: Level, rows: usize, steps: usize, columns: usize) -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     let available = || *AVAILABLE.get_or_init(tiles::available);
-    let enough = rows >= ENOUGH && steps >= DEPTH && columns >= LANES;
+    let enough = rows >= ENOUGH && steps >= DEPTH && columns >= NARROW;
     level >= Level::Avx512 && enough && available()
 }
 
@@ -178,8 +181,9 @@ unsafe fn split(low: __m512, high: __m512, out: *mut Line) {
         _mm512_castsi512_ps(_mm512_and_si512(_mm512_add_epi32(bits, half), mask))
     };
     let pair = |low: __m512, high: __m512| {
+        // Tails may be below the smallest normal number, and then have more bits than fit.
         let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(low));
-        _mm512_or_si512(low, _mm512_castps_si512(high))
+        _mm512_or_si512(low, _mm512_and_si512(_mm512_castps_si512(high), mask))
     };
     let heads = [top(low), top(high)];
     let rests = [_mm512_sub_ps(low, heads[0]), _mm512_sub_ps(high, heads[1])];

@@ -54,13 +54,15 @@ pub struct Result<'a> {
     /// Elements from a row to the next.
     pub stride: usize,
     pub columns: usize,
+    /// Columns of the whole product, of which these may be some.
+    pub of: usize,
     /// Whether the product is added to what is there.
     pub accumulate: bool,
 }
 
 /// Writes the product of `a` and `right`; parallel if wished. Steps are added in order, so that an element
-/// depends neither on the other columns nor on how the work is split, and on the other rows only in whether they
-/// are enough for products in [parts](super::parts).
+/// does not depend on how the work is split, and on the other rows and columns only in whether they are enough for
+/// products in [parts](super::parts).
 ///
 /// # Safety
 /// All elements of the result lie inside `c`, and of `right` inside its memory: `a.cols` steps of as many
@@ -74,7 +76,7 @@ pub unsafe fn multiply(
 ) {
     #[cfg(target_arch = "x86_64")]
     if let Right::Packed(lines) = right
-        && super::parts::suit(level, a.rows, a.cols, result.columns)
+        && super::parts::suit(level, a.rows, a.cols, result.of)
     {
         return super::parts::multiply(level, a, lines, result, parallel);
     }
