@@ -104,6 +104,7 @@ fn measure(model: &Model, text: &str) -> Result<(f64, f64)> {
         model,
         states: None,
         base: None,
+        further: &[],
         text: Some(text),
         further: &[],
         choices: None,
