@@ -101,14 +101,14 @@ fn a_little_changes_answers_less_than_much_and_is_served_as_it_is_measured() {
                 let loaded = package::read(&files).expect("loads");
                 assert_eq!(answers(&loaded, false), exact, "{what}");
                 let served = off(&answers(&loaded, true), &exact);
-                assert!(served < 0.05 + 3.0 * rounding, "{what}: {served} of {rounding}");
+                assert!(served < 0.15 + 3.0 * rounding, "{what}: {served} of {rounding}");
             }
             let [little, much] = far[..] else { panic!("two of each") };
             match card.name {
-                "normal_float" => assert!(little < 0.3, "{what}: {little}"),
+                "normal_float" => assert!(little < 0.4, "{what}: {little}"),
                 // Two grids of four bits, of which the finer is the nearer.
-                "dgq" => assert!(little < 0.5 && little < 1.2 * much, "{what}: {little} {much}"),
-                _ => assert!(little < 0.5 * much && little < 0.5, "{what}: {little} {much}"),
+                "dgq" => assert!(little < 0.8 && little < 1.3 * much, "{what}: {little} {much}"),
+                _ => assert!(little < 0.8 * much && little < 0.6, "{what}: {little} {much}"),
             }
             walked += 1;
             encoders += usize::from(architecture == "bert");
