@@ -104,7 +104,6 @@ fn measure(model: &Model, text: &str) -> Result<(f64, f64)> {
         model,
         states: None,
         base: None,
-        further: &[],
         text: Some(text),
         further: &[],
         choices: None,
