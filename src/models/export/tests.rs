@@ -153,6 +153,24 @@ fn what_gguf_cannot_say_is_refused() {
 }
 
 #[test]
+fn what_only_planish_loads_of_gguf_is_said() {
+    let warnings = |config: Value| {
+        let folder = tempfile::tempdir().unwrap();
+        let model = random::model(config, 1).unwrap();
+        gguf(&model, &folder.path().join("m.gguf"), GgufFormat::F32, &silent()).unwrap().warnings
+    };
+    assert!(warnings(tiny("llama")).is_empty());
+    let mut narrow = tiny("llama");
+    narrow["intermediate_size"] = json!([64, 32, 96]);
+    let found = warnings(narrow);
+    assert!(found.len() == 1 && found[0].contains("llama.cpp"), "{found:?}");
+    let mut biased = tiny("qwen2");
+    biased["mlp_bias"] = json!(true);
+    let found = warnings(biased);
+    assert!(found.len() == 1 && found[0].contains("mlp_bias of qwen2"), "{found:?}");
+}
+
+#[test]
 fn values_that_a_type_cannot_hold_are_refused() {
     for value in [f32::NAN, f32::INFINITY, 1e6] {
         let mut model = random::model(tiny("llama"), 10).unwrap();
