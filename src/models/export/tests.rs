@@ -260,6 +260,17 @@ fn shards_open_as_the_same_model() {
     assert_same(&model, &import::open(folder.path()).unwrap());
     std::fs::remove_file(folder.path().join(&names[1])).unwrap();
     assert!(import::open(folder.path()).is_err());
+
+    // A shard halfway fails: those before it go.
+    let folder = tempfile::tempdir().unwrap();
+    let mut left = plans.len() / 2;
+    let failed = write_shards(folder.path(), &plans, 40_000, &mut |plan, out| {
+        left = left.checked_sub(1).ok_or_else(|| Error::internal("no more"))?;
+        let values = model.weights[&plan.name].to_f32();
+        put_dense(&values, Dtype::F32, out, &mut Drift::default())
+    });
+    assert!(failed.is_err());
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
 #[test]
