@@ -233,6 +233,8 @@ fn adapters_of_what_is_rounded_or_narrowed_are_named() {
     let found = of("gptq", &["adapters/a"]).expect("a warning");
     assert_eq!((found.rule.as_str(), found.field.as_str()), ("adapters", "steps[0].gptq"));
     assert!(found.message.contains("adapters/a") && found.message.contains("merge"));
+    let found = of("initialise", &["adapters/a"]).expect("a warning");
+    assert!(found.message.contains("drawn anew") && !found.message.contains("merge"));
     let five = ["adapters/a", "adapters/b", "adapters/c", "adapters/d", "adapters/e"];
     let found = of("mag_sp", &five).expect("a warning");
     assert!(found.message.contains("will not fit") && found.message.contains("and 2 more"));
