@@ -115,7 +115,7 @@ pub fn compressed_tensors(
             // Two of four are found in dense matrices too, and values may be rounded on their way.
             carried: match &ways[name] {
                 Way::Packed(_) => true,
-                Way::Sparse24 => matches!(weight, Weight::Sparse(_)) && drift.max() == 0.0,
+                Way::Sparse24 => matches!(&**weight, Weight::Sparse(_)) && drift.max() == 0.0,
                 Way::Dense => false,
             },
             drift,
