@@ -1,5 +1,6 @@
 //! `planish compare`: recipes side by side.
 
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
@@ -65,6 +66,9 @@ const FILES: [(&str, ComparisonView); 6] = [
     ("latency.png", ComparisonView::LatencyPng),
 ];
 
+/// Bytes of a file that are hashed at a time.
+const CHUNK: usize = 1 << 20;
+
 /// A file and the name of the data set that it is.
 #[derive(Debug, Clone)]
 struct NamedFile {
@@ -89,6 +93,12 @@ impl Args {
     pub(super) async fn run(self, context: &Context) -> Result<()> {
         if self.source.is_none() || context.connection.endpoint.is_some() {
             return self.compare(context).await;
+        }
+        if self.job.detach {
+            return Err(CliError::usage(
+                "--detach leaves nothing running: the command's own service ends with it; leave --detach out, or \
+                 start a service with `planish serve` and name it with --endpoint",
+            ));
         }
         let folder = match &self.folder {
             Some(folder) => folder.clone(),
@@ -146,9 +156,11 @@ impl Args {
 
 /// Brings a text in, unless there is a data set of its name with the same content.
 async fn bring(context: &Context, client: &Client, text: &NamedFile) -> Result<()> {
-    let reading = |e| CliError::file(&format!("reading {}", text.file.display()), &e);
-    let bytes = std::fs::read(&text.file).map_err(reading)?;
-    let digest = format!("sha256:{:x}", Sha256::digest(&bytes));
+    let file = text.file.clone();
+    let (digest, size) = tokio::task::spawn_blocking(move || digest(&file))
+        .await
+        .map_err(|e| CliError::failure(format!("reading {} failed: {e}", text.file.display())))?
+        .map_err(|e| CliError::file(&format!("reading {}", text.file.display()), &e))?;
     let name = resource("datasets", &text.name);
     match client.datasets().get_dataset(GetDatasetRequest { name: name.clone() }).await {
         Ok(found) if found.get_ref().digest == digest => return Ok(()),
@@ -163,10 +175,28 @@ async fn bring(context: &Context, client: &Client, text: &NamedFile) -> Result<(
         Err(status) => return Err(status.into()),
     }
     let header = DatasetHeader { dataset_id: text.name.clone(), ..Default::default() };
-    let bar = transfer::bytes_bar(context.output, bytes.len() as u64);
+    let bar = transfer::bytes_bar(context.output, size);
     transfer::upload_dataset(client, &text.file, header, &bar).await?;
     bar.finish_and_clear();
     Ok(())
+}
+
+/// Digest and size of a file of any length.
+fn digest(path: &Path) -> std::io::Result<(String, u64)> {
+    let mut file = std::fs::File::open(path)?;
+    let (mut hash, mut size) = (Sha256::new(), 0);
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        match file.read(&mut chunk) {
+            Ok(0) => return Ok((format!("sha256:{:x}", hash.finalize()), size)),
+            Ok(read) => {
+                hash.update(&chunk[..read]);
+                size += read as u64;
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// A report in another form, made by the server.
@@ -199,4 +229,22 @@ async fn write(client: &Client, report: &ComparisonReport, folder: &Path) -> Res
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_hashed_in_chunks_as_in_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("text");
+        for size in [0, 3, CHUNK, CHUNK + 5] {
+            let bytes: Vec<u8> = (0..size).map(|i| (i % 251) as u8).collect();
+            std::fs::write(&path, &bytes).unwrap();
+            let whole = format!("sha256:{:x}", Sha256::digest(&bytes));
+            assert_eq!(digest(&path).unwrap(), (whole, size as u64));
+        }
+        assert!(digest(&folder.path().join("none")).is_err());
+    }
 }

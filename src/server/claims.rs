@@ -48,7 +48,8 @@ impl ClaimService for Claims {
             .map_err(|e| e.within("claim.comparison"))?;
         let target = comparison.model.clone();
         if request.validate_only {
-            let plan = comparisons::plan(&self.0, comparison, &estimates).await?;
+            let plan =
+                comparisons::plan(&self.0, "claim.comparison", comparison, &estimates).await?;
             return Ok(Response::new(convert::validated("claim", target, &plan)));
         }
         let id = request.request_id.clone();

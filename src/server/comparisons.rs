@@ -1,5 +1,7 @@
 //! Comparisons: what the services of jobs and claims share.
 
+use std::collections::BTreeMap;
+
 use prost::Message as _;
 
 use super::jobs::{check_datasets, check_evaluation};
@@ -134,19 +136,32 @@ fn at(field: &str, error: Error) -> Error {
     Error::at(error.reason(), field, error.message())
 }
 
-/// What a checked comparison would do and cost.
+/// What a checked comparison would do and cost. Fields of its warnings begin with `place`, that of the
+/// comparison in the request, as in errors.
 pub async fn plan(
     state: &State,
+    place: &str,
     comparison: v1::Comparison,
     estimates: &[Estimate],
 ) -> Result<v1::ComparisonPlan> {
     let row = state.store.version(&comparison.model).await?;
     let base = base(state, &row).await?;
-    let (comparison, warnings) = blocking(move || {
-        let warnings = compare::warnings(&comparison, &base);
+    let mut kinds = BTreeMap::new();
+    for name in compare::datasets(&comparison) {
+        if let Ok(id) = names::dataset(&name)
+            && let Ok(row) = state.store.dataset(id).await
+        {
+            kinds.insert(name, row.kind);
+        }
+    }
+    let (comparison, mut warnings) = blocking(move || {
+        let warnings = compare::warnings(&comparison, &base, &kinds);
         Ok((comparison, warnings))
     })
     .await?;
+    for warning in &mut warnings {
+        warning.field = format!("{place}.{}", warning.field);
+    }
     let plan = Plan::new(&comparison);
     let count = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
     // An arm's steps cost the same with each seed; those it shares are counted with the first.

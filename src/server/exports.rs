@@ -48,7 +48,8 @@ pub async fn export(
     let path = folder.path().join(card::FILE);
     let text = card::text(&story.card(form, report.as_ref(), &gguf_name(&row)));
     tokio::fs::write(&path, text).await?;
-    files.push(File { name: card::FILE.to_owned(), path });
+    // First: it is small, and a client that has such files already knows before the large ones come.
+    files.insert(0, File { name: card::FILE.to_owned(), path });
 
     let message = |part| v1::ExportModelResponse { part: Some(part) };
     let files = download::stream(files, Some(folder), move |piece| {
@@ -79,12 +80,14 @@ async fn converted(
     folder: TempDir,
 ) -> Result<Converted> {
     // Conversions take all of a disk and a core: few at a time.
-    let _turn = state.exports.acquire().await;
+    let turn = Arc::clone(&state.exports).acquire_owned().await;
     let model = state.store.open_any_version(row).await?;
     let abandoned = Abandoned::default();
     let progress = Progress::new(Arc::new(|_, _| {}), Arc::clone(&abandoned.0));
     let name = gguf_name(row);
     super::blocking(move || {
+        // Work outlives a call that was dropped, by some rows: so does its turn.
+        let _turn = turn;
         let (paths, report) = form.write(&model, folder.path(), &name, &progress)?;
         let files = paths.into_iter().map(|path| {
             // Within the folder: some files lie in one of their own.
@@ -150,8 +153,8 @@ impl Story {
         while let Some(row) = next.take().filter(|_| ancestors.len() < MAX_ANCESTORS) {
             let lineage = row.lineage()?;
             let name = row.name();
-            let step = reports.recipe(&lineage.operation).await?.and_then(|(_, report)| {
-                report.steps.iter().find(|step| step.version == name).cloned()
+            let step = reports.recipe(&lineage.operation).await?.and_then(|made| {
+                made.report.steps.iter().find(|step| step.version == name).cloned()
             });
             next = match lineage.parent.as_str() {
                 "" => None,
@@ -198,15 +201,24 @@ fn found<T>(result: Result<T>) -> Result<Option<T>> {
     }
 }
 
+/// A recipe that ran.
+#[derive(Clone)]
+struct Made {
+    recipe: v1::Recipe,
+    report: v1::RecipeReport,
+    /// When it was asked for.
+    created_ms: i64,
+}
+
 /// Reports of recipes by operation.
 struct Reports<'a> {
     state: &'a State,
-    known: BTreeMap<String, Option<(v1::Recipe, v1::RecipeReport)>>,
+    known: BTreeMap<String, Option<Made>>,
 }
 
 impl Reports<'_> {
     /// The recipe and the report of an operation, where it is one and is still there.
-    async fn recipe(&mut self, name: &str) -> Result<Option<&(v1::Recipe, v1::RecipeReport)>> {
+    async fn recipe(&mut self, name: &str) -> Result<Option<&Made>> {
         if !self.known.contains_key(name) {
             let read = match name.strip_prefix("operations/") {
                 None => None,
@@ -222,11 +234,11 @@ impl Reports<'_> {
         let mut all = Vec::new();
         let operation = row.lineage()?.operation;
         let made = self.recipe(&operation).await?.cloned();
-        if let Some((recipe, report)) = made
+        if let Some(Made { recipe, report, created_ms }) = made
             && let Some(after) = report.after.filter(|after| after.version == row.name())
         {
             let names = recipe.evaluation.as_ref().map(recipe::evaluation_datasets);
-            let datasets = self.digests(names.unwrap_or_default()).await?;
+            let datasets = self.digests(names.unwrap_or_default(), created_ms).await?;
             all.push(card::Measured { report: after, before: report.before, datasets });
         }
         for operation in self.state.store.evaluations(&row.name(), MAX_EVALUATIONS).await? {
@@ -235,33 +247,37 @@ impl Reports<'_> {
             let Some(Ok(report)) = response else { continue };
             let names =
                 request.and_then(|r| r.evaluation).as_ref().map(recipe::evaluation_datasets);
-            let datasets = self.digests(names.unwrap_or_default()).await?;
+            let datasets = self.digests(names.unwrap_or_default(), operation.created_ms).await?;
             all.push(card::Measured { report, before: None, datasets });
         }
         all.retain(|measured| !measured.report.measurements.is_empty());
         Ok(all)
     }
 
-    async fn digests(&self, names: Vec<String>) -> Result<Vec<(String, String)>> {
+    /// Names with digests, of data sets that were there when an operation was asked for: what has such a name
+    /// since then is another, and the one that was read is gone.
+    async fn digests(&self, names: Vec<String>, asked_ms: i64) -> Result<Vec<(String, String)>> {
         let mut all = Vec::new();
         for name in names.into_iter().filter(|name| !name.is_empty()) {
             let row = match names::dataset(&name) {
                 Ok(id) => found(self.state.store.dataset(id).await)?,
                 Err(_) => None,
             };
+            let row = row.filter(|row| row.created_ms <= asked_ms);
             all.push((name, row.map(|row| row.object.digest).unwrap_or_default()));
         }
         Ok(all)
     }
 }
 
-fn recipe_of(operation: &Operation) -> Option<(v1::Recipe, v1::RecipeReport)> {
+fn recipe_of(operation: &Operation) -> Option<Made> {
     if operation.kind != crate::store::operations::Kind::Recipe {
         return None;
     }
     let request = v1::RunRecipeRequest::decode(&*operation.request).ok()?;
     let report = v1::RecipeReport::decode(operation.response.as_deref()?).ok()?;
-    Some((request.recipe.unwrap_or_default(), report))
+    let recipe = request.recipe.unwrap_or_default();
+    Some(Made { recipe, report, created_ms: operation.created_ms })
 }
 
 /// What an export is made of.

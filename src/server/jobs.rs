@@ -158,7 +158,7 @@ impl JobService for Jobs {
             comparisons::check(&self.0, given).await.map_err(|e| e.within("comparison"))?;
         let target = comparison.model.clone();
         if request.validate_only {
-            let plan = comparisons::plan(&self.0, comparison, &estimates).await?;
+            let plan = comparisons::plan(&self.0, "comparison", comparison, &estimates).await?;
             return Ok(Response::new(convert::validated("compare", target, &plan)));
         }
         request.comparison = Some(comparison);

@@ -45,7 +45,7 @@ pub struct State {
     pub unwell: Notify,
     /// What health last said of the whole server.
     pub well: AtomicBool,
-    pub exports: Semaphore,
+    pub exports: Arc<Semaphore>,
     /// Folder for temporary files, on the disk of the store.
     pub scratch: PathBuf,
     /// By digest, most recently used last.
@@ -116,7 +116,7 @@ impl State {
             phase,
             unwell: Notify::new(),
             well: AtomicBool::new(false),
-            exports: Semaphore::new(EXPORTS),
+            exports: Arc::new(Semaphore::new(EXPORTS)),
             scratch,
             tokenizers: Mutex::default(),
             config,

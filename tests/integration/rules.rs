@@ -86,6 +86,6 @@ async fn senseless_recipes_are_refused_or_warned_of() {
     };
     let checked = service.jobs().compare(comparison).await.unwrap().into_inner();
     let plan: v1::ComparisonPlan = response(checked);
-    assert_eq!(found(&plan.warnings), [("undone", "arms[1].steps[1].magnitude")]);
+    assert_eq!(found(&plan.warnings), [("undone", "comparison.arms[1].steps[1].magnitude")]);
     service.running.stop().await.unwrap();
 }

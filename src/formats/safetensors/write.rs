@@ -81,7 +81,7 @@ pub fn write(path: &Path, tensors: &[Plan], data: &mut Sink<'_>) -> Result<()> {
 }
 
 /// Writes `model.safetensors`, or shards of at most `limit` bytes (one tensor is never split) with
-/// their index. Returns the file names.
+/// their index. Returns the file names. Of shards that a later one's failure makes useless none stays.
 pub fn write_shards(
     folder: &Path,
     tensors: &[Plan],
@@ -106,6 +106,24 @@ pub fn write_shards(
         return Ok(vec![name.to_owned()]);
     }
     let mut names = Vec::new();
+    let written = put_shards(folder, &shards, total, data, &mut names);
+    if written.is_err() {
+        for name in &names {
+            // Already failing; what cannot be removed stays.
+            let _ = fs::remove_file(folder.join(name));
+        }
+    }
+    written.map(|()| names)
+}
+
+/// Writes shards and their index, and adds the name of each file that is there.
+fn put_shards(
+    folder: &Path,
+    shards: &[&[Plan]],
+    total: u64,
+    data: &mut Sink<'_>,
+    names: &mut Vec<String>,
+) -> Result<()> {
     let mut map = BTreeMap::new();
     for (i, shard) in shards.iter().enumerate() {
         let name = format!("model-{:05}-of-{:05}.safetensors", i + 1, shards.len());
@@ -115,7 +133,7 @@ pub fn write_shards(
     }
     let index = json!({ "metadata": { "total_size": total }, "weight_map": map });
     let name = "model.safetensors.index.json";
-    fs::write(folder.join(name), format!("{index:#}\n"))?;
     names.push(name.to_owned());
-    Ok(names)
+    fs::write(folder.join(name), format!("{index:#}\n"))?;
+    Ok(())
 }

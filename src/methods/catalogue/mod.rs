@@ -175,7 +175,8 @@ mod after {
     };
     pub const FACTORED: Conflict = Conflict {
         after: "low_rank",
-        why: "a product of two matrices is left as it is: take that step first",
+        why: "a product of two matrices is left as it is: leave it out of the scope, or start from the \
+              version before",
     };
     pub const DRAWN_ANEW: [Conflict; 5] = [
         draws("pruning"),

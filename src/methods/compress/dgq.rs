@@ -26,7 +26,7 @@ use super::{check_finite, cost, round_to_nearest, seeded, store, windows_of};
 use crate::calibrate;
 use crate::error::{Error, Result};
 use crate::methods::{Card, Estimate, Method, Outcome, StepContext, scope};
-use crate::models::{Model, ModelInfo, TensorInfo};
+use crate::models::{Family, Model, ModelInfo, TensorInfo};
 use crate::nn::dtype::Dtype;
 use crate::nn::weight::{Dense, DualGrained, Grouped, GroupedSpec, Record, Weight};
 use crate::proto::v1::{self, DgqActivations, DgqForm, DgqRows, DgqSmoothing};
@@ -180,6 +180,11 @@ impl Method for v1::Dgq {
     fn check(&self, model: &ModelInfo) -> Result<(Estimate, ModelInfo)> {
         let read = read(self)?;
         read.calibration.check(model)?;
+        if read.fixed && matches!(model.family, Family::Encoder(_)) {
+            let message = "encoders measure their inputs as they come, and would ignore numbers measured \
+                           beforehand; take per token, or leave this out";
+            return Err(Error::option("activations", message));
+        }
         let mut after = model.clone();
         let mut flops = 0.0;
         for name in scope::names(&model.family, &read.scope)? {
@@ -207,6 +212,13 @@ impl Method for v1::Dgq {
         let mut report = Report::default();
         let windows = windows_of::calibration(cx, &model, &read.calibration, &mut report)?;
         let family = model.family.clone();
+        if matches!(family, Family::Encoder(_)) && read.smooth_top.is_some_and(|top| top > 0.0) {
+            report.warn(
+                "of an encoder no input is smoothed, so `smooth` and `smooth_top` do nothing: what makes its \
+                 inputs takes no scales"
+                    .to_owned(),
+            );
+        }
         let (mut layers, mut ratios) = (serde_json::Map::new(), serde_json::Map::new());
         let mut layer = 0;
         let work = &mut |mut block: Block<'_>| {
@@ -384,6 +396,17 @@ mod tests {
     }
 
     #[test]
+    fn an_encoder_says_that_it_is_not_smoothed() {
+        let warned = |architecture: &str, smooth: DgqSmoothing| {
+            let made = apply(&options(|o| o.smooth = smooth as i32), &tiny(architecture));
+            made.warnings.iter().any(|warning| warning.contains("smoothed"))
+        };
+        assert!(warned("bert", DgqSmoothing::Percentile));
+        assert!(!warned("bert", DgqSmoothing::None));
+        assert!(!warned("llama", DgqSmoothing::Percentile));
+    }
+
+    #[test]
     fn smoothing_is_undone_by_the_weights() {
         // Scales with the norms alone, and no rounding to speak of: what comes out must be what went in.
         let model = tiny("llama");
@@ -440,6 +463,10 @@ mod tests {
             o.activations = DgqActivations::Static as i32;
             o.form = DgqForm::Grouped as i32;
         });
+        let fixed = options(|o| o.activations = DgqActivations::Static as i32);
+        fixed.check(&info).unwrap();
+        let error = fixed.check(&tiny("bert").info()).unwrap_err();
+        assert_eq!(error.violations()[0].field, "activations", "{error}");
         refused("smooth", &|o| o.smooth = 9);
         refused("search_rows", &|o| o.search_rows = 9);
         refused("form", &|o| o.form = 9);

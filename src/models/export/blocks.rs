@@ -26,7 +26,7 @@ pub(super) fn carrier(grid: &Grid<'_>, progress: &Progress) -> Result<Option<Ggm
         (..=4, true) => Some(GgmlType::Q4_0),
         (_, true) => Some(GgmlType::Q8_0),
         (..=4, false) if grid.within(-8, 7, &check)? => Some(GgmlType::Q4_0),
-        (..=4, false) if exact_minima(grid) => Some(GgmlType::Q4_1),
+        (..=4, false) if exact_minima(grid, progress)? => Some(GgmlType::Q4_1),
         (..=4, false) => Some(GgmlType::Q5_0),
         (_, false) => grid.within(-128, 127, &check)?.then_some(GgmlType::Q8_0),
     })
@@ -37,13 +37,18 @@ fn minimum(grid: &Grid<'_>, row: usize, group: usize) -> f16 {
     f16::from_f32(-f32::from(grid.zero(row, group)) * grid.scale(row, group).to_f32())
 }
 
-fn exact_minima(grid: &Grid<'_>) -> bool {
-    (0..grid.rows()).all(|row| {
-        (0..grid.groups()).all(|group| {
+fn exact_minima(grid: &Grid<'_>, progress: &Progress) -> Result<bool> {
+    for row in 0..grid.rows() {
+        progress.check()?;
+        let exact = |group: usize| {
             let exact = -f32::from(grid.zero(row, group)) * grid.scale(row, group).to_f32();
             minimum(grid, row, group).to_f32() == exact
-        })
-    })
+        };
+        if !(0..grid.groups()).all(exact) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Writes the blocks of a grid, its rows in `order` or their own, and counts how far they are from it: not at

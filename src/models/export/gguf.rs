@@ -4,6 +4,7 @@ use std::io::Write;
 use std::path::Path;
 
 use super::grid::Grid;
+use super::hugging_face::{extra_biases, uneven};
 use super::report::describe;
 use super::{Drift, Report, TensorReport, blocks, each_rows, finite, put_dense};
 use crate::error::Result;
@@ -157,7 +158,12 @@ pub fn gguf(
         });
         Ok(())
     })?;
-    Ok(Report { tensors, warnings: Vec::new() })
+    // The file says all of this, and readers other than planish take neither.
+    let odd = uneven(&model.config).into_iter().chain(extra_biases(&model.config));
+    let warnings = odd.map(|odd| {
+        format!("{odd}: planish reads this file, llama.cpp and its relatives do not load it")
+    });
+    Ok(Report { tensors, warnings: warnings.collect() })
 }
 
 /// The type of most elements.

@@ -153,6 +153,24 @@ fn what_gguf_cannot_say_is_refused() {
 }
 
 #[test]
+fn what_only_planish_loads_of_gguf_is_said() {
+    let warnings = |config: Value| {
+        let folder = tempfile::tempdir().unwrap();
+        let model = random::model(config, 1).unwrap();
+        gguf(&model, &folder.path().join("m.gguf"), GgufFormat::F32, &silent()).unwrap().warnings
+    };
+    assert!(warnings(tiny("llama")).is_empty());
+    let mut narrow = tiny("llama");
+    narrow["intermediate_size"] = json!([64, 32, 96]);
+    let found = warnings(narrow);
+    assert!(found.len() == 1 && found[0].contains("llama.cpp"), "{found:?}");
+    let mut biased = tiny("qwen2");
+    biased["mlp_bias"] = json!(true);
+    let found = warnings(biased);
+    assert!(found.len() == 1 && found[0].contains("mlp_bias of qwen2"), "{found:?}");
+}
+
+#[test]
 fn values_that_a_type_cannot_hold_are_refused() {
     for value in [f32::NAN, f32::INFINITY, 1e6] {
         let mut model = random::model(tiny("llama"), 10).unwrap();
@@ -242,6 +260,17 @@ fn shards_open_as_the_same_model() {
     assert_same(&model, &import::open(folder.path()).unwrap());
     std::fs::remove_file(folder.path().join(&names[1])).unwrap();
     assert!(import::open(folder.path()).is_err());
+
+    // A shard halfway fails: those before it go.
+    let folder = tempfile::tempdir().unwrap();
+    let mut left = plans.len() / 2;
+    let failed = write_shards(folder.path(), &plans, 40_000, &mut |plan, out| {
+        left = left.checked_sub(1).ok_or_else(|| Error::internal("no more"))?;
+        let values = model.weights[&plan.name].to_f32();
+        put_dense(&values, Dtype::F32, out, &mut Drift::default())
+    });
+    assert!(failed.is_err());
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
 #[test]

@@ -75,10 +75,11 @@ pub fn text(card: &Card<'_>) -> String {
     out
 }
 
-/// `owner/name` where the model came from the Hugging Face hub.
+/// `owner/name` where the model came from the Hugging Face hub: the hub knows no revisions and files here.
 fn hub_name(card: &Card<'_>) -> Option<String> {
-    let source = &card.ancestors.first()?.lineage.source;
-    Some(source.strip_prefix("hf:")?.to_owned())
+    let source = card.ancestors.first()?.lineage.source.strip_prefix("hf:")?;
+    let path = source.split_once('@').map_or(source, |(path, _)| path);
+    Some(path.split('/').take(2).collect::<Vec<_>>().join("/"))
 }
 
 /// The licence, as a label of the model or its configuration gives it.
@@ -142,6 +143,8 @@ fn front_matter(card: &Card<'_>) -> String {
 fn library(card: &Card<'_>) -> Option<&'static str> {
     match (card.format, card.version.family.as_str()) {
         (v1::ExportFormat::Gguf | v1::ExportFormat::Native, _) => None,
+        // Modules of sentence-transformers are there, and what they load is a folder of transformers.
+        (v1::ExportFormat::CompressedTensors, "encoder") => Some("transformers"),
         (_, "decoder") => Some("transformers"),
         (_, "encoder") => Some("sentence-transformers"),
         _ => None,
@@ -403,6 +406,11 @@ fn loading(card: &Card<'_>, out: &mut String) {
     let (family, file) = (card.version.family.as_str(), card.file);
     let sparse =
         card.export.is_some_and(|e| e.tensors.iter().any(|t| t.written_as.starts_with("2 of 4")));
+    // Which transformers does not load, whoever wrote them.
+    let zero_points = card.export.is_some_and(|e| {
+        let packed = |t: &v1::ExportedTensor| t.written_as.ends_with(", packed");
+        e.tensors.iter().any(|t| packed(t) && !t.written_as.contains(", symmetric"))
+    });
     let text = match (card.format, family) {
         (v1::ExportFormat::Gguf, _) => format!(
             "With llama.cpp and its relatives (`llama-cli -m {file}`), or `planish models import {file}`."
@@ -414,6 +422,16 @@ fn loading(card: &Card<'_>, out: &mut String) {
             "With the library compressed-tensors up to its version 0.14 (format sparse-24-bitmask), which gives \
              back the dense values."
                 .to_owned()
+        }
+        (v1::ExportFormat::CompressedTensors, family) if zero_points => {
+            let with = match family {
+                "decoder" => "vLLM (`vllm serve FOLDER`), or the library compressed-tensors",
+                _ => "the library compressed-tensors",
+            };
+            format!(
+                "With {with}, which gives back the dense values. transformers does not load packed zero points. \
+                 planish does not read this form: keep the native one."
+            )
         }
         (v1::ExportFormat::CompressedTensors, "decoder") => {
             "With vLLM (`vllm serve FOLDER`), or transformers with the package compressed-tensors \

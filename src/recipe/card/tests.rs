@@ -173,6 +173,65 @@ fn what_is_not_known_is_said() {
 }
 
 #[test]
+fn a_base_is_named_as_the_hub_knows_it() {
+    for (source, name) in [
+        ("hf:some/model", "some/model"),
+        ("hf:some/model@main", "some/model"),
+        ("hf:some/model@refs/pr/3", "some/model"),
+        ("hf:some/model/files/m.gguf", "some/model"),
+        ("hf:some/model/m.gguf@1a2b", "some/model"),
+    ] {
+        let mut chain = ancestors();
+        chain[0].lineage.source = source.into();
+        let version = version();
+        let nothing = BTreeMap::new();
+        let card = Card {
+            version: &version,
+            display_name: "",
+            labels: &nothing,
+            ancestors: &chain,
+            measured: &[],
+            format: v1::ExportFormat::HuggingFace,
+            export: None,
+            file: "",
+        };
+        let head = format!("---\nbase_model: \"{name}\"\n");
+        assert!(super::text(&card).starts_with(&head), "{source}");
+    }
+}
+
+#[test]
+fn transformers_is_named_where_it_loads_what_is_packed() {
+    let packed = |kind: &str, family: &str| {
+        let mut export = exported();
+        export.tensors[1].written_as = format!("4 bits in groups of 32{kind}, packed");
+        let version = v1::ModelVersion { family: family.into(), ..version() };
+        let nothing = BTreeMap::new();
+        let card = Card {
+            version: &version,
+            display_name: "",
+            labels: &nothing,
+            ancestors: &[],
+            measured: &[],
+            format: v1::ExportFormat::CompressedTensors,
+            export: Some(&export),
+            file: "",
+        };
+        let text = super::text(&card);
+        assert!(text.contains("library_name: \"transformers\""), "{text}");
+        assert!(!text.contains("sentence-transformers"), "{text}");
+        text
+    };
+    assert!(packed(", symmetric", "decoder").contains("AutoModelForCausalLM"));
+    assert!(packed(", symmetric", "encoder").contains("AutoModel.from_pretrained"));
+    for family in ["decoder", "encoder"] {
+        let text = packed("", family);
+        assert!(!text.contains("from_pretrained"), "{text}");
+        assert_eq!(text.contains("vllm serve"), family == "decoder");
+    }
+}
+
+#[test]
 fn hostile_texts_stay_text() {
     let labels = BTreeMap::from([
         ("license".to_owned(), "mit\n---\nevil: true".to_owned()),

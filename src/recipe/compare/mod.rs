@@ -18,14 +18,15 @@ pub mod stats;
 pub mod table;
 pub(super) mod text;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 pub(super) use draw::{GREY, SMALL, line, text as label};
 
 pub use expand::expand;
 use serde_json::Value;
 
-use super::{adapt, check_steps, evaluation_datasets, step_datasets, unique};
+use super::{adapt, check_steps, evaluation_datasets, rules, step_datasets, unique};
+use crate::data::records::Kind;
 use crate::error::{Error, Reason, Result};
 use crate::eval::{self, metrics};
 use crate::methods::{Estimate, registry};
@@ -182,13 +183,24 @@ pub fn check(comparison: &v1::Comparison, base: &Base) -> Result<Vec<Estimate>> 
     Ok(estimates)
 }
 
-/// What is worth knowing of the steps of a checked comparison, by arm (`arms[2].steps[0].wanda`).
-pub fn warnings(comparison: &v1::Comparison, base: &Base) -> Vec<v1::RecipeWarning> {
+/// What is worth knowing of the steps of a checked comparison, by arm (`arms[2].steps[0].wanda`); `kinds` has
+/// the kind of each data set.
+pub fn warnings(
+    comparison: &v1::Comparison,
+    base: &Base,
+    kinds: &BTreeMap<String, Kind>,
+) -> Vec<v1::RecipeWarning> {
     let Ok(info) = base.info() else { return Vec::new() };
     let arms = comparison.arms.iter().enumerate().filter(|(_, arm)| !arm.steps.is_empty());
     let of_arm = |(i, arm): (usize, &v1::Arm)| {
         let plan = check_steps(&arm.steps, info);
-        let found = plan.map(|plan| plan.warnings).unwrap_or_default();
+        let mut found = plan.map(|plan| plan.warnings).unwrap_or_default();
+        let recipe = v1::Recipe {
+            steps: arm.steps.clone(),
+            evaluation: evaluation_of(comparison, arm).cloned(),
+            ..Default::default()
+        };
+        found.extend(rules::of_data(&recipe, kinds));
         found.into_iter().map(move |warning| v1::RecipeWarning {
             field: format!("arms[{i}].{}", warning.field),
             ..warning

@@ -58,7 +58,8 @@ pub fn of_adapters(recipe: &v1::Recipe, adapters: &[String]) -> Option<v1::Recip
         let card = registry::method(step).ok()?.card();
         let entry = catalogue::entry(card.verb, card.name)?;
         let narrow = entry.changes.contains(&Change::Shapes);
-        if !narrow && entry.family != Family::Quantisation {
+        let anew = entry.name == "initialise";
+        if !narrow && !anew && entry.family != Family::Quantisation {
             return None;
         }
         let more = adapters.len().saturating_sub(NAMED);
@@ -66,7 +67,12 @@ pub fn of_adapters(recipe: &v1::Recipe, adapters: &[String]) -> Option<v1::Recip
         if more > 0 {
             named += &format!(" and {more} more");
         }
-        let message = if narrow {
+        let message = if anew {
+            format!(
+                "{named} learnt beside weights that are gone: all weights are drawn anew; train the adapter on \
+                 the result"
+            )
+        } else if narrow {
             format!(
                 "{named} will not fit what this step makes narrower; merge {first} before, or train it anew \
                  on the result"

@@ -62,7 +62,12 @@ impl Rules {
             let Some(conflict) = both.and_then(|(entry, other)| entry.conflict(other)) else {
                 continue;
             };
-            if let Some(name) = touched.intersection(&earlier.touched).next() {
+            // Low rank leaves matrices dense whose factors would be larger; those are as free as before.
+            let of_factors = conflict.after == Kind::LowRank.word() && card.name != "initialise";
+            let bound = |name: &&String| {
+                !of_factors || before.tensors.get(*name).is_some_and(|t| factored(&t.record))
+            };
+            if let Some(name) = touched.intersection(&earlier.touched).find(bound) {
                 return refuse(format!(
                     "{} has changed '{name}' before; {}",
                     earlier.place, conflict.why
@@ -126,6 +131,19 @@ impl Rules {
             let message = format!(
                 "zeros of '{name}' were chosen among channels that this step removes; remove channels first, \
                  then prune what is left"
+            );
+            found.push(("undone", place.to_owned(), message));
+        }
+        if entry.verb == "compress"
+            && !narrow
+            && let Some((name, what)) = tensors().find_map(|(name, tensor)| {
+                let new = after.tensors.get(name).filter(|_| sparse(tensor))?;
+                Some((name, filled(&new.record)?))
+            })
+        {
+            let message = format!(
+                "'{name}' is pruned, and this step makes it {what}, whose values are no zeros any more; leave it \
+                 out of the scope, or leave the pruning out"
             );
             found.push(("undone", place.to_owned(), message));
         }
@@ -213,8 +231,26 @@ fn in_normal_floats(record: &Record) -> bool {
     }
 }
 
+fn factored(record: &Record) -> bool {
+    match record {
+        Record::Factored { .. } => true,
+        Record::Sum { base, .. } => factored(base),
+        _ => false,
+    }
+}
+
 fn sparse(tensor: &TensorInfo) -> bool {
     matches!(tensor.record, Record::Sparse { .. })
+}
+
+/// What a pruned matrix became, where that has values in the place of its zeros.
+fn filled(record: &Record) -> Option<&'static str> {
+    match record {
+        Record::Factored { .. } => Some("a product of two matrices"),
+        Record::Sum { .. } => Some("a sum with a dense correction"),
+        Record::Dense { .. } => Some("dense"),
+        _ => None,
+    }
 }
 
 /// What is worth knowing of so many zeros wherever they fall; `kernel` says whether this machine has the one

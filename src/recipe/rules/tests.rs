@@ -107,6 +107,17 @@ fn what_a_step_would_undo_is_refused() {
 }
 
 #[test]
+fn what_low_rank_left_dense_may_be_changed() {
+    // Of 512 components 312 stay: factors are smaller only for matrices that are longer than wide.
+    let cut = |drop: u32| json!({ "low_rank": { "drop": drop } });
+    let pruned = |scope: &str| json!({ "magnitude": { "sparsity": { "scope": [scope] } } });
+    check_steps(&steps(json!([cut(200), pruned("*.self_attn.*")])), &reference()).unwrap();
+    let (_, message) = refused(json!([cut(200), pruned("*.mlp.*")]));
+    assert!(message.contains("a product of two matrices"), "{message}");
+    check_steps(&steps(json!([cut(1), pruned("*")])), &reference()).unwrap();
+}
+
+#[test]
 fn zeros_without_a_kernel_are_no_latency() {
     let wanda = catalogue::entry("compress", "wanda").unwrap();
     let message = no_latency(0.5, wanda, false).expect("a warning");
@@ -142,6 +153,17 @@ fn steps_that_change_nothing_or_lose_zeros_warn() {
     let narrow = json!({ "mag_sp": { "ratio": 0.25, "round_to": 128 } });
     assert_eq!(undone(json!([share(0.6), narrow])), ["steps[1].mag_sp"]);
     assert!(undone(json!([narrow, share(0.6)])).is_empty());
+    // Zeros in whose place a step puts values.
+    assert_eq!(
+        undone(json!([{ "wanda": {} }, { "low_rank": { "drop": 300 } }])),
+        ["steps[1].low_rank"]
+    );
+    assert_eq!(
+        undone(json!([{ "wanda": {} }, { "low_rank": { "drop": 1 } }])),
+        ["steps[1].low_rank"]
+    );
+    assert_eq!(undone(json!([{ "wanda": {} }, { "lrec": {} }])), ["steps[1].lrec"]);
+    assert!(undone(json!([{ "wanda": {} }, { "gptq": {} }])).is_empty());
     // Zeros that are too few for a layout of their own.
     let train = json!({ "train": { "training": { "dataset": "datasets/d", "steps": 10 } } });
     assert_eq!(undone(json!([share(0.02), train])), ["steps[1].train"]);
@@ -211,6 +233,8 @@ fn adapters_of_what_is_rounded_or_narrowed_are_named() {
     let found = of("gptq", &["adapters/a"]).expect("a warning");
     assert_eq!((found.rule.as_str(), found.field.as_str()), ("adapters", "steps[0].gptq"));
     assert!(found.message.contains("adapters/a") && found.message.contains("merge"));
+    let found = of("initialise", &["adapters/a"]).expect("a warning");
+    assert!(found.message.contains("drawn anew") && !found.message.contains("merge"));
     let five = ["adapters/a", "adapters/b", "adapters/c", "adapters/d", "adapters/e"];
     let found = of("mag_sp", &five).expect("a warning");
     assert!(found.message.contains("will not fit") && found.message.contains("and 2 more"));

@@ -97,21 +97,29 @@ pub fn compressed_tensors(
     names.extend(files::write_text(&settings, model.tokenizer().map(|t| &**t), folder)?);
     names.sort_unstable();
 
-    let tensors = model.weights().iter().map(|(name, weight)| TensorReport {
-        name: name.clone(),
-        stored_as: describe(weight),
-        written_as: match &ways[name] {
-            Way::Packed(scheme) => scheme.to_string(),
-            Way::Sparse24 => format!("2 of 4 of {dtype}"),
-            Way::Dense => dtype.to_string(),
-        },
-        bytes: match &ways[name] {
-            Way::Packed(scheme) => packed::bytes(weight.shape(), scheme, dtype),
-            Way::Sparse24 => sparse_24::bytes(weight.shape(), dtype),
-            Way::Dense => dense_bytes(weight.shape(), dtype),
-        },
-        carried: ways[name] != Way::Dense,
-        drift: drifts.remove(name).unwrap_or_default(),
+    let tensors = model.weights().iter().map(|(name, weight)| {
+        let drift = drifts.remove(name).unwrap_or_default();
+        TensorReport {
+            name: name.clone(),
+            stored_as: describe(weight),
+            written_as: match &ways[name] {
+                Way::Packed(scheme) => scheme.to_string(),
+                Way::Sparse24 => format!("2 of 4 of {dtype}"),
+                Way::Dense => dtype.to_string(),
+            },
+            bytes: match &ways[name] {
+                Way::Packed(scheme) => packed::bytes(weight.shape(), scheme, dtype),
+                Way::Sparse24 => sparse_24::bytes(weight.shape(), dtype),
+                Way::Dense => dense_bytes(weight.shape(), dtype),
+            },
+            // Two of four are found in dense matrices too, and values may be rounded on their way.
+            carried: match &ways[name] {
+                Way::Packed(_) => true,
+                Way::Sparse24 => matches!(&**weight, Weight::Sparse(_)) && drift.max() == 0.0,
+                Way::Dense => false,
+            },
+            drift,
+        }
     });
     let tensors = tensors.collect();
     let mut files: Vec<_> = names.into_iter().map(|name| folder.join(name)).collect();
@@ -148,7 +156,7 @@ fn check_family(model: &AnyModel) -> Result<()> {
     let odd = hugging_face::uneven(model.config());
     if let Some(odd) = odd.or_else(|| hugging_face::extra_biases(model.config())) {
         return Err(unsuitable(format!(
-            "{odd}, which no reader of compressed-tensors takes; export in the form gguf or hugging_face"
+            "{odd}, which no reader of compressed-tensors takes; export in the form hugging_face"
         )));
     }
     Ok(())

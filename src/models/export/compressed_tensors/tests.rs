@@ -242,6 +242,16 @@ fn two_of_four_come_back() {
     assert_eq!(settings["sparsity_config"]["ignore"], json!(["lm_head"]));
     assert!(report.warnings[0].contains("0.14"));
     assert!(report.tensors.iter().filter(|t| t.carried).all(|t| t.drift.max() == 0.0));
+    assert!(report.tensors.iter().any(|t| t.carried));
+    let rounded = export(&model, Dtype::BF16).unwrap().1;
+    assert!(rounded.tensors.iter().all(|t| !t.carried), "bf16 rounds values of f16");
+    let dense = self::model(|_, w| {
+        let values = halved(w).to_f32();
+        Some(Weight::Dense(Dense::from_f32(w.shape().to_vec(), &values, Dtype::F16).unwrap()))
+    });
+    let found = export(&dense, Dtype::F16).unwrap().1;
+    assert!(found.tensors.iter().any(|t| t.written_as.starts_with("2 of 4")));
+    assert!(found.tensors.iter().all(|t| !t.carried), "dense matrices are not carried over");
 }
 
 #[test]
@@ -259,7 +269,7 @@ fn what_the_form_cannot_hold_is_refused_with_a_way_out() {
     let mut narrow = tiny("llama");
     narrow["intermediate_size"] = json!([64, 32, 96]);
     let message = refused(random::model(narrow, 1).unwrap());
-    assert!(message.contains("differ in width"), "{message}");
+    assert!(message.contains("differ in width") && !message.contains("gguf"), "{message}");
     let mut biased = tiny("qwen2");
     biased["mlp_bias"] = json!(true);
     let message = refused(random::model(biased, 1).unwrap());
@@ -351,7 +361,9 @@ fn files_for_the_peer() {
         let silent = Progress::silent();
         let written = compressed_tensors(&model, &packed, dtype, &silent).unwrap().report;
         let carried = written.tensors.iter().filter(|t| t.carried);
-        assert!(carried.count() >= 9, "{name}");
+        // BF16 rounds the values that F16 held.
+        let rounded = name == "two-of-four-bf16";
+        assert_eq!(carried.count() >= 9, !rounded, "{name}");
         hugging_face::dense(&model, &plain, Dtype::F32, &silent).unwrap();
         let file = out.join(name).join("model.gguf");
         let written = gguf(&decoder, &file, GgufFormat::F32, &silent).unwrap();
