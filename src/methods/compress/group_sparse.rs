@@ -495,10 +495,9 @@ fn rearrange(
     };
     let pruned = |axis: &axes::Axis| targets.iter().any(|target| target.name == axis.tensor);
     let sets = graph.sets();
-    let sets: Vec<&Set> = sets.iter().filter(|set| set.makers.iter().any(pruned)).collect();
-    for (i, set) in sets.iter().enumerate() {
-        progress.report(i as f64 / sets.len() as f64, "ordering channels")?;
-        let weights = model.weights_mut();
+    let weights = model.weights_mut();
+    let mut free: Vec<&Set> = Vec::new();
+    for set in sets.iter().filter(|set| set.makers.iter().any(pruned)) {
         // What is not pruned keeps its layout, so it must be one whose rows and columns can move.
         let stuck = set.axes().find(|axis| {
             let weight = weights.get(&axis.tensor);
@@ -512,14 +511,15 @@ fn rearrange(
             account.left.push(json!({ "outputs_of": makers, "why": why }));
             continue;
         }
-        let order = set.order(weights)?;
-        set.apply(&order, weights)?;
         let first = set.makers.first().and_then(|axis| axis.starts.first());
         account.permuted.push(json!({
             "outputs_of": makers, "first": first, "channels": set.channels,
         }));
+        free.push(set);
     }
-    Ok(())
+    axes::reorder(&free, weights, |i| {
+        progress.report(i as f64 / free.len() as f64, "ordering channels")
+    })
 }
 
 /// Choosing what goes.
