@@ -114,7 +114,7 @@ impl Convolution {
         };
         for (x, y) in x.chunks(each * image).zip(y.chunks_mut(each * result)) {
             let images = x.len() / image;
-            let work = |out: &mut [f32]| {
+            let mut work = |out: &mut [f32]| {
                 planes.fill(x, out);
                 let (x, y) = (&*out, Shared::new(y));
                 threads::for_ranges(images * groups, grain, |range| {
