@@ -11,14 +11,19 @@ use super::{Settings, mark, metrics, no_tokenizer, tokenise};
 use crate::data::images::Images;
 use crate::error::{Error, Reason, Result};
 use crate::models::footprint::footprint;
+use crate::models::vision::Layer;
 use crate::models::vision::plan::Plan;
 use crate::models::{AnyFamily, AnyInfo, AnyModel, lstm, not_for_text, vision};
 use crate::nn::ops::{Pool, Tape};
 use crate::progress::Progress;
 use crate::proto::v1;
 
-/// Images that run at once.
+/// Images that run at once, at most.
 const IMAGES: usize = 128;
+
+/// Bytes between two layers that images which run at once should stay below, and those that one image may take.
+const TOGETHER: usize = 256 << 20;
+const ONE_IMAGE: usize = 1 << 30;
 
 /// Repetitions of a measurement of speed, after one that warms up, and seconds of each at least.
 const REPETITIONS: usize = 30;
@@ -69,9 +74,13 @@ pub fn check(options: &v1::Evaluation, model: &AnyInfo) -> Result<()> {
         return refuse(field);
     }
     match &model.family {
-        AnyFamily::Vision(_) => {
+        AnyFamily::Vision(config) => {
             if !options.dataset.is_empty() {
                 return refuse("dataset");
+            }
+            let runs = [("speed", options.speed), ("images", options.images.is_some())];
+            if let Some((field, _)) = runs.into_iter().find(|(_, asked)| *asked) {
+                fits(config, field)?;
             }
             match &options.images {
                 Some(images) if images.max_items == Some(0) => {
@@ -145,6 +154,43 @@ pub fn evaluate(
     Ok(out)
 }
 
+/// Bytes that one image takes in the largest layer: what enters it, what a depthwise convolution leaves in between or
+/// what is unfolded, and what comes out.
+fn image_bytes(config: &vision::Config) -> usize {
+    let layer = |(layer, sides): (&Layer, [usize; 2])| {
+        let window = layer.window(sides);
+        let between = match layer {
+            Layer::Plain { .. } => window.taps() * window.channels,
+            Layer::Separable { .. } => window.channels,
+        };
+        window.image() + window.places() * (between + layer.outputs())
+    };
+    let floats = config.layers.iter().zip(config.images()).map(layer).max();
+    4 * floats.unwrap_or(0).max(config.image())
+}
+
+/// Refuses images that would take the server's memory one at a time.
+fn fits(config: &vision::Config, field: &str) -> Result<()> {
+    match image_bytes(config) {
+        0..=ONE_IMAGE => Ok(()),
+        bytes => Err(Error::at(
+            Reason::ModelUnsuitable,
+            field,
+            format!(
+                "one image takes {} MiB in the largest layer, and at most {} MiB are measured; leave it out, or \
+                 create the model with a smaller image_size or fewer channels",
+                bytes >> 20,
+                ONE_IMAGE >> 20
+            ),
+        )),
+    }
+}
+
+/// Images that run at once.
+fn batch(config: &vision::Config) -> usize {
+    (TOGETHER / image_bytes(config).max(1)).clamp(1, IMAGES)
+}
+
 fn sizes(subject: &Subject<'_>) -> Vec<v1::Measurement> {
     let model = subject.model;
     let (mut zeros, mut elements) = (0u64, 0u64);
@@ -176,9 +222,10 @@ fn on_images(
     let count = asked.max_items.map_or(images.len(), |most| images.len().min(most as usize));
     let plan = Plan::new(model)?;
     let (image, mut right, mut losses) = (images.image(), Vec::new(), Vec::new());
-    for first in (0..count).step_by(IMAGES) {
+    let batch = batch(config);
+    for first in (0..count).step_by(batch) {
         progress.report(first as f64 / count as f64, &format!("image {first} of {count}"))?;
-        let last = count.min(first + IMAGES);
+        let last = count.min(first + batch);
         let logits = plan.classify(&images.pixels[first * image..last * image])?;
         for (row, class) in logits.chunks_exact(config.classes).zip(&images.classes[first..last]) {
             let (class, top) = (usize::from(*class), row.iter().copied().fold(f32::MIN, f32::max));
@@ -201,8 +248,9 @@ fn on_images(
 /// Images a second, of images whose content does not matter.
 fn speed_on_images(model: &vision::Model, progress: &Progress) -> Result<v1::Measurement> {
     let plan = Plan::new(model)?;
+    let batch = batch(&model.family);
     let bytes: Vec<u8> =
-        (0..IMAGES * model.family.image()).map(|i| (i * 7919 % 251) as u8).collect();
+        (0..batch * model.family.image()).map(|i| (i * 7919 % 251) as u8).collect();
     let mut rates = Vec::new();
     for repetition in 0..=REPETITIONS {
         progress.report(repetition as f64 / (REPETITIONS + 1) as f64, "measuring speed")?;
@@ -214,11 +262,11 @@ fn speed_on_images(model: &vision::Model, progress: &Progress) -> Result<v1::Mea
         }
         let seconds = start.elapsed().as_secs_f64().max(1e-9);
         if repetition > 0 {
-            rates.push((count * IMAGES) as f64 / seconds);
+            rates.push((count * batch) as f64 / seconds);
         }
     }
     let threads = rayon::current_num_threads();
-    let protocol = format!("{IMAGES} images at once, median of {REPETITIONS}, {threads} threads");
+    let protocol = format!("{batch} images at once, median of {REPETITIONS}, {threads} threads");
     Ok(metrics::IMAGE_RATE.sampled(rates, protocol))
 }
 
@@ -307,4 +355,51 @@ fn likelihood(
         }
     }
     Ok((nll, predictions))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::models::random;
+    use crate::seed::Stream;
+
+    fn net(side: usize) -> vision::Model {
+        let config = json!({
+            "model_type": "conv_net", "image_size": side, "channels": [32, 8], "num_labels": 4,
+        });
+        match random::model(config, &Stream::root(1)).unwrap() {
+            AnyModel::Vision(model) => model,
+            _ => panic!("another family"),
+        }
+    }
+
+    #[test]
+    fn as_many_images_run_at_once_as_memory_allows() {
+        // One channel in, nine taps of it, 32 out, four bytes each, in the first layer; the second halves the sides:
+        // 32 in, and for a quarter of the places 9 taps of 32 and 8 out.
+        let first = 4 * 28 * 28 * (1 + 9 + 32);
+        let second = 4 * (28 * 28 * 32 + 14 * 14 * (9 * 32 + 8));
+        assert_eq!(image_bytes(&net(28).family), first.max(second));
+        assert_eq!(batch(&net(28).family), IMAGES);
+        let some = batch(&net(512).family);
+        assert!(1 < some && some < IMAGES, "{some}");
+        assert_eq!(batch(&net(4096).family), 1);
+    }
+
+    #[test]
+    fn images_beyond_memory_are_refused_by_field() {
+        let images = v1::ImageEvaluation { dataset: "datasets/some".to_owned(), max_items: None };
+        let speed = v1::Evaluation { speed: true, ..Default::default() };
+        let images = v1::Evaluation { images: Some(images), ..Default::default() };
+        for (options, field) in [(&speed, "speed"), (&images, "images")] {
+            let info = AnyModel::Vision(net(4096)).info();
+            let error = check(options, &info).unwrap_err();
+            assert_eq!(error.reason(), Reason::ModelUnsuitable);
+            assert_eq!(error.violations()[0].field, field);
+            check(options, &AnyModel::Vision(net(512)).info()).unwrap();
+        }
+        check(&v1::Evaluation::default(), &AnyModel::Vision(net(4096)).info()).unwrap();
+    }
 }

@@ -181,11 +181,14 @@ impl Set {
     /// # Errors
     /// `TENSOR_NOT_FOUND`; `UNSUPPORTED_MODEL` for tensors of other sizes.
     pub fn order(&self, weights: &Weights) -> Result<Vec<usize>> {
+        self.order_of(weights, &mut Decoded::default())
+    }
+
+    fn order_of(&self, weights: &Weights, decoded: &mut Decoded) -> Result<Vec<usize>> {
         let mut norms = vec![0.0_f64; self.channels];
         for axis in &self.makers {
-            let weight = find(weights, axis)?;
-            let values = weight.to_f32();
-            let cols = weight.cols();
+            let (shape, values) = decoded.find(weights, axis)?;
+            let cols = shape[1..].iter().product::<usize>();
             for start in &axis.starts {
                 for (channel, norm) in norms.iter_mut().enumerate() {
                     let row = &values[(start + channel) * cols..][..cols];
@@ -204,6 +207,12 @@ impl Set {
     /// # Errors
     /// As [`Set::order`]; INTERNAL where `order` is none.
     pub fn apply(&self, order: &[usize], weights: &mut Weights) -> Result<()> {
+        let mut decoded = Decoded::default();
+        self.permute(order, weights, &mut decoded)?;
+        decoded.store(weights, |_| true)
+    }
+
+    fn permute(&self, order: &[usize], weights: &Weights, decoded: &mut Decoded) -> Result<()> {
         let mut seen = vec![false; self.channels];
         order.iter().for_each(|old| {
             if let Some(seen) = seen.get_mut(*old) {
@@ -214,14 +223,69 @@ impl Set {
             return Err(Error::internal("an order that does not hold each channel once"));
         }
         for axis in self.axes() {
-            let weight = find(weights, axis)?;
+            let (shape, values) = decoded.find(weights, axis)?;
+            permute(values, shape, axis, order);
+        }
+        Ok(())
+    }
+}
+
+/// Puts the channels of each set into the order of [`Set::order`], one set after the other, as [`Set::apply`] does.
+/// A tensor that many sets share, as the heads of a block do, is decoded and stored once. `before` hears the
+/// number of each set.
+///
+/// # Errors
+/// As [`Set::order`], and what `before` gives; tensors that were not stored yet are then what they were.
+pub fn reorder(
+    sets: &[&Set],
+    weights: &mut Weights,
+    mut before: impl FnMut(usize) -> Result<()>,
+) -> Result<()> {
+    let mut last: BTreeMap<&str, usize> = BTreeMap::new();
+    for (i, set) in sets.iter().enumerate() {
+        last.extend(set.axes().map(|axis| (axis.tensor.as_str(), i)));
+    }
+    let mut decoded = Decoded::default();
+    for (i, set) in sets.iter().enumerate() {
+        before(i)?;
+        let order = set.order_of(weights, &mut decoded)?;
+        set.permute(&order, weights, &mut decoded)?;
+        // Sets come in the order of the network: few tensors wait for another.
+        decoded.store(weights, |name| last.get(name).is_none_or(|last| *last <= i))?;
+    }
+    Ok(())
+}
+
+/// Values of tensors that are being reordered, by name.
+#[derive(Default)]
+struct Decoded(BTreeMap<String, Vec<f32>>);
+
+impl Decoded {
+    /// The shape and values of an axis' tensor, decoded where they were not.
+    fn find<'a>(
+        &'a mut self,
+        weights: &'a Weights,
+        axis: &Axis,
+    ) -> Result<(&'a [usize], &'a mut [f32])> {
+        let weight = find(weights, axis)?;
+        let values = self.0.entry(axis.tensor.clone()).or_insert_with(|| weight.to_f32());
+        Ok((weight.shape(), values.as_mut_slice()))
+    }
+
+    /// Puts the tensors that are done in the place of what they were.
+    fn store(&mut self, weights: &mut Weights, done: impl Fn(&str) -> bool) -> Result<()> {
+        let names: Vec<String> = self.0.keys().filter(|name| done(name)).cloned().collect();
+        for name in names {
+            let (Some(values), Some(weight)) = (self.0.remove(&name), weights.get_mut(&name))
+            else {
+                continue;
+            };
             let dtype = match &**weight {
                 Weight::Dense(dense) => dense.dtype(),
                 _ => Dtype::F32,
             };
-            let values = permuted(&weight.to_f32(), weight.shape(), axis, order);
             let dense = Dense::from_f32(weight.shape().to_vec(), &values, dtype)?;
-            weights.insert(axis.tensor.clone(), Arc::new(Weight::Dense(dense)));
+            *weight = Arc::new(Weight::Dense(dense));
         }
         Ok(())
     }
@@ -247,24 +311,24 @@ fn find<'a>(weights: &'a Weights, axis: &Axis) -> Result<&'a Arc<Weight>> {
     }
 }
 
-/// Values of a tensor with the channels of an axis in another order.
-fn permuted(values: &[f32], shape: &[usize], axis: &Axis, order: &[usize]) -> Vec<f32> {
-    let mut out = values.to_vec();
+/// Puts the channels of an axis into another order.
+fn permute(values: &mut [f32], shape: &[usize], axis: &Axis, order: &[usize]) {
     if values.is_empty() {
-        return out;
+        return;
     }
     // Elements of a channel, and of all that stands beside it on the axis.
     let (inner, line) = match axis.side {
         Side::Rows => (shape[1..].iter().product::<usize>(), values.len()),
         Side::Columns => (1, shape[1]),
     };
-    for (from, to) in values.chunks_exact(line).zip(out.chunks_exact_mut(line)) {
+    let mut old_order = vec![0.0; axis.channels * inner];
+    for line in values.chunks_exact_mut(line) {
         for start in &axis.starts {
-            for (new, old) in order.iter().enumerate() {
-                let (from, to) = (&from[(start + old) * inner..], &mut to[(start + new) * inner..]);
-                to[..inner].copy_from_slice(&from[..inner]);
+            let channels = &mut line[start * inner..][..axis.channels * inner];
+            old_order.copy_from_slice(channels);
+            for (to, old) in channels.chunks_exact_mut(inner).zip(order) {
+                to.copy_from_slice(&old_order[old * inner..][..inner]);
             }
         }
     }
-    out
 }

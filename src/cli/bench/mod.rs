@@ -232,13 +232,19 @@ pub struct KernelsArgs {
     tokens: Vec<usize>,
     /// Row groups against the same tiles with every column kept and against the tensor library, in f32, in the
     /// place of layouts [default shapes: of 1 x 1 convolutions]
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["layout", "exact"])]
     row_groups: bool,
     /// Rows that share their columns, of row groups
-    #[arg(long, value_name = "N", default_value_t = row_groups::GROUP)]
+    #[arg(long, value_name = "N", default_value_t = row_groups::GROUP, requires = "row_groups")]
     group: usize,
     /// Shares of columns that row groups keep
-    #[arg(long, value_name = "LIST", value_delimiter = ',', default_values_t = row_groups::DENSITIES)]
+    #[arg(
+        long,
+        value_name = "LIST",
+        value_delimiter = ',',
+        default_values_t = row_groups::DENSITIES,
+        requires = "row_groups"
+    )]
     density: Vec<f64>,
     #[command(flatten)]
     common: Common,

@@ -107,16 +107,25 @@ impl Convolution {
         let groups = self.starts.len() - 1;
         let work = window.places() * self.values.len() / groups;
         let grain = GRAIN / work.max(1) + 1;
+        // The thread keeps its scratch: planes of a large image are not for keeping.
+        let mut large = match each * planes.image {
+            ..=PASS => Vec::new(),
+            len => vec![0.0; len],
+        };
         for (x, y) in x.chunks(each * image).zip(y.chunks_mut(each * result)) {
             let images = x.len() / image;
-            with_scratch(images * planes.image, |out| {
+            let mut work = |out: &mut [f32]| {
                 planes.fill(x, out);
                 let (x, y) = (&*out, Shared::new(y));
                 threads::for_ranges(images * groups, grain, |range| {
                     let offsets = offsets.as_slice();
                     simd::run(level, Direct { weight: self, planes, offsets, x, y, range });
                 });
-            });
+            };
+            match images * planes.image {
+                len if large.is_empty() => with_scratch(len, work),
+                len => work(&mut large[..len]),
+            }
         }
     }
 }

@@ -8,10 +8,14 @@
 //! that is indexed by the same channels follows ([`crate::models::axes`]). What is left is stored as row groups,
 //! whose kernels work on the pattern; each tap of a convolution is a column of its own there.
 //!
+//! Blocks of GGUF files are decoded, and what is left of them has 16 bits unless `values` says otherwise; codes that
+//! steps made are refused.
+//!
 //! Decided here: an axis is reordered where at least one weight that makes it is pruned, and stays where a tensor
 //! that is not pruned would have to leave its layout for that; orders fall; the record lists what stayed and why.
 //! Whole outputs as units are the yardstick of the papers. Gradual pruning gives a mask of the number of units
-//! that [`crate::methods::training::masks`] rounds to.
+//! that [`crate::methods::training::masks`] rounds to. Training keeps the zeros of weights that an earlier step stored
+//! sparse and this one leaves alone; gradual pruning refuses models with such weights.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -172,6 +176,10 @@ impl Settings {
         if targets.is_empty() {
             return Err(Error::option("exclude", "leaves no weight to prune"));
         }
+        if self.gradual {
+            let masked = |name: &str| targets.iter().any(|target| target.name == name);
+            masked_run::check_growing("schedule", masked, model)?;
+        }
         Ok(targets)
     }
 
@@ -212,7 +220,8 @@ impl Settings {
     }
 }
 
-/// There is no sum of rounded weights that a unit could be judged by, nor a kernel for groups of their codes.
+/// There is no sum of rounded weights that a unit could be judged by, nor a kernel for groups of their codes. Blocks
+/// of GGUF files are taken, since models are downloaded in them: they are decoded, and what stays has plain numbers.
 fn refuse_quantised(tensor: &TensorInfo, name: &str) -> Result<()> {
     match tensor.record {
         Record::Dense { .. } | Record::Ggml { .. } => Ok(()),
@@ -237,6 +246,10 @@ fn format(tensor: &TensorInfo) -> RowGroupValues {
         Record::RowGroups { values, .. } => values,
         _ => RowGroupValues::BF16,
     }
+}
+
+fn elements(shape: &[usize]) -> usize {
+    shape.iter().product()
 }
 
 /// The model as training sees it: what is pruned are plain numbers.
@@ -323,10 +336,13 @@ impl Method for v1::GroupSparse {
         let mut estimate = match (vision, settings.activations) {
             (true, activations) => {
                 let bytes = model.bytes();
+                let elements: usize = model.tensors.values().map(|t| elements(&t.shape)).sum();
                 let images = if activations { settings.calibration.sequences as f64 } else { 0.0 };
                 Estimate {
                     weight_bytes: after.bytes(),
-                    memory_bytes: 4 * bytes,
+                    // The weights as they are, and thrice in f32: where they are judged, as they are multiplied
+                    // and as they become.
+                    memory_bytes: bytes + 12 * elements as u64,
                     seconds: 0.01 + bytes as f64 / 1e8 + images * bytes as f64 * 100.0 / SPEED,
                     calibration_tokens: 0,
                 }
@@ -336,6 +352,15 @@ impl Method for v1::GroupSparse {
                 cost::calibrated(&model.walked()?, &after.walked()?, &settings.calibration, false)
             }
         };
+        if settings.rearrange || self.training.is_some() {
+            // What is not dense becomes f32 before its turn comes.
+            let other = targets.iter().filter(|target| {
+                let tensor = model.tensors.get(&target.name);
+                tensor.is_some_and(|tensor| !matches!(tensor.record, Record::Dense { .. }))
+            });
+            let decoded: usize = other.map(|target| elements(&target.units.shape)).sum();
+            estimate.memory_bytes += 4 * decoded as u64;
+        }
         if let Some(training) = &self.training {
             let plain = plain(model, &targets);
             let checked = masked_run::check(training, &plain)?;
@@ -495,10 +520,9 @@ fn rearrange(
     };
     let pruned = |axis: &axes::Axis| targets.iter().any(|target| target.name == axis.tensor);
     let sets = graph.sets();
-    let sets: Vec<&Set> = sets.iter().filter(|set| set.makers.iter().any(pruned)).collect();
-    for (i, set) in sets.iter().enumerate() {
-        progress.report(i as f64 / sets.len() as f64, "ordering channels")?;
-        let weights = model.weights_mut();
+    let weights = model.weights_mut();
+    let mut free: Vec<&Set> = Vec::new();
+    for set in sets.iter().filter(|set| set.makers.iter().any(pruned)) {
         // What is not pruned keeps its layout, so it must be one whose rows and columns can move.
         let stuck = set.axes().find(|axis| {
             let weight = weights.get(&axis.tensor);
@@ -512,14 +536,15 @@ fn rearrange(
             account.left.push(json!({ "outputs_of": makers, "why": why }));
             continue;
         }
-        let order = set.order(weights)?;
-        set.apply(&order, weights)?;
         let first = set.makers.first().and_then(|axis| axis.starts.first());
         account.permuted.push(json!({
             "outputs_of": makers, "first": first, "channels": set.channels,
         }));
+        free.push(set);
     }
-    Ok(())
+    axes::reorder(&free, weights, |i| {
+        progress.report(i as f64 / free.len() as f64, "ordering channels")
+    })
 }
 
 /// Choosing what goes.

@@ -1,13 +1,18 @@
 //! Training under masks that another method makes: fixed ones, or groups of rows that go while the model trains.
 //! The masks are those of [`super::pruner`]: what is masked is zero, has no gradient, no moments, no decay.
+//! Tensors that an earlier step stored sparse keep their zeros beside fixed masks; growing ones go by one rule for
+//! all that is masked, so there such tensors are refused.
+
+use std::collections::BTreeMap;
 
 use super::masks::{Pattern, Pool};
 use super::pruner::{Pruner, Rule};
 use super::run::{self, Ended};
 use super::schedule::Schedule;
-use crate::error::{Error, Result};
+use crate::error::{Error, Reason, Result};
 use crate::methods::{Estimate, Learning, StepContext};
-use crate::models::{AnyInfo, AnyModel};
+use crate::models::{AnyInfo, AnyModel, TensorInfo};
+use crate::nn::weight::{Record, SparsePattern};
 use crate::proto::v1;
 use crate::train::settings::{self, Settings};
 use crate::train::tensors;
@@ -51,6 +56,28 @@ pub fn check(training: &v1::Training, model: &AnyInfo) -> Result<Settings> {
     Ok(Settings { keep_last: true, ..settings })
 }
 
+/// Refuses a model with a tensor that is stored sparse and stands outside of growing masks, which would fill its
+/// zeros.
+///
+/// # Errors
+/// `MODEL_UNSUITABLE`, blaming `field`.
+pub fn check_growing(field: &str, masked: impl Fn(&str) -> bool, model: &AnyInfo) -> Result<()> {
+    let sparse = |(name, tensor): &(&String, &TensorInfo)| {
+        matches!(tensor.record, Record::Sparse { .. }) && !masked(name)
+    };
+    match model.tensors.iter().find(sparse) {
+        None => Ok(()),
+        Some((name, _)) => Err(Error::at(
+            Reason::ModelUnsuitable,
+            field,
+            format!(
+                "an earlier step pruned '{name}', which is left alone here, and gradual pruning would fill its \
+                 zeros; prune at once, or prune '{name}' here too"
+            ),
+        )),
+    }
+}
+
 /// What such a training costs; `bytes` are those of the weights afterwards.
 pub fn estimate(settings: &Settings, model: &AnyInfo, bytes: u64) -> Estimate {
     run::estimate(settings, model, bytes)
@@ -83,10 +110,11 @@ impl Trained {
     }
 }
 
-/// Trains a model whose tensors are plain numbers. Fixed masks ask that what they mask is zero already.
+/// Trains a model whose masked tensors are plain numbers. Fixed masks ask that what they mask is zero already; tensors
+/// that are stored sparse keep their zeros and their layout beside them.
 ///
 /// # Errors
-/// What the loop gives.
+/// What the loop gives, and those of [`check_growing`].
 pub fn train(
     cx: &StepContext<'_>,
     learning: &Learning<'_>,
@@ -94,9 +122,18 @@ pub fn train(
     (training, settings): (&v1::Training, &Settings),
     masks: Masks,
 ) -> Result<Trained> {
+    // What earlier steps pruned and this one leaves alone.
+    let mut sparse = run::sparse_masks(&model);
+    match &masks {
+        Masks::Fixed(masks) => sparse.retain(|(name, ..)| masks.iter().all(|own| own.0 != *name)),
+        Masks::Growing { matrices, .. } => {
+            let masked = |name: &str| matrices.iter().any(|own| own.0 == name);
+            check_growing("schedule", masked, &model.info())?;
+        }
+    }
     let mut ended = run::train((cx, learning), &model, (training, settings), |total, losses| {
         Ok(Some(match masks {
-            Masks::Fixed(masks) => Pruner::fixed(masks),
+            Masks::Fixed(masks) => Pruner::fixed(masks.into_iter().chain(sparse)),
             Masks::Growing { share, rows, matrices } => {
                 let given = v1::Gradual { final_sparsity: Some(share), ..Default::default() };
                 let rule = Rule {
@@ -110,7 +147,17 @@ pub fn train(
             }
         }))
     })?;
-    let model = run::stored(model, &ended, |_| None)?;
+    let hints: BTreeMap<String, (u8, u8)> = model
+        .weights()
+        .iter()
+        .filter_map(|(name, weight)| match weight.record() {
+            Record::Sparse { pattern: SparsePattern::NOfM { keep, of }, .. } => {
+                Some((name.clone(), (of - keep, of)))
+            }
+            _ => None,
+        })
+        .collect();
+    let model = run::stored(model, &ended, |name| hints.get(name).copied())?;
     let report = std::mem::take(&mut ended.report);
     let warnings = std::mem::take(&mut ended.warnings);
     Ok(Trained { model, report, warnings, ended })

@@ -228,3 +228,39 @@ fn decoders_with_grouped_queries_compute_the_same() {
         assert!(stream.fixed.unwrap().contains("residual"));
     }
 }
+
+#[test]
+fn sets_together_are_one_after_the_other() {
+    let mut model = decoder::random::model(decoder::random::tiny("llama"), 5).unwrap();
+    let graph = families::decoder(&model.decoder().unwrap().clone()).unwrap();
+    // One number format of 16 bits, which values must come back to.
+    let name = "model.layers.0.self_attn.o_proj.weight";
+    let weight = &model.weights[name];
+    let half = Dense::from_f32(weight.shape().to_vec(), &weight.to_f32(), Dtype::BF16).unwrap();
+    model.weights.insert(name.to_owned(), Arc::new(Weight::Dense(half)));
+    let sets = graph.sets();
+    let free: Vec<&Set> =
+        sets.iter().filter(|set| set.fixed.is_none() && !set.makers.is_empty()).collect();
+    let (mut single, mut seen) = (model.weights.clone(), Vec::new());
+    for set in &free {
+        let order = set.order(&single).unwrap();
+        set.apply(&order, &mut single).unwrap();
+    }
+    let mut together = model.weights.clone();
+    reorder(&free, &mut together, |i| {
+        seen.push(i);
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(seen, (0..free.len()).collect::<Vec<_>>());
+    for (name, weight) in &together {
+        assert_eq!(weight.to_f32(), single[name].to_f32(), "{name}");
+        assert_eq!(weight.bytes(), single[name].bytes(), "{name}");
+    }
+    assert_ne!(together[name].to_f32(), model.weights[name].to_f32());
+    assert_eq!(together[name].bytes(), 2 * (weight_elements(&together[name])));
+}
+
+fn weight_elements(weight: &Weight) -> u64 {
+    weight.shape().iter().product::<usize>() as u64
+}

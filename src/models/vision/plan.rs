@@ -1,6 +1,10 @@
 //! The fast forward: batch norms are folded into the convolutions before them, dense convolutions are products
 //! with packed panels, depthwise ones run in place. Row groups stay what they are: 1 x 1 convolutions multiply by
 //! them, those of 3 x 3 read the images' planes by taps where rows of pixels fill vectors ([`Convolution`]).
+//!
+//! That holds on every processor: the layout decides, not a measurement. Where there are tiles (AMX), dense f32 products
+//! of many rows take them (`kernels::gemm::parts`) and run about twice as fast as by vectors, which row groups
+//! go on using; so there a net can be slower with row groups than with the same values dense, unless few are left.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

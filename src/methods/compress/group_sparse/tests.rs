@@ -8,7 +8,7 @@ use crate::data::images::Images;
 use crate::data::records::Source;
 use crate::methods::{Datasets, registry};
 use crate::models::{decoder, random};
-use crate::nn::weight::{Grouped, GroupedSpec};
+use crate::nn::weight::{Grouped, GroupedSpec, Sparse};
 use crate::seed::Stream;
 
 /// Sixteen by sixteen images with a bar in one of four places.
@@ -85,7 +85,8 @@ fn run(
         let most = after.tensors[name].bytes;
         assert!(weight.bytes() <= most, "{name}: {} for {most}", weight.bytes());
         let columns = step.unit() == GroupSparseUnit::Column;
-        if columns && weight.rows().is_multiple_of(8) && learning.training.is_none() {
+        let whole = weight.rows().is_multiple_of(step.group() as usize);
+        if columns && whole && learning.training.is_none() {
             assert_eq!(
                 (weight.bytes(), weight.record()),
                 (most, after.tensors[name].record.clone())
@@ -333,6 +334,72 @@ fn training_keeps_what_went_at_zero_and_moves_the_rest() {
                 "what went is what went"
             );
         }
+    }
+}
+
+#[test]
+fn zeros_of_earlier_pruning_outside_of_the_targets_stay() {
+    // Half of a weight goes one by one; another one keeps two of four.
+    let mut model = net();
+    let (bitmap, places) = ("layers.1.conv.weight", "layers.0.conv.weight");
+    let mut prune = |name: &str, gone: &dyn Fn(usize) -> bool, hint| {
+        let weight = &model.weights()[name];
+        let (shape, mut values) = ([weight.rows(), weight.cols()], weight.to_f32());
+        values.iter_mut().enumerate().filter(|(i, _)| gone(*i)).for_each(|(_, v)| *v = 0.0);
+        let sparse = Sparse::from_dense(shape, &values, ValueFormat::F32, hint).unwrap();
+        model.weights_mut().insert(name.to_owned(), Arc::new(Weight::Sparse(sparse)));
+    };
+    prune(bitmap, &|i| i * 7 % 11 < 6, None);
+    prune(places, &|i| i % 3 > 0, Some((2, 3)));
+    let training = json!({
+        "dataset": "datasets/bars", "steps": 6, "batch_size": 8, "learning_rate": 0.01,
+    });
+    let options = json!({
+        "group": 4, "exclude": ["layers.0.*", "layers.1.*", "classifier.*"], "training": training,
+    });
+    let (tuned, _) = run(&step(options.clone()), model.clone()).unwrap();
+    for name in [bitmap, places] {
+        let (before, after) = (&model.weights()[name], &tuned.model.weights()[name]);
+        assert_eq!(before.record(), after.record());
+        assert_ne!(before.to_f32(), after.to_f32(), "{name} was not trained");
+        for (before, after) in before.to_f32().iter().zip(after.to_f32()) {
+            assert!(*before != 0.0 || after == 0.0, "{name}");
+        }
+    }
+    // The rule of gradual pruning is one for all that is masked.
+    let mut mobile = mobile();
+    let name = "layers.1.pointwise.weight";
+    let weight = &mobile.weights()[name];
+    let mut values = weight.to_f32();
+    values.iter_mut().step_by(2).for_each(|v| *v = 0.0);
+    let shape = [weight.rows(), weight.cols()];
+    let sparse = Sparse::from_dense(shape, &values, ValueFormat::F32, None).unwrap();
+    mobile.weights_mut().insert(name.to_owned(), Arc::new(Weight::Sparse(sparse)));
+    let mut options = options;
+    options["group"] = json!(8);
+    options["schedule"] = json!("GROUP_SPARSE_SCHEDULE_GRADUAL");
+    options["exclude"] = json!(["layers.0.conv.*", "*.depthwise.*", "classifier.*", name]);
+    let error = step(options.clone()).check_any(&mobile.info()).unwrap_err();
+    assert_eq!(error.reason(), Reason::ModelUnsuitable);
+    assert_eq!(error.violations()[0].field, "schedule");
+    options["exclude"] = json!(["layers.0.conv.*", "*.depthwise.*", "classifier.*"]);
+    step(options).check_any(&mobile.info()).unwrap();
+}
+
+#[test]
+fn what_is_decoded_counts_as_memory() {
+    let memory = |model: &AnyModel, rearrange: bool| {
+        let step = step(json!({ "rearrange": rearrange }));
+        step.check_any(&model.info()).unwrap().0.memory_bytes
+    };
+    for mut model in [mobile(), llama()] {
+        assert_eq!(memory(&model, true), memory(&model, false));
+        let half = json!({ "sparsity": 0.5, "values": "GROUP_SPARSE_VALUES_BF16" });
+        model = run(&step(half), model).unwrap().0.model;
+        let groups = model.weights().values().filter(|w| matches!(***w, Weight::RowGroups(_)));
+        let elements: usize = groups.map(|w| w.rows() * w.cols()).sum();
+        assert!(elements > 0);
+        assert_eq!(memory(&model, true), memory(&model, false) + 4 * elements as u64);
     }
 }
 
