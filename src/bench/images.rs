@@ -77,7 +77,8 @@ pub fn measure(model: &Model, run: Run) -> Result<Images> {
         seconds.push(time(&own, count)? / count as f64);
         others.push(time(&dense, count)? / count as f64);
     }
-    let [seconds, others] = [seconds, others].map(Spread::of);
+    let rate = |seconds: Vec<f64>| Spread::of(seconds).rate(run.batch as f64);
+    let (own_rate, dense_rate) = (rate(seconds), rate(others));
     let (mut zeros, mut all) = (0, 0);
     for weight in model.weights.values().filter(|weight| weight.shape().len() == 2) {
         zeros += weight.zeros();
@@ -85,9 +86,9 @@ pub fn measure(model: &Model, run: Run) -> Result<Images> {
     }
     Ok(Images {
         run,
-        over_dense: others.median / seconds.median,
-        images_per_second: seconds.rate(run.batch as f64),
-        dense_images_per_second: others.rate(run.batch as f64),
+        over_dense: own_rate.median / dense_rate.median,
+        images_per_second: own_rate,
+        dense_images_per_second: dense_rate,
         zero_share: zeros as f64 / all.max(1) as f64,
         weight_bytes: own.bytes(),
         dense_bytes: dense.bytes(),

@@ -10,7 +10,7 @@ use crate::support;
 
 fn request(recipe: Value, validate_only: bool) -> v1::RunRecipeRequest {
     v1::RunRecipeRequest {
-        model: "models/tiny".into(),
+        model: "models/tiny/versions/1".into(),
         recipe: Some(serde_json::from_value(recipe).unwrap()),
         validate_only,
         ..Default::default()

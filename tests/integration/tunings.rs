@@ -108,11 +108,47 @@ async fn decoders_are_tuned_side_by_side_and_forget() {
     assert_eq!(bytes(&report.arms[1].runs[0]), bytes(&report.arms[0].runs[0]));
     assert!(bytes(&report.arms[3].runs[0]) < bytes(&report.arms[0].runs[0]));
 
-    // What was kept can be fetched, and says what it was made from.
+    // What was kept is what an adaptation alone makes, and measures the same.
     let run = &report.arms[2].runs[1];
     let kept = v1::GetAdapterRequest { name: run.adapter.clone() };
     let kept = world.adapters().get_adapter(kept).await.unwrap().into_inner();
-    assert_eq!(kept.lineage.unwrap().seed, 4);
+    let training = comparison["training"].clone();
+    // The rounded model is the newest version by now.
+    let first = "models/tiny/versions/1";
+    let alone = v1::AdaptRequest {
+        model: first.into(),
+        seed: 4,
+        ..request("alone", adaptation(8), training)
+    };
+    world.made(alone).await;
+    let alone = v1::GetAdapterRequest { name: "adapters/alone".into() };
+    let alone = world.adapters().get_adapter(alone).await.unwrap().into_inner();
+    assert_eq!(alone.lineage, kept.lineage);
+    assert_eq!(alone.files, kept.files);
+    assert_eq!(alone.digest, kept.digest);
+    let evaluate = v1::EvaluateRequest {
+        model: first.into(),
+        base: first.into(),
+        evaluation: Some(serde_json::from_value(comparison["evaluation"].clone()).unwrap()),
+        adapter: "adapters/alone".into(),
+        ..Default::default()
+    };
+    let operation = world.service.jobs().evaluate(evaluate.clone()).await.unwrap().into_inner();
+    let found: v1::EvaluationReport = response(world.service.finished(&operation.name).await);
+    assert_eq!((found.adapter.as_str(), found.adapter_digest), ("adapters/alone", kept.digest));
+    for metric in ["task_loss", "perplexity", "kl_divergence"] {
+        let of = |all: &[v1::Measurement]| {
+            let found = all.iter().find(|m| m.metric == metric).unwrap();
+            (found.value, found.protocol.clone())
+        };
+        let (alone, arm) = (of(&found.measurements), of(&run.measurements));
+        assert!((alone.0 / arm.0 - 1.0).abs() < 1e-3 && alone.1 == arm.1, "{alone:?} {arm:?}");
+    }
+    // An adapter is measured with the version it was made for only.
+    let rounded = report.arms[3].runs[0].version.clone();
+    let other = v1::EvaluateRequest { model: rounded, ..evaluate };
+    let refused = world.service.jobs().evaluate(other).await;
+    assert_error(refused, Code::FailedPrecondition, "MODEL_UNSUITABLE", "adapter");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -178,6 +178,11 @@ mod after {
         why: "a product of two matrices is left as it is: leave it out of the scope, or start from the \
               version before",
     };
+    pub const GROUPED: Conflict = Conflict {
+        after: "group_sparse",
+        why: "groups of rows are not trained by other methods: name a `training` in that step, or start from the version \
+              before",
+    };
     pub const DRAWN_ANEW: [Conflict; 5] = [
         draws("pruning"),
         draws("quantisation"),

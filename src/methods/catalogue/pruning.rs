@@ -46,7 +46,7 @@ const NARROW: Entry = Entry {
 };
 
 /// What exchanges pruned weights for kept ones.
-const EXCHANGING: [Conflict; 8] = [
+const EXCHANGING: [Conflict; 9] = [
     after::QUANTISED,
     after::FACTORED,
     after::exchanges("magnitude"),
@@ -55,6 +55,7 @@ const EXCHANGING: [Conflict; 8] = [
     after::exchanges("dsnot"),
     after::exchanges("ecoflap"),
     after::exchanges("gradual"),
+    after::exchanges("group_sparse"),
 ];
 
 pub(super) const ALL: &[Entry] = &[
@@ -96,6 +97,7 @@ pub(super) const ALL: &[Entry] = &[
     Entry {
         name: "gradual",
         verb: "train",
+        conflicts: &[after::QUANTISED, after::FACTORED, after::GROUPED],
         sub: "unstructured, n:m or blocks, while training",
         data: DataNeed::Train(0),
         tuning: Tuning::Full,
@@ -120,8 +122,14 @@ pub(super) const ALL: &[Entry] = &[
         name: "group_sparse",
         sub: "inputs of groups of outputs",
         kernel: "row_groups",
+        data: DataNeed::None,
         seed_paper: "sparsebytenn",
-        cost: Cost { basis: Basis::Reasoned, ..SPARSE.cost },
+        cost: Cost {
+            parameter_token: 0.0,
+            token_bytes: 0.0,
+            basis: Basis::Reasoned,
+            ..SPARSE.cost
+        },
         ..SPARSE
     },
     Entry { name: "wanda_sp", ..NARROW },

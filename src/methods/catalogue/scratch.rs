@@ -13,7 +13,7 @@ pub(super) const ALL: &[Entry] = &[
         changes: &[Change::Values],
         speeds_up: &[],
         kernel: "",
-        conflicts: &[after::QUANTISED, after::FACTORED],
+        conflicts: &[after::QUANTISED, after::FACTORED, after::GROUPED],
         scale: Scale::Medium,
         seed_paper: "gradual-pruning",
         // Three products for each parameter and token; weights, gradients and two moments.

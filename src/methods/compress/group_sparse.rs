@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 
 use super::group_units::{Factors, Units};
 use super::named_choice::choice;
-use super::{check_finite, cost, seeded};
+use super::{check_finite, cost, seeded, store};
 use crate::calibrate::{self, walk};
 use crate::error::{Error, Reason, Result};
 use crate::kernels::row_groups::MAX_INT8_COLS;
@@ -223,6 +223,7 @@ impl Settings {
 /// There is no sum of rounded weights that a unit could be judged by, nor a kernel for groups of their codes. Blocks
 /// of GGUF files are taken, since models are downloaded in them: they are decoded, and what stays has plain numbers.
 fn refuse_quantised(tensor: &TensorInfo, name: &str) -> Result<()> {
+    store::refuse_quantised(tensor, name, "prune")?;
     match tensor.record {
         Record::Dense { .. } | Record::Ggml { .. } => Ok(()),
         Record::Sparse { values, .. } if !matches!(values, ValueFormat::Grouped(_)) => Ok(()),

@@ -131,7 +131,7 @@ fn nothing_removed_is_the_same_model_in_another_order() {
             assert_eq!(weight.record(), model.weights()[name].record());
             moved += usize::from(weight.to_f32() != model.weights()[name].to_f32());
         }
-        assert!(moved > 3, "{moved}");
+        assert!(moved >= 3, "{moved}");
         for (got, want) in logits(&outcome.model).iter().zip(logits(&model)) {
             assert!((got - want).abs() <= 1e-5 * (1.0 + want.abs()), "{got} is not {want}");
         }

@@ -110,7 +110,8 @@ fn a_vector_does_not_depend_on_its_batch() {
     for (input, got) in inputs.iter().zip(out.chunks_exact(32)) {
         let alone = one(&mut encoder, input.tokens, input.pooling);
         for (a, b) in alone.iter().zip(got) {
-            assert!((a - b).abs() < 1e-6, "{}: {a} and {b}", input.tokens.len());
+            // Many rows are multiplied in another way than few: only sums are rounded differently.
+            assert!((a - b).abs() < 1e-5, "{}: {a} and {b}", input.tokens.len());
         }
     }
     // No inputs, no output.
