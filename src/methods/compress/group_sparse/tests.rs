@@ -252,7 +252,7 @@ fn axes_that_are_not_free_are_listed() {
     let before = model.weights[name].to_f32();
     let model = AnyModel::from(model);
     let error = step(json!({})).check_any(&model.info()).unwrap_err();
-    assert_eq!(error.reason(), Reason::ModelUnsuitable);
+    assert_eq!(error.reason(), Reason::InvalidRecipe);
     assert!(error.message().contains("down_proj"), "{error}");
     let (outcome, _) = run(&step(json!({ "exclude": ["*.down_proj.*"] })), model).unwrap();
     let left = names(&outcome.record, "left_in_place");
