@@ -8,6 +8,8 @@ use std::sync::OnceLock;
 
 use super::multiversion::multiversion;
 use super::threads::{self, Shared};
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
 
 /// Rows of a strip: the lanes of a vector of sums, and the tokens of a tile.
 const LANES: usize = 16;
@@ -217,7 +219,7 @@ impl Bf16Panels {
                 match path {
                     // SAFETY: as below; tiles are configured.
                     #[cfg(target_arch = "x86_64")]
-                    Path::Tiles => unsafe { tiles::multiply(&block) },
+                    Path::Tiles => unsafe { by_tiles(&block) },
                     // SAFETY: the path was detected on this processor; blocks of the result are disjoint.
                     #[cfg(target_arch = "x86_64")]
                     Path::Pairs => unsafe { block.pairs() },
@@ -410,191 +412,67 @@ impl<'a> Block<'a> {
     }
 }
 
-/// AMX: registers that are tiles of 16 rows of 64 bytes. There are no intrinsics for them yet. What is not
-/// written here does not touch them, so that they keep their contents between the blocks of assembly.
+/// One or two strips times the tokens, 32 at a time.
+///
+/// # Safety
+/// Tiles are configured; no other thread writes these results.
 #[cfg(target_arch = "x86_64")]
-pub(super) mod tiles {
-    use std::arch::asm;
-
-    use super::{Block, DEPTH, LANES};
-
-    /// Whether the processor has bf16 tiles and the system lets this process use them, which it must be asked.
-    pub fn available() -> bool {
-        let leaf = |leaf| std::arch::x86_64::__cpuid_count(leaf, 0);
-        const BF16: u32 = 1 << 22;
-        const TILE: u32 = 1 << 24;
-        // Leaf 7 may be asked for where AVX-512 was found.
-        leaf(7).edx & (BF16 | TILE) == BF16 | TILE && permitted()
-    }
-
-    #[cfg(target_os = "linux")]
-    fn permitted() -> bool {
-        const ARCH_REQ_XCOMP_PERM: libc::c_int = 0x1023;
-        const TILE_DATA: libc::c_ulong = 18;
-        // SAFETY: the call takes two numbers and changes only what this process may use.
-        unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0 }
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    fn permitted() -> bool {
-        false
-    }
-
-    /// The eight tiles of this thread, 16 rows of 64 bytes each, until it is dropped.
-    pub struct Configured(());
-
-    impl Configured {
-        /// # Safety
-        /// Tiles are available.
-        pub unsafe fn new() -> Self {
-            #[repr(align(64))]
-            struct Config([u8; 64]);
-            let mut config = Config([0; 64]);
-            config.0[0] = 1;
-            for tile in 0..8 {
-                config.0[16 + 2 * tile] = 64;
-                config.0[48 + tile] = 16;
+unsafe fn by_tiles(block: &Block<'_>) {
+    let second = block.strips.len() > block.count;
+    let w = block.strips.as_ptr();
+    // What is missing is multiplied as its neighbour and not stored.
+    let other_w = if second { w.add(block.count) } else { w };
+    for token in block.tokens.clone().step_by(2 * LANES) {
+        let left = block.tokens.end - token;
+        let x = block.x.tile(token / LANES).as_ptr();
+        let other_x = if left > LANES { x.add(block.count) } else { x };
+        std::arch::asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "2:",
+            "tileloadd tmm4, [{x} + {line}*1]",
+            "tileloadd tmm6, [{w} + {line}*1]",
+            "tileloadd tmm7, [{other_w} + {line}*1]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm5, [{other_x} + {line}*1]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {x}, 1024",
+            "add {other_x}, 1024",
+            "add {w}, 1024",
+            "add {other_w}, 1024",
+            "dec {depth}",
+            "jnz 2b",
+            x = inout(reg) x => _,
+            other_x = inout(reg) other_x => _,
+            w = inout(reg) w => _,
+            other_w = inout(reg) other_w => _,
+            depth = inout(reg) block.count / DEPTH => _,
+            line = in(reg) 64_usize,
+            options(nostack, readonly)
+        );
+        let whole_x = [left >= LANES, left >= 2 * LANES];
+        let whole_w = [LANES, 2 * LANES].map(|end| block.first + end <= block.rows);
+        for tile in 0..4 {
+            let (below, beside) = (tile / 2, tile % 2);
+            if below == 1 && left <= LANES || beside == 1 && !second {
+                continue;
             }
-            asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, preserves_flags));
-            Self(())
-        }
-    }
-
-    impl Drop for Configured {
-        fn drop(&mut self) {
-            // SAFETY: the instruction exists where tiles could be configured.
-            unsafe { asm!("tilerelease", options(nostack, preserves_flags, nomem)) };
-        }
-    }
-
-    /// One or two strips times the tokens, 32 at a time.
-    ///
-    /// # Safety
-    /// Tiles are configured; no other thread writes these results.
-    pub(super) unsafe fn multiply(block: &Block<'_>) {
-        let second = block.strips.len() > block.count;
-        let w = block.strips.as_ptr();
-        // What is missing is multiplied as its neighbour and not stored.
-        let other_w = if second { w.add(block.count) } else { w };
-        for token in block.tokens.clone().step_by(2 * LANES) {
-            let left = block.tokens.end - token;
-            let x = block.x.tile(token / LANES).as_ptr();
-            let other_x = if left > LANES { x.add(block.count) } else { x };
-            asm!(
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-                "2:",
-                "tileloadd tmm4, [{x} + {line}*1]",
-                "tileloadd tmm6, [{w} + {line}*1]",
-                "tileloadd tmm7, [{other_w} + {line}*1]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm5, [{other_x} + {line}*1]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {x}, 1024",
-                "add {other_x}, 1024",
-                "add {w}, 1024",
-                "add {other_w}, 1024",
-                "dec {depth}",
-                "jnz 2b",
-                x = inout(reg) x => _,
-                other_x = inout(reg) other_x => _,
-                w = inout(reg) w => _,
-                other_w = inout(reg) other_w => _,
-                depth = inout(reg) block.count / DEPTH => _,
-                line = in(reg) 64_usize,
-                options(nostack, readonly)
-            );
-            let whole_x = [left >= LANES, left >= 2 * LANES];
-            let whole_w = [LANES, 2 * LANES].map(|end| block.first + end <= block.rows);
-            for tile in 0..4 {
-                let (below, beside) = (tile / 2, tile % 2);
-                if below == 1 && left <= LANES || beside == 1 && !second {
-                    continue;
-                }
-                let (token, first) = (token + below * LANES, block.first + beside * LANES);
-                if whole_x[below] && whole_w[beside] {
-                    // All 16 rows lie inside of the result.
-                    store(tile, block.y.at(token * block.rows + first), 4 * block.rows);
-                    continue;
-                }
-                let mut out = [[0.0_f32; LANES]; LANES];
-                store(tile, out.as_mut_ptr().cast(), 4 * LANES);
-                for (i, sums) in out.iter().enumerate().take(block.tokens.end - token) {
-                    let results = block.results(token + i, first);
-                    results.copy_from_slice(&sums[..results.len()]);
-                }
+            let (token, first) = (token + below * LANES, block.first + beside * LANES);
+            if whole_x[below] && whole_w[beside] {
+                // All 16 rows lie inside of the result.
+                tiles::store(tile, block.y.at(token * block.rows + first), 4 * block.rows);
+                continue;
             }
-        }
-    }
-
-    /// Makes one of the four tiles of sums zeros.
-    ///
-    /// # Safety
-    /// Tiles are configured.
-    #[inline(always)]
-    pub unsafe fn zero(tile: usize) {
-        macro_rules! zero {
-            ($tile:literal) => {
-                asm!(concat!("tilezero ", $tile), options(nostack, preserves_flags, nomem))
-            };
-        }
-        match tile {
-            0 => zero!("tmm0"),
-            1 => zero!("tmm1"),
-            2 => zero!("tmm2"),
-            _ => zero!("tmm3"),
-        }
-    }
-
-    /// Reads one of the four tiles of sums, its rows `stride` bytes apart.
-    ///
-    /// # Safety
-    /// Tiles are configured; the rows are valid for reading.
-    #[inline(always)]
-    pub unsafe fn load(tile: usize, from: *const f32, stride: usize) {
-        macro_rules! load {
-            ($tile:literal) => {
-                asm!(
-                    concat!("tileloadd ", $tile, ", [{from} + {stride}*1]"),
-                    from = in(reg) from,
-                    stride = in(reg) stride,
-                    options(nostack, preserves_flags, readonly)
-                )
-            };
-        }
-        match tile {
-            0 => load!("tmm0"),
-            1 => load!("tmm1"),
-            2 => load!("tmm2"),
-            _ => load!("tmm3"),
-        }
-    }
-
-    /// Writes one of the four tiles of sums, its rows `stride` bytes apart.
-    ///
-    /// # Safety
-    /// Tiles are configured; the rows are valid for writing.
-    #[inline(always)]
-    pub unsafe fn store(tile: usize, to: *mut f32, stride: usize) {
-        macro_rules! store {
-            ($tile:literal) => {
-                asm!(
-                    concat!("tilestored [{to} + {stride}*1], ", $tile),
-                    to = in(reg) to,
-                    stride = in(reg) stride,
-                    options(nostack, preserves_flags)
-                )
-            };
-        }
-        match tile {
-            0 => store!("tmm0"),
-            1 => store!("tmm1"),
-            2 => store!("tmm2"),
-            _ => store!("tmm3"),
+            let mut out = [[0.0_f32; LANES]; LANES];
+            tiles::store(tile, out.as_mut_ptr().cast(), 4 * LANES);
+            for (i, sums) in out.iter().enumerate().take(block.tokens.end - token) {
+                let results = block.results(token + i, first);
+                results.copy_from_slice(&sums[..results.len()]);
+            }
         }
     }
 }

@@ -35,4 +35,6 @@ pub mod simd;
 pub mod softmax;
 pub mod sparse;
 pub mod threads;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 pub mod training;

@@ -18,9 +18,8 @@ use std::thread::LocalKey;
 
 use super::strips::{GRAIN, LANES, Line, Result};
 use super::{View, for_strips, pack};
-use crate::kernels::bf16::tiles;
 use crate::kernels::simd::Level;
-use crate::kernels::threads;
+use crate::kernels::{threads, tiles};
 
 /// Steps of a tile: rows and strips are padded to these with zeros.
 const DEPTH: usize = 32;
