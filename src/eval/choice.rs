@@ -6,11 +6,12 @@
 
 use rayon::prelude::*;
 
-use super::likelihood::{LOGIT_BYTES, log_sum};
+use super::likelihood::LOGIT_BYTES;
 use super::metrics;
 use crate::data::choices::Item;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Reason, Result};
+use crate::kernels::softmax::log_sum_exp;
 use crate::models::Model;
 use crate::models::decoder::Config;
 use crate::models::decoder::plan::{Cache, CacheFormat, Chunk, Decoder};
@@ -279,7 +280,7 @@ impl Scorer {
             .collect();
         // A prompt's last logits predict the first token of every choice.
         let firsts = self.run(&mut lanes, progress, |lane, _, row| {
-            let total = log_sum(row);
+            let total = log_sum_exp(row);
             let choices = batch[lane].choices.iter();
             choices.map(|choice| f64::from(row[choice[0] as usize]) - total).collect::<Vec<_>>()
         })?;
@@ -307,7 +308,7 @@ impl Scorer {
                 let Question { prompt, choices, .. } = &batch[lane];
                 // The logits at a position predict the next token.
                 let token = choices[round][position - prompt.len() + 1];
-                f64::from(row[token as usize]) - log_sum(row)
+                f64::from(row[token as usize]) - log_sum_exp(row)
             })?;
             for (lane, term) in terms {
                 sums[lane][round] += term;

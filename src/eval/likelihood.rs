@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use tempfile::NamedTempFile;
 
 use crate::error::{Error, Reason, Result};
+use crate::kernels::softmax::{self, log_sum_exp, mean_gap};
 use crate::models::Model;
 use crate::models::decoder::plan::{Arithmetic, Cache, Chunk, Decoder, Head};
 use crate::progress::Progress;
@@ -126,7 +127,7 @@ pub fn measure(
                 None => {
                     let scores: Vec<f64> = rows
                         .zip(targets)
-                        .map(|(row, t)| log_sum(row) - f64::from(row[*t as usize]))
+                        .map(|(row, t)| log_sum_exp(row) - f64::from(row[*t as usize]))
                         .collect();
                     nll += scores.iter().sum::<f64>();
                 }
@@ -308,13 +309,6 @@ impl<'a> Runner<'a> {
     }
 }
 
-/// `ln sum exp` of logits.
-pub(super) fn log_sum(row: &[f32]) -> f64 {
-    let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = row.iter().map(|l| f64::from((l - top).exp())).sum();
-    f64::from(top) + sum.ln()
-}
-
 struct Score {
     nll: f64,
     kl: f64,
@@ -324,26 +318,17 @@ struct Score {
 /// One prediction of two models: the model's loss, KL(base || model), and whether their likeliest
 /// tokens agree (the lower id where several are).
 fn compare(row: &[f32], base: &[f32], target: usize) -> Score {
-    let (mine, theirs) = (log_sum(row), log_sum(base));
-    let distance: f64 = row
-        .iter()
-        .zip(base)
-        .map(|(m, b)| {
-            let p = f64::from((f64::from(*b) - theirs) as f32).exp();
-            // A token that the base excludes (a logit of minus infinity) adds nothing.
-            if p > 0.0 { p * (f64::from(*b) - f64::from(*m)) } else { 0.0 }
-        })
-        .sum();
+    let (mine, theirs) = (log_sum_exp(row), log_sum_exp(base));
     Score {
         nll: mine - f64::from(row[target]),
-        kl: distance - theirs + mine,
+        kl: mean_gap(row, base, theirs as f32) - theirs + mine,
         same: top(row) == top(base),
     }
 }
 
-fn top(row: &[f32]) -> usize {
-    let better = |best: usize, i: usize| if row[i] > row[best] { i } else { best };
-    (1..row.len()).fold(0, better)
+fn top(row: &[f32]) -> Option<usize> {
+    let most = softmax::max(row);
+    row.iter().position(|v| *v == most)
 }
 
 #[cfg(test)]
@@ -373,7 +358,6 @@ mod tests {
         assert!(!score.same);
         let same = compare(&[1.0, 5.0, 5.0], &[1.0, 5.0, 5.0], 1);
         assert!(same.same && same.kl.abs() < 1e-9);
-        assert!((log_sum(&[1000.0, 1000.0]) - 1000.0 - 2f64.ln()).abs() < 1e-9);
     }
 
     #[test]

@@ -6,10 +6,11 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 
-use super::likelihood::{Protocol, log_sum};
+use super::likelihood::Protocol;
 use super::{Settings, mark, metrics, no_tokenizer, tokenise};
 use crate::data::images::Images;
 use crate::error::{Error, Reason, Result};
+use crate::kernels::softmax::log_sum_exp;
 use crate::models::footprint::footprint;
 use crate::models::vision::Layer;
 use crate::models::vision::plan::Plan;
@@ -230,7 +231,7 @@ fn on_images(
         for (row, class) in logits.chunks_exact(config.classes).zip(&images.classes[first..last]) {
             let (class, top) = (usize::from(*class), row.iter().copied().fold(f32::MIN, f32::max));
             right.push(f64::from(u8::from(row.iter().position(|l| *l == top) == Some(class))));
-            losses.push(log_sum(row) - f64::from(row[class]));
+            losses.push(log_sum_exp(row) - f64::from(row[class]));
         }
     }
     let protocol = format!(
@@ -346,7 +347,7 @@ fn likelihood(
         let mut scores = logits
             .chunks_exact(config.vocab)
             .zip(&targets)
-            .map(|(row, target)| log_sum(row) - f64::from(row[*target as usize]));
+            .map(|(row, target)| log_sum_exp(row) - f64::from(row[*target as usize]));
         for index in together {
             let count = context - protocol.first_scored(index);
             let sum: f64 = scores.by_ref().take(count).sum();

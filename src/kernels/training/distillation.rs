@@ -6,9 +6,6 @@ use super::super::multiversion::multiversion;
 use super::super::softmax;
 use super::super::threads::{self, Shared};
 
-/// Partial sums this long are added up in f32, the partial sums in f64.
-const PIECE: usize = 1024;
-const LANES: usize = 16;
 /// The least probability of what is not among the likeliest tokens: its logarithm stays a number.
 const LEAST: f64 = 1e-9;
 
@@ -100,7 +97,7 @@ pub fn distillation(
                 Answers::Logits(teacher) => {
                     let teacher = &teacher[at * width..][..width];
                     let all = softmax::log_sum_exp(teacher);
-                    sums.kl = positive(divergence(row, teacher, all as f32) - all + sum);
+                    sums.kl = positive(softmax::mean_gap(row, teacher, all as f32) - all + sum);
                     if gradient {
                         let both = (weights.kl + weights.ce) as f32;
                         let kl = weights.kl as f32;
@@ -192,25 +189,6 @@ impl<'a> Top<'a> {
 multiversion! {
     fn soft_cap(row: &mut [f32], cap: f32) {
         row.iter_mut().for_each(|v| *v = cap * tanh::<FMA>(*v / cap));
-    }
-
-    /// `sum_i exp(t_i - shift) (t_i - s_i)`
-    fn divergence(student: &[f32], teacher: &[f32], shift: f32) -> f64 {
-        let mut sum = 0.0;
-        for (s, t) in student.chunks(PIECE).zip(teacher.chunks(PIECE)) {
-            let mut lanes = [0.0_f32; LANES];
-            let (s, t) = (s.as_chunks::<LANES>(), t.as_chunks::<LANES>());
-            for (s, t) in s.0.iter().zip(t.0) {
-                for ((lane, s), t) in lanes.iter_mut().zip(s).zip(t) {
-                    *lane += exp::<FMA>(*t - shift) * (*t - *s);
-                }
-            }
-            for (s, t) in s.1.iter().zip(t.1) {
-                sum += f64::from(exp::<FMA>(*t - shift) * (*t - *s));
-            }
-            sum += lanes.iter().map(|v| f64::from(*v)).sum::<f64>();
-        }
-        sum
     }
 
     /// Capped logits to `by` times their probabilities, times the slope of the cap (if it is not 0).
