@@ -6,6 +6,7 @@
 mod attention;
 mod serve;
 mod sparse;
+mod text;
 mod wire;
 
 use std::path::{Path, PathBuf};
@@ -13,16 +14,19 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 
+use self::text::{
+    batch_text, bytes, decode_text, embed_text, kernels_text, limits_text, percent, prefill_text,
+    spread, train_text,
+};
 use super::Context;
 use super::error::{CliError, Result};
-use super::output::{self, Output, facts, significant, size, table};
-use crate::bench::embed::{self, Embed};
-use crate::bench::kernels::{self, Bound, Row, SHAPES, Settings, TOKENS};
+use super::output::{self, Output};
+use crate::bench::embed;
+use crate::bench::kernels::{self, SHAPES, Settings, TOKENS};
 use crate::bench::limits::Limits;
-use crate::bench::model::{Decode, Prefill, Run, Subject};
+use crate::bench::model::{Run, Subject};
 use crate::bench::row_groups;
-use crate::bench::stats::Spread;
-use crate::bench::train::{self, Train};
+use crate::bench::train;
 use crate::bench::{Machine, set_threads};
 use crate::models::decoder::plan::{Arithmetic, CacheFormat};
 use crate::models::encoder::plan::Precision;
@@ -421,15 +425,6 @@ impl EmbedArgs {
     }
 }
 
-fn embed_text(found: &Embed) -> String {
-    facts(&[
-        ("sentences/s", spread(&found.sentences_per_second)),
-        ("milliseconds a batch", spread(&found.milliseconds)),
-        ("weights", bytes(found.weight_bytes)),
-        ("least cosine to f32", format!("{:.6}", found.least_cosine)),
-    ])
-}
-
 impl TrainArgs {
     async fn run(self, form: Output) -> Result<()> {
         let folder = tempfile::tempdir().map_err(|e| CliError::file("making a folder", &e))?;
@@ -457,17 +452,6 @@ impl TrainArgs {
         })
         .await
     }
-}
-
-fn train_text(found: &Train) -> String {
-    facts(&[
-        ("seconds a step", spread(&found.seconds_per_step)),
-        ("tokens/s", spread(&found.tokens_per_second)),
-        ("trained elements", found.trained.to_string()),
-        ("loss", format!("{:.4}, then {:.4}", found.first_loss, found.last_loss)),
-        ("peak memory", bytes(found.peak_bytes)),
-        ("activations", bytes(found.activation_bytes)),
-    ])
 }
 
 impl Bench {
@@ -571,130 +555,6 @@ fn print<T: Serialize>(
     output::line(lines.join("\n\n"))
 }
 
-/// `115 (110 to 119)`
-fn spread(values: &Spread) -> String {
-    format!(
-        "{} ({} to {})",
-        significant(values.median),
-        significant(values.min),
-        significant(values.max)
-    )
-}
-
-fn percent(share: f64) -> String {
-    format!("{}%", significant(share * 100.0))
-}
-
-fn bytes(count: u64) -> String {
-    size(i64::try_from(count).unwrap_or(i64::MAX))
-}
-
-fn limits_text(limits: &Limits) -> String {
-    let read = |bandwidth: &crate::bench::limits::Bandwidth| {
-        let speed = spread(&bandwidth.gigabytes_per_second);
-        format!("{speed} GB/s, {} at a time", bytes(bandwidth.buffer_bytes))
-    };
-    let peak = |rate: &crate::bench::limits::Rate| {
-        format!("{} GOP/s, {}", spread(&rate.gigaoperations_per_second), rate.instruction)
-    };
-    facts(&[
-        ("last-level cache", limits.cache_bytes.map(bytes).unwrap_or_default()),
-        ("reading memory", read(&limits.memory)),
-        ("reading again", read(&limits.reread)),
-        ("integer peak", peak(&limits.integer)),
-        ("f32 peak", peak(&limits.single)),
-        ("bf16 peak", limits.bf16.as_ref().map(peak).unwrap_or_default()),
-        ("integer peak of tiles", limits.tiles.as_ref().map(peak).unwrap_or_default()),
-    ])
-}
-
-fn decode_text(found: &Decode) -> String {
-    let share = found.share.map(|share| {
-        let (memory, again) = (percent(share.of_memory), percent(share.of_reread));
-        format!("{memory} of reading memory, {again} of reading again")
-    });
-    facts(&[
-        ("decode", protocol(&found.run)),
-        ("tokens/s", spread(&found.tokens_per_second)),
-        ("ms a step", spread(&found.milliseconds_per_step)),
-        ("weights a token", bytes(found.weight_bytes)),
-        ("keys and values a token", bytes(found.cache_bytes)),
-        ("GB/s of weights", spread(&found.gigabytes_per_second)),
-        ("share", share.unwrap_or_default()),
-    ])
-}
-
-fn prefill_text(found: &Prefill) -> String {
-    let share = found.share.map(|share| {
-        let (integer, single) = (percent(share.of_integer), percent(share.of_single));
-        format!("{integer} of the integer peak, {single} of the f32 peak")
-    });
-    let operations = |count: u64| format!("{} GOP", significant(count as f64 / 1e9));
-    facts(&[
-        ("prefill", protocol(&found.run)),
-        ("tokens/s", spread(&found.tokens_per_second)),
-        ("ms", spread(&found.milliseconds)),
-        ("linear layers", operations(found.linear_operations)),
-        ("attention", operations(found.attention_operations)),
-        ("GOP/s of linear layers", spread(&found.gigaoperations_per_second)),
-        ("share", share.unwrap_or_default()),
-    ])
-}
-
-fn protocol(run: &Run) -> String {
-    format!(
-        "{} tokens after {}, median of {} (smallest to largest)",
-        run.tokens, run.prompt_tokens, run.repetitions
-    )
-}
-
-fn batch_text(rows: &[Decode]) -> String {
-    let header =
-        ["sequences", "tokens/s", "ms a step", "GB/s of weights", "of memory", "of reread"];
-    let cells = rows
-        .iter()
-        .map(|row| {
-            vec![
-                row.sequences.to_string(),
-                spread(&row.tokens_per_second),
-                spread(&row.milliseconds_per_step),
-                significant(row.gigabytes_per_second.median),
-                row.share.map(|s| percent(s.of_memory)).unwrap_or_default(),
-                row.share.map(|s| percent(s.of_reread)).unwrap_or_default(),
-            ]
-        })
-        .collect();
-    let protocol = rows.first().map(|row| protocol(&row.run)).unwrap_or_default();
-    format!("{protocol}\n{}", table(&header, &[0, 1, 2, 3, 4, 5], cells))
-}
-
-fn kernels_text(rows: &[Row]) -> String {
-    let header = ["layout", "shape", "tokens", "bytes", "us", "GB/s", "GOP/s", "of limit", "limit"];
-    let cells = rows
-        .iter()
-        .map(|row| {
-            vec![
-                row.layout.clone(),
-                format!("{}x{}", row.shape[0], row.shape[1]),
-                row.tokens.to_string(),
-                bytes(row.bytes),
-                spread(&row.microseconds),
-                significant(row.gigabytes_per_second.median),
-                significant(row.gigaoperations_per_second.median),
-                row.share.map(|s| percent(s.reached)).unwrap_or_default(),
-                row.share
-                    .map(|s| match s.limit {
-                        Bound::Reading => "reading",
-                        Bound::Computing => "computing",
-                    })
-                    .unwrap_or_default()
-                    .to_owned(),
-            ]
-        })
-        .collect();
-    table(&header, &[2, 3, 4, 5, 6, 7], cells)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -705,26 +565,5 @@ mod tests {
         for bad in ["", "576", "x", "1x2x3", "-1x2", "axb"] {
             assert!(shape(bad).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn texts_show_the_median_and_its_spread() {
-        let values = Spread::of(vec![3.0, 1.0, 2.0]);
-        assert_eq!(spread(&values), "2.00 (1.00 to 3.00)");
-        assert_eq!(percent(0.4567), "45.7%");
-        let run = Run { prompt_tokens: 32, tokens: 128, repetitions: 3, cache: CacheFormat::F32 };
-        let found = Decode {
-            run,
-            sequences: 1,
-            tokens_per_second: values.clone(),
-            milliseconds_per_step: values.clone(),
-            weight_bytes: 85_000_000,
-            cache_bytes: 1000,
-            gigabytes_per_second: values,
-            share: None,
-        };
-        let text = decode_text(&found);
-        assert!(text.contains("128 tokens after 32, median of 3"), "{text}");
-        assert!(text.contains("85.0 MB") && !text.contains("share"), "{text}");
     }
 }
