@@ -514,3 +514,32 @@ fn bad_options_are_refused_by_name() {
         }
     }
 }
+
+/// Gradients of a quantised weight are taken through what its codes stand for; the codes stay.
+#[test]
+fn lora_sb_starts_over_a_quantised_base() {
+    let world = World::new("decoder", true);
+    let adaptation = adaptation("lora_sb");
+    let method = registry::method(&adaptation).unwrap();
+    let bytes = |model: &AnyModel| -> Vec<Vec<u8>> {
+        let parts = model.weights().values().flat_map(|w| w.parts());
+        parts.map(|part| part.data.to_vec()).collect()
+    };
+    let (before, none) = (bytes(&world.model), Parameters::new());
+    let base = world.outputs(&Frozen, &none);
+    let started = world.start(method, 1);
+    near(&world.outputs(&started, &none), &base, 1e-4, "the start");
+    for module in started.modules.values() {
+        let ([rows, _], rank) = (module.shape, module.rank);
+        let b = module.b.values().unwrap();
+        for (i, j) in (0..rank).flat_map(|i| (0..rank).map(move |j| (i, j))) {
+            let dot: f32 = (0..rows).map(|r| b[r * rank + i] * b[r * rank + j]).sum();
+            let want = if i == j { 1.0 } else { 0.0 };
+            assert!((dot - want).abs() < 1e-5, "{}: {dot}", module.linear);
+        }
+    }
+    let (learnt, _) = trained(&world, method, 1);
+    let moved = world.outputs(&learnt, &none);
+    assert!(moved.iter().zip(&base).any(|(a, b)| (a - b).abs() > 1e-3), "nothing was learnt");
+    assert!(bytes(&world.model) == before, "the base was touched");
+}
