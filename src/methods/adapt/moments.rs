@@ -263,10 +263,10 @@ mod tests {
             let (n, mean) = (parts.len() as f64, moments.mean());
             Mat::from_fn(cols, cols, |i, j| n * mean[(i, j)])
         };
-        let whole = collect(&[&rows]);
+        let whole = collect(&[&rows[..]]);
         let turned: Vec<f32> = rows.chunks(cols).rev().flatten().copied().collect();
         let (head, tail) = rows.split_at(7 * cols);
-        for other in [collect(&[&turned]), collect(&[head, tail]), collect(&[tail, head])] {
+        for other in [collect(&[&turned[..]]), collect(&[head, tail]), collect(&[tail, head])] {
             let error = (&other - &whole).norm_l2() / whole.norm_l2();
             assert!(error < 1e-4, "{error}");
         }
