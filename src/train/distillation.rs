@@ -356,7 +356,7 @@ mod tests {
             let parts = distillation.take();
             assert!(parts.kl > 0.0 && parts.ce > 0.0);
             let want = kl * parts.kl + ce * parts.ce;
-            assert!((sums.loss - want).abs() < 1e-9 * want, "{} is not {want}", sums.loss);
+            assert!((sums.loss - want).abs() < 1e-6 * want, "{} is not {want}", sums.loss);
             // Means over predictions, as of 14 and 9 tokens.
             assert_eq!(parts.count, 13 + 8);
             assert!((parts.means()[0] - parts.kl / 21.0).abs() < 1e-12);
