@@ -265,4 +265,41 @@ mod tests {
         assert_eq!((options.sequences, options.length), (32, 256));
         assert_eq!(options.sampling, CalibrationSampling::Random);
     }
+
+    #[test]
+    fn texts_that_are_too_short_are_refused_and_short_ones_overlap() {
+        let mut config = crate::models::decoder::random::tiny("llama");
+        config["vocab_size"] = serde_json::json!(256);
+        let mut model = crate::models::decoder::random::model(config, 1).unwrap();
+        model.tokenizer = Some(Arc::new(Tokenizer::bytes().unwrap()));
+        let choose = |model: &Model, text: &'static str, sampling: CalibrationSampling| {
+            let texts = move |_: &str| Ok(Arc::new(text.to_owned()));
+            let progress = Progress::silent();
+            let stream = Stream::root(1);
+            let from = Sources { model, texts: &texts, stream: &stream, progress: &progress };
+            let dataset = Some("datasets/t".to_owned());
+            let options = Options { dataset, sequences: 2, length: 8, sampling };
+            windows(&options, &from, &|_, tokenizer, text| {
+                tokenizer.encode(text, false, false).map(Arc::new)
+            })
+        };
+        let (first, random) = (CalibrationSampling::First, CalibrationSampling::Random);
+        // A token a byte. Windows from the beginning need all of theirs, others one.
+        for (text, sampling) in
+            [("", random), ("seven b", random), ("", first), ("fifteen bytes..", first)]
+        {
+            let error = choose(&model, text, sampling).unwrap_err();
+            assert_eq!(error.reason(), Reason::DatasetUnsuitable, "{text}");
+            assert!(error.message().contains("datasets/t"), "{error}");
+        }
+        let short = choose(&model, "nine byte", random).unwrap();
+        assert_eq!((short.sequences(), short.warnings.len()), (2, 1));
+        let enough = choose(&model, "sixteen bytes it", first).unwrap();
+        assert!(enough.warnings.is_empty());
+        let bytes: Vec<u32> = "sixteen bytes it".bytes().map(u32::from).collect();
+        assert_eq!(enough.tokens, bytes);
+        model.tokenizer = None;
+        let error = choose(&model, "sixteen bytes it", first).unwrap_err();
+        assert_eq!(error.reason(), Reason::ModelUnsuitable);
+    }
 }

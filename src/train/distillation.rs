@@ -338,4 +338,28 @@ mod tests {
         let known = Known::new(&online, &sequences()[..1], 4, &Progress::silent()).unwrap();
         assert_eq!(try_with(&teacher, Teacher::Known(&known)), Reason::Internal);
     }
+
+    #[test]
+    fn the_objective_is_the_weighted_sum_of_both() {
+        let teacher = random::model(random::tiny("llama"), 1).unwrap();
+        let student = random::model(random::tiny("llama"), 2).unwrap();
+        let graph = |model| Graph::new(model, Precision::F32).unwrap();
+        let parameters = Parameters::new();
+        let tuning = InPlace(&parameters);
+        let all = sequences();
+        let all: Vec<&Sequence> = all.iter().collect();
+        for (kl, ce) in [(1.0, 0.1), (2.0, 0.0), (0.0, 1.0)] {
+            let online = Teacher::Online(Online::new(Arc::new(graph(&teacher))));
+            let distillation = Distillation::new(online, Weights { kl, ce });
+            let pass = Pass::decoder(graph(&student), &tuning, Options::default());
+            let sums = pass.distilled(&distillation).loss(&all, &parameters).unwrap();
+            let parts = distillation.take();
+            assert!(parts.kl > 0.0 && parts.ce > 0.0);
+            let want = kl * parts.kl + ce * parts.ce;
+            assert!((sums.loss - want).abs() < 1e-6 * want, "{} is not {want}", sums.loss);
+            // Means over predictions, as of 14 and 9 tokens.
+            assert_eq!(parts.count, 13 + 8);
+            assert!((parts.means()[0] - parts.kl / 21.0).abs() < 1e-12);
+        }
+    }
 }

@@ -208,3 +208,62 @@ fn bad_options_are_named() {
     let bad = v1::FactoredAttention { eps: Some(0.0), ..Default::default() };
     assert_eq!(field(&|o| o.factored = Some(bad)), "factored.eps");
 }
+
+#[test]
+fn percentiles_of_scores_by_hand() {
+    let shape = Attention {
+        heads: 1,
+        kv_heads: 1,
+        dim: 1,
+        scale: 0.5,
+        softcap: None,
+        causal: false,
+        window: None,
+    };
+    // One score of 100 in size, 118 of 1 (its row and its column), the others of 0.01: of 3600 the fourth
+    // from the top is the percentile.
+    let n = 60;
+    let mut queries = vec![0.2_f32; n];
+    let mut keys = vec![0.1_f32; n];
+    (queries[7], keys[31]) = (20.0, -10.0);
+    let input = vec![1.0; n];
+    let whole = std::slice::from_ref(&(0..60));
+    let layer = Layer {
+        index: 0,
+        shape: &shape,
+        sequences: whole,
+        input: &input,
+        hidden: 1,
+        raw: [&queries, &keys],
+        turned: [&queries, &keys],
+        matrix: &[1.0],
+        added: [None, None],
+        keys_trained: false,
+    };
+    let found = Scores::of(&layer, 0, 0);
+    assert_eq!(found.largest, 100.0);
+    assert!((found.usual - 1.0).abs() < 1e-6, "{}", found.usual);
+}
+
+#[test]
+fn sizes_of_the_adapters_part_are_those_of_its_products() {
+    // Where the base gives nothing, queries and keys are what the adapter adds.
+    let mut model = model("llama");
+    for which in ["q_proj", "k_proj"] {
+        let name = format!("model.layers.0.self_attn.{which}.weight");
+        let shape = model.weights[&name].shape().to_vec();
+        let zeros = vec![0.0; shape.iter().product()];
+        let dense = crate::nn::weight::Dense::from_f32(shape, &zeros, crate::nn::dtype::Dtype::F32);
+        model.weights.insert(name, Arc::new(Weight::Dense(dense.unwrap())));
+    }
+    let adapter = adapter(&model, |name| name.contains("q_proj") || name.contains("k_proj"));
+    let found = report(&model, Some(&adapter), &tokens(1));
+    for head in &found.heads[..4] {
+        assert!(head.adapter_query > 0.0 && head.adapter_key > 0.0);
+        assert!(near(head.adapter_query, head.query, 1e-4), "{head:?}");
+        assert!(near(head.adapter_key, head.key, 1e-4), "{head:?}");
+    }
+    for base in &found.base_heads[..4] {
+        assert_eq!((base.query, base.key, base.composed), (0.0, 0.0, 0.0));
+    }
+}

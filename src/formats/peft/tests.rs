@@ -190,3 +190,54 @@ fn folders_without_their_files_are_refused() {
     std::fs::write(folder.path().join(WEIGHTS), b"not a file").unwrap();
     assert_eq!(reason().reason(), Reason::MalformedFile);
 }
+
+#[test]
+fn parts_are_found_under_the_names_of_all_versions() {
+    let (a, b) = (format!("{Q}.lora_A.weight"), format!("{Q}.lora_B.weight"));
+    let (a_values, b_values) = ([1.0, 2.0, 3.0, 4.0], [1.0, 0.0, 0.0, 1.0, 0.5, 0.5]);
+    // The matrix of LoRA-XS: R A = [[3, 4], [2, 4]], so B R A = [[3, 4], [2, 4], [2.5, 4]].
+    for end in ["lora_latent_mapping.weight", "default_lora_latent_mapping.weight"] {
+        let r = format!("{Q}.{end}");
+        let tensors = file(&[
+            (&a, &[2, 2], &a_values),
+            (&b, &[3, 2], &b_values),
+            (&r, &[2, 2], &[0.0, 1.0, 2.0, 0.0]),
+        ]);
+        let adapter = parse(&settings(json!({})), &tensors).unwrap();
+        let factors = adapter.linears.values().next().unwrap();
+        let mut weight = [0.0; 6];
+        factors.add_to(1.0 / factors.scale(), &mut weight);
+        for (got, want) in weight.iter().zip([3.0, 4.0, 2.0, 4.0, 2.5, 4.0]) {
+            assert!((got - want).abs() < 1e-6, "{end}: {got} is not {want}");
+        }
+    }
+    // Magnitudes of DoRA, with and without the ending of the others.
+    for end in ["lora_magnitude_vector", "lora_magnitude_vector.weight"] {
+        let m = format!("{Q}.{end}");
+        let tensors = file(&[
+            (&a, &[2, 2], &a_values),
+            (&b, &[3, 2], &b_values),
+            (&m, &[3], &[1.0, 2.0, 3.0]),
+        ]);
+        let dora = settings(json!({ "use_dora": true }));
+        let contents = Contents::parse(&dora, &tensors.tensors, Use::Keep).unwrap();
+        let entry = contents.modules.values().next().unwrap();
+        assert_eq!(entry.magnitude.as_deref(), Some(&[1.0, 2.0, 3.0][..]), "{end}");
+    }
+    // AdaLoRA's names have no ending, and its scale is alpha over the first rank and a little.
+    let names = ["lora_A", "lora_B", "lora_E"].map(|end| format!("{Q}.{end}"));
+    let tensors = file(&[
+        (&names[0], &[2, 2], &a_values),
+        (&names[1], &[3, 2], &b_values),
+        (&names[2], &[2, 1], &[2.0, -1.0]),
+    ]);
+    let left = json!({ "model.layers.0.self_attn.q_proj.lora_E": [true, true, false] });
+    let config = settings(json!({
+        "peft_type": "ADALORA", "init_r": 3, "lora_alpha": 6, "rank_pattern": left,
+    }));
+    let contents = Contents::parse(&config, &tensors.tensors, Use::Serve).unwrap();
+    let entry = contents.modules.values().next().unwrap();
+    assert!((entry.scale - 6.0 / 3.00001).abs() < 1e-12, "{}", entry.scale);
+    // B diag(E).
+    assert_eq!(entry.folded(), [2.0, 0.0, 0.0, -1.0, 1.0, -0.5]);
+}

@@ -257,4 +257,34 @@ mod tests {
         assert!((800..1200).contains(&zeros), "{zeros} of 4000");
         assert!(first.iter().all(|v| *v == 0.0 || *v == 4.0 / 3.0));
     }
+
+    /// Uniform in plus and minus `1 / sqrt(count)`, and the start of A in plus and minus `1 / sqrt(inputs)`.
+    #[test]
+    fn entries_have_the_widths_of_the_card() {
+        let check = |values: &[f32], bound: f32, what: &str| {
+            assert!(values.iter().all(|v| v.abs() <= bound * 1.0001), "{what}");
+            let square = values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32;
+            let share = 3.0 * square / (bound * bound);
+            assert!((share - 1.0).abs() < 0.15, "{what}: {share}");
+        };
+        let less =
+            |a: Vec<f32>, b: &[f32]| -> Vec<f32> { a.iter().zip(b).map(|(a, b)| a - b).collect() };
+        let a = Basis::a(key("7/q"), 30, 40, 4);
+        let start = a.combine(&[0.0; 4]);
+        check(&start, 1.0 / 40_f32.sqrt(), "the start of A");
+        let second = less(a.combine(&[0.0, 1.0, 0.0, 0.0]), &start);
+        check(&second, 0.5, "a matrix of A");
+        let b = Basis::b(key("7/q"), 40, 30, 9);
+        assert!(b.combine(&[0.0; 9]).iter().all(|v| *v == 0.0), "B starts from nothing");
+        let mut c = [0.0; 9];
+        c[8] = 1.0;
+        let last = b.combine(&c);
+        check(&last, 1.0 / 3.0, "a matrix of B");
+        // The matrices of A and of B are not the same numbers.
+        let scaled = |values: &[f32], by: f32| values.iter().map(|v| v * by).collect::<Vec<_>>();
+        let first_of_b = b.combine(&[1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        let first_of_a = less(a.combine(&[1.0, 0.0, 0.0, 0.0]), &start);
+        let (one, other) = (scaled(&first_of_a, 2.0), scaled(&first_of_b, 3.0));
+        assert!(one.iter().zip(other).any(|(a, b)| (a - b).abs() > 0.1));
+    }
 }

@@ -514,3 +514,65 @@ fn bad_options_are_refused_by_name() {
         }
     }
 }
+
+/// Gradients of a quantised weight are taken through what its codes stand for; the codes stay.
+#[test]
+fn lora_sb_starts_over_a_quantised_base() {
+    let world = World::new("decoder", true);
+    let adaptation = adaptation("lora_sb");
+    let method = registry::method(&adaptation).unwrap();
+    let bytes = |model: &AnyModel| -> Vec<Vec<u8>> {
+        let parts = model.weights().values().flat_map(|w| w.parts());
+        parts.map(|part| part.data.to_vec()).collect()
+    };
+    let (before, none) = (bytes(&world.model), Parameters::new());
+    let base = world.outputs(&Frozen, &none);
+    let started = world.start(method, 1);
+    near(&world.outputs(&started, &none), &base, 1e-4, "the start");
+    for module in started.modules.values() {
+        let ([rows, _], rank) = (module.shape, module.rank);
+        let b = module.b.values().unwrap();
+        for (i, j) in (0..rank).flat_map(|i| (0..rank).map(move |j| (i, j))) {
+            let dot: f32 = (0..rows).map(|r| b[r * rank + i] * b[r * rank + j]).sum();
+            let want = if i == j { 1.0 } else { 0.0 };
+            assert!((dot - want).abs() < 1e-5, "{}: {dot}", module.linear);
+        }
+    }
+    let (learnt, _) = trained(&world, method, 1);
+    let moved = world.outputs(&learnt, &none);
+    assert!(moved.iter().zip(&base).any(|(a, b)| (a - b).abs() > 1e-3), "nothing was learnt");
+    assert!(bytes(&world.model) == before, "the base was touched");
+}
+
+/// A threshold that closes every gate ends the run; the checkpoint before, which has open gates, stays.
+#[test]
+fn a_threshold_that_closes_all_gates_leaves_the_last_checkpoint() {
+    let world = World::new("decoder", false);
+    let adaptation: v1::Adaptation = serde_json::from_value(json!({ "sora": {
+        "adapter": { "r": RANK, "targets": ["all-linear"] },
+        "gates": "SORA_GATES_ONES", "xi": 0.35, "gate_rate": 1e-3,
+    } }))
+    .unwrap();
+    let adaptation = registry::resolve(&adaptation);
+    let method = registry::method(&adaptation).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let files = || -> BTreeMap<std::path::PathBuf, Vec<u8>> {
+        let entries = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path());
+        entries.map(|path| (path.clone(), std::fs::read(path).unwrap())).collect()
+    };
+    // 1, 0.65, 0.3, 0: steps of the optimiser hardly matter. Checkpoints come every second update.
+    let fails = || {
+        let found = world.train(method, 1, folder.path(), &Progress::silent()).map(|_| ());
+        let error = found.unwrap_err();
+        assert_eq!(error.reason(), Reason::NumericFailure);
+        for part in ["xi = 0.35", "step 3"] {
+            assert!(error.message().contains(part), "{error} lacks {part}");
+        }
+    };
+    fails();
+    let kept = files();
+    assert!(!kept.is_empty(), "there is no checkpoint");
+    // It is of update 2 and can be gone on from, which ends the same way.
+    fails();
+    assert_eq!(files(), kept);
+}

@@ -418,4 +418,92 @@ mod tests {
         assert_eq!(of(&|o| o.context.as_mut().unwrap().sequences = Some(0)), "context.sequences");
         assert_eq!(of(&|o| o.adapter.as_mut().unwrap().r = Some(193)), "adapter.r");
     }
+
+    /// The matrix of the inputs stands on the right, and the power is that of the matrix itself.
+    #[test]
+    fn orientations_worked_out_by_hand() {
+        let c = Mat::from_fn(2, 2, |i, j| [[4.0, 0.0], [0.0, 1.0]][i][j]);
+        // Mean diagonal 2.5, of which a fifth is added: 4.5 and 1.5.
+        let damped = Orientation::new(&c, 0.2, 1.0, "w").unwrap();
+        assert_eq!(damped.damp, 0.2);
+        for (i, want) in [4.5, 1.5].into_iter().enumerate() {
+            assert!((damped.matrix[(i, i)] - want).abs() < 1e-12);
+            assert!((damped.inverse[(i, i)] - 1.0 / want).abs() < 1e-12);
+        }
+        let w = linalg::from_rows(&[1.0, 1.0, 0.0, 0.0], 2, 2);
+        for (power, want) in [(1.0, 17_f64.sqrt()), (0.5, 5_f64.sqrt())] {
+            let svd = Orientation::new(&c, 1e-12, power, "w").unwrap().decompose(&w, "w").unwrap();
+            // [1, 1] times diag(4, 1), or diag(2, 1).
+            assert!((svd.s[0] - want).abs() < 1e-9, "{power}: {:?}", svd.s);
+            assert!((&truncated(&svd, 0) - &w).norm_l2() < 1e-9);
+        }
+    }
+
+    #[test]
+    fn dampening_doubles_until_the_inverse_is_good() {
+        // 1 and 1 + 1e-20 are the same number: this has no inverse until the dampening is much larger.
+        let ones = Mat::from_fn(2, 2, |_, _| 1.0);
+        let found = Orientation::new(&ones, 1e-20, 1.0, "w").unwrap();
+        let doublings = (found.damp / 1e-20).log2();
+        assert!(found.damp > 1e-17 && found.damp < 1e-3, "{}", found.damp);
+        assert!((doublings - doublings.round()).abs() < 1e-6, "{doublings}");
+        let mut error = product(found.matrix.as_ref(), found.inverse.as_ref());
+        (0..2_usize).for_each(|i| error[(i, i)] -= 1.0);
+        assert!(error.norm_l2() < TOLERANCE);
+    }
+
+    #[test]
+    fn components_of_the_modes_do_not_overlap() {
+        for count in [2, 5, 32, 192] {
+            for rank in 1..=count {
+                let (keep, preview) = (chosen(KEEP, rank, count), chosen(PREVIEW, rank, count));
+                assert_eq!((keep.len(), preview.len()), (rank, rank));
+                assert_eq!((keep.end, preview.start), (count, 0));
+                assert_eq!(preview.end <= keep.start, 2 * rank <= count, "{rank} of {count}");
+            }
+        }
+    }
+
+    #[test]
+    fn exports_of_twice_the_rank_add_nothing_at_the_start_and_the_scale_counts_once() {
+        let case = Case::decoder();
+        let delta = |module: &Module| {
+            let mut delta = vec![0.0; module.shape[0] * module.shape[1]];
+            module.low_rank().unwrap().add_to(&mut delta);
+            delta
+        };
+        for mode in [KEEP, PREVIEW] {
+            // All components of the narrow linears, with a scale of 1 / 4.
+            let options = v1::AdapterOptions {
+                targets: vec!["k_proj".into()],
+                alpha: Some(8.0),
+                ..all_linear(32)
+            };
+            let method = v1::Corda { adapter: Some(options), ..method(mode, 32) };
+            let tuned = case.start(&method);
+            assert_eq!(tuned.modules.len(), 3);
+            for (name, module) in &tuned.modules {
+                let low = module.low_rank().unwrap();
+                assert_eq!((low.rank, low.scale), (64, 0.25), "{name}");
+                assert!(delta(module).iter().all(|d| d.abs() < 1e-9), "{name}");
+                let mut taken = module.clone();
+                taken.start = None;
+                for (got, want) in delta(&taken).iter().zip(case.stored(name).to_f32()) {
+                    assert!((got - want).abs() < 1e-3, "{name}: {got} is not {want}");
+                }
+            }
+            case.disturb(&tuned, 0.1);
+            assert!(tuned.modules.values().all(|m| delta(m).iter().any(|d| d.abs() > 1e-3)));
+        }
+    }
+
+    #[test]
+    fn tables_and_heads_are_no_targets() {
+        for table in ["embed_tokens", "lm_head"] {
+            let options = v1::AdapterOptions { targets: vec![table.into()], ..all_linear(16) };
+            let method = v1::Corda { adapter: Some(options), ..method(KEEP, 16) };
+            let error = method.check(&smollm2()).unwrap_err();
+            assert_eq!(error.violations()[0].field, "adapter.targets", "{table}");
+        }
+    }
 }

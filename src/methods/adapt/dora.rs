@@ -157,4 +157,23 @@ mod tests {
             assert!((got - want).abs() < 1e-3 * want.abs().max(1.0), "{kind}: {got} is not {want}");
         }
     }
+
+    #[test]
+    fn starts_as_the_base_with_the_norms_of_its_rows() {
+        let method = v1::Dora { adapter: Some(all_linear(3)) };
+        for case in [Case::decoder(), Case::encoder(), Case::quantised()] {
+            let tuned = case.start(&method);
+            case.equals_base(&tuned, 1e-5);
+            for (name, module) in &tuned.modules {
+                let stored = case.stored(name);
+                let magnitudes = module.magnitude.as_ref().unwrap().values.values().unwrap();
+                assert_eq!(magnitudes.len(), stored.rows(), "{name}");
+                // Of rows of the output, not of columns.
+                for (row, m) in stored.to_f32().chunks(stored.cols()).zip(magnitudes) {
+                    let norm = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+                    assert!((f64::from(m) - norm).abs() < 1e-5 * norm, "{name}: {m} is not {norm}");
+                }
+            }
+        }
+    }
 }

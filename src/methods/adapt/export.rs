@@ -464,6 +464,7 @@ mod tests {
     use super::super::testing::{Case, all_linear};
     use super::*;
     use crate::formats::peft::{self as files, Use};
+    use crate::models::decoder::random;
     use crate::proto::v1;
 
     fn about<'a>(case: &'a Case, heads: &'a BTreeMap<String, Plain>) -> About<'a> {
@@ -630,5 +631,45 @@ mod tests {
         assert_eq!(error.reason(), Reason::ModelUnsuitable);
         let empty = peft(&Tuned::default(), &about(&ours, &none)).unwrap_err();
         assert_eq!(empty.reason(), Reason::Unsupported);
+    }
+
+    #[test]
+    fn adapters_of_another_width_say_what_was_wanted() {
+        let ours = Case::decoder();
+        let mut config = random::tiny("llama");
+        config["intermediate_size"] = json!(96);
+        let theirs = Case::of_decoder(random::model(config, 1).unwrap());
+        let method = v1::Lora { adapter: Some(all_linear(2)), ..Default::default() };
+        let none = BTreeMap::new();
+        let folder = peft(&theirs.start(&method), &about(&theirs, &none)).unwrap();
+        let error = load(&read(&folder), "", ours.shapes(), ours.weights()).unwrap_err();
+        assert_eq!(error.reason(), Reason::ModelUnsuitable);
+        for part in ["model.layers.0.mlp.down_proj.weight", "[32, 80]", "[32, 96]"] {
+            assert!(error.message().contains(part), "{error} lacks {part}");
+        }
+    }
+
+    #[test]
+    fn names_of_special_parts_and_the_mark_of_the_format() {
+        let case = Case::decoder();
+        let none = BTreeMap::new();
+        let q = "model.layers.0.self_attn.q_proj";
+        let settings =
+            |folder: &Folder| -> Value { serde_json::from_slice(&folder.config).unwrap() };
+        let dora = case.start(&v1::Dora { adapter: Some(all_linear(2)) });
+        let folder = peft(&dora, &about(&case, &none)).unwrap();
+        assert_eq!(folder.metadata["format"], "pt");
+        let magnitude = format!("base_model.model.{q}.lora_magnitude_vector");
+        assert_eq!(folder.tensors[&magnitude].shape, [64], "a name without .weight");
+        assert_eq!(settings(&folder)["use_dora"], true);
+        let lora = case.start(&v1::Lora { adapter: Some(all_linear(2)), ..Default::default() });
+        let folder = adalora(&lora, &about(&case, &none)).unwrap();
+        for (end, shape) in [("lora_A", [2, 32]), ("lora_B", [64, 2]), ("lora_E", [2, 1])] {
+            let name = format!("base_model.model.{q}.{end}");
+            assert_eq!(folder.tensors[&name].shape, shape, "{name}");
+        }
+        let config = settings(&folder);
+        assert_eq!(config["rank_pattern"][format!("{q}.lora_E")], json!([true, true]));
+        assert_eq!((&config["peft_type"], &config["init_r"]), (&json!("ADALORA"), &json!(2)));
     }
 }

@@ -198,9 +198,14 @@ impl Adapt for v1::Loldu {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::super::shapes::testing::{minilm, smollm2};
     use super::super::testing::{Case, all_linear};
     use super::*;
+    use crate::nn::dtype::Dtype;
+    use crate::nn::weight::{Dense, Weight};
+    use crate::seed::Stream;
 
     fn full() -> v1::AdapterOptions {
         v1::AdapterOptions { r: None, ..all_linear(1) }
@@ -281,5 +286,95 @@ mod tests {
         assert_eq!(keep(&ldu, 1, LolduPick::Largest), [0]);
         let nothing = linalg::ldu(linalg::from_rows(&[0.0; 4], 2, 2).as_ref());
         assert!(keep(&nothing, 2, LolduPick::Largest).is_empty());
+    }
+
+    #[test]
+    fn diagonals_start_as_their_names_say() {
+        // Mean 3, squares of the distances (4 + 1 + 0 + 9) / 4.
+        let d = [1.0, 2.0, 3.0, 6.0];
+        let mut rng = Stream::root(1).rng();
+        let mut draw = |kind| start(kind, &d, &mut rng);
+        assert_eq!(draw(LolduStart::Lu), d);
+        assert_eq!(draw(LolduStart::Unspecified), d);
+        assert_eq!(draw(LolduStart::Constant), [3.0; 4]);
+        assert_eq!(draw(LolduStart::Ones), [1.0; 4]);
+        assert_eq!(draw(LolduStart::Zeros), [0.0; 4]);
+        let mut shuffled = draw(LolduStart::Shuffled);
+        shuffled.sort_by(f32::total_cmp);
+        assert_eq!(shuffled, d);
+        let uniform: Vec<f32> = (0..100).flat_map(|_| draw(LolduStart::Uniform)).collect();
+        assert!(uniform.iter().all(|v| v.abs() <= 1.5));
+        assert!(uniform.iter().any(|v| *v > 1.2) && uniform.iter().any(|v| *v < -1.2));
+        let normal: Vec<f32> = (0..500).flat_map(|_| draw(LolduStart::Normal)).collect();
+        let mean = normal.iter().sum::<f32>() / 2000.0;
+        let square = normal.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / 2000.0;
+        assert!((mean - 3.0).abs() < 0.2 && (square - 3.5).abs() < 0.6, "{mean} {square}");
+    }
+
+    #[test]
+    fn the_scale_is_one_unless_alpha_is_given_and_z_alone_is_trained() {
+        let case = Case::decoder();
+        let scales = |options| -> Vec<f64> {
+            let method = v1::Loldu { adapter: Some(options), ..Default::default() };
+            case.start(&method).modules.values().map(|m| m.scale).collect()
+        };
+        assert!(scales(full()).iter().all(|s| *s == 1.0));
+        assert!(scales(all_linear(5)).iter().all(|s| *s == 1.0));
+        let given = v1::AdapterOptions { alpha: Some(2.0), ..all_linear(5) };
+        assert!(scales(given).iter().all(|s| *s == 0.4));
+        let tuned = case.start(&v1::Loldu { adapter: Some(full()), ..Default::default() });
+        let (name, stored) = case.some_linear();
+        let module = &tuned.modules[name];
+        // W + s P L diag(z - z0) U with z = 2 z0 is twice the weight.
+        let z = module.trained()[0].1;
+        z.set(&(z.as_tensor() * 2.0).unwrap()).unwrap();
+        for (got, want) in module.merged(stored).unwrap().iter().zip(stored.to_f32()) {
+            assert!((got - 2.0 * want).abs() < 1e-4, "{got} is not twice {want}");
+        }
+    }
+
+    /// The tiny decoder with one linear changed; gives its name.
+    fn with_linear(change: impl Fn(&mut [f32], usize)) -> (Case, String) {
+        let case = Case::decoder();
+        let (name, stored) = case.some_linear();
+        let mut values = stored.to_f32();
+        change(&mut values, stored.cols());
+        let dense = Dense::from_f32(stored.shape().to_vec(), &values, Dtype::F32).unwrap();
+        let mut weights = case.weights().clone();
+        weights.insert(name.to_owned(), Arc::new(Weight::Dense(dense)));
+        (Case::with(weights), name.to_owned())
+    }
+
+    #[test]
+    fn weights_with_equal_columns_are_tuned_and_empty_ones_are_named() {
+        let method = v1::Loldu { adapter: Some(full()), ..Default::default() };
+        let (case, name) = with_linear(|values, cols| {
+            values.chunks_mut(cols).for_each(|row| row[4] = row[3]);
+        });
+        let tuned = case.start(&method);
+        assert_eq!(tuned.modules[&name].rank, 31, "the component without a pivot is left out");
+        case.equals_base(&tuned, 0.0);
+        case.disturb(&tuned, 0.1);
+        assert!(case.outputs(&tuned).iter().all(|y| y.is_finite()));
+        let (case, name) = with_linear(|values, _| values.fill(0.0));
+        let error = case.try_start(&method).unwrap_err();
+        assert_eq!(error.reason(), Reason::ModelUnsuitable);
+        assert!(error.message().contains(&name), "{error}");
+    }
+
+    #[test]
+    fn bad_ranks_scales_and_places_are_refused() {
+        let field = |options: v1::AdapterOptions| {
+            let method = v1::Loldu { adapter: Some(options), ..Default::default() };
+            method.check(&smollm2()).unwrap_err().violations()[0].field.clone()
+        };
+        assert_eq!(field(all_linear(193)), "adapter.r");
+        assert_eq!(field(v1::AdapterOptions { alpha: Some(0.0), ..full() }), "adapter.alpha");
+        for table in ["embed_tokens", "lm_head"] {
+            let targets = vec![table.to_owned()];
+            assert_eq!(field(v1::AdapterOptions { targets, ..full() }), "adapter.targets");
+        }
+        let start = v1::Loldu { start: 99, ..Default::default() };
+        assert_eq!(start.check(&smollm2()).unwrap_err().violations()[0].field, "start");
     }
 }

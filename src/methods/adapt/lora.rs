@@ -117,9 +117,12 @@ impl Adapt for v1::Lora {
 
 #[cfg(test)]
 mod tests {
+    use super::super::basis;
     use super::super::shapes::testing::{minilm, smollm2};
     use super::super::testing::{Case, all_linear};
     use super::*;
+    use crate::nn::tuning::Tuning;
+    use crate::nn::weight::product;
 
     #[test]
     fn counts_are_those_of_the_card() {
@@ -161,5 +164,31 @@ mod tests {
         let rslora = v1::AdapterOptions { rslora: Some(true), alpha: Some(3.0), ..all_linear(4) };
         let method = v1::Lora { adapter: Some(rslora), ..Default::default() };
         Case::decoder().contract(&method, &["lora_A", "lora_B"]);
+    }
+
+    #[test]
+    fn dropout_acts_on_the_adapters_input_alone_and_in_training_alone() {
+        let options = v1::AdapterOptions { dropout: Some(0.5), ..all_linear(4) };
+        let case = Case::decoder();
+        let tuned = case.start(&v1::Lora { adapter: Some(options), ..Default::default() });
+        tuned.set_pass(Some(1));
+        // B is zero: the base's product is whole, whatever is dropped.
+        case.equals_base(&tuned, 0.0);
+        case.disturb(&tuned, 0.1);
+        let (name, stored) = case.some_linear();
+        let x = case.inputs(name, 4);
+        let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let change = tuned.low_rank(name).unwrap().unwrap();
+        let seen = basis::dropout(&x, change.dropout.expect("a training")).unwrap();
+        assert!(flat(&seen).contains(&0.0) && flat(&seen) != flat(&x));
+        let inner = seen.matmul(&change.a.t().unwrap()).unwrap();
+        let added = (inner.matmul(&change.b.t().unwrap()).unwrap() * change.scale).unwrap();
+        let base = flat(&product(&x, stored).unwrap());
+        let got = flat(&tuned.linear(name, &x, stored).unwrap().unwrap());
+        for ((got, base), added) in got.iter().zip(base).zip(flat(&added)) {
+            assert!((got - (base + added)).abs() < 1e-5, "{got} is not {base} + {added}");
+        }
+        tuned.set_pass(None);
+        assert!(tuned.low_rank(name).unwrap().unwrap().dropout.is_none());
     }
 }

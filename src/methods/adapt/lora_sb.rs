@@ -370,4 +370,57 @@ mod tests {
         assert_eq!(error.reason(), Reason::ModelUnsuitable);
         assert!(error.message().contains(&toy.names()[0]), "{error}");
     }
+
+    #[test]
+    fn first_steps_worked_out_by_hand() {
+        let sum = [2.0, -3.0, 0.0];
+        let near = |rule, want: [f32; 3]| {
+            for (got, want) in update(&sum, 2, rule, 0.01).iter().zip(want) {
+                assert!((got - want).abs() < 1e-8, "{rule:?}: {got} is not {want}");
+            }
+        };
+        // Adam moves by the rate whatever the size; descent by the mean over the passes.
+        near(LoraSbRule::SignAdam, [-0.01, 0.01, 0.0]);
+        near(LoraSbRule::Sgd, [-0.01, 0.015, 0.0]);
+    }
+
+    #[test]
+    fn the_first_rate_of_the_run_is_taken_where_none_is_given() {
+        let toy = Toy::new(5);
+        let of = |rate: Option<f64>| {
+            let options = v1::LoraSb { init_lr: rate, ..method(true, LoraSbRule::SignAdam) };
+            let (.., r) = parts(&toy.start(&options, 2), &toy);
+            [0_usize, 1, 2].map(|i| r[(i, i)])
+        };
+        // The toy's run starts with 1e-3.
+        let (given, own) = (of(Some(0.01)), of(None));
+        for (given, own) in given.iter().zip(own) {
+            assert!(own > 0.0 && (given / own - 10.0).abs() < 1e-3, "{given} {own}");
+        }
+    }
+
+    #[test]
+    fn scales_ranks_and_gradients_that_make_no_sense_are_refused() {
+        let field = |change: &dyn Fn(&mut v1::AdapterOptions)| {
+            let mut options = v1::LoraSb { adapter: Some(all_linear(16)), ..Default::default() };
+            change(options.adapter.as_mut().unwrap());
+            let error = options.check(&smollm2()).unwrap_err();
+            (error.violations()[0].field.clone(), error.message().to_owned())
+        };
+        // The root of the rank makes the scale 4.
+        let (name, message) = field(&|o| o.rslora = Some(true));
+        assert_eq!(name, "adapter.alpha");
+        assert!(message.contains("scale 4"), "{message}");
+        assert_eq!(field(&|o| o.r = Some(193)).0, "adapter.r");
+        let toy = Toy::new(9);
+        let error = toy.start_with(&method(true, LoraSbRule::SignAdam), &mut |_, tuned| {
+            let nan = |v: &candle_core::Var| {
+                Tensor::full(f32::NAN, v.shape(), &candle_core::Device::Cpu).unwrap()
+            };
+            Ok(tuned.whole.iter().map(|(name, var)| (name.clone(), nan(var))).collect())
+        });
+        let error = error.unwrap_err();
+        assert_eq!(error.reason(), Reason::NonFinite);
+        assert!(error.message().contains(&toy.names()[0]), "{error}");
+    }
 }

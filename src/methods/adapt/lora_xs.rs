@@ -156,4 +156,16 @@ mod tests {
         let (all, left) = (spectrum(&stored.to_f32()), spectrum(&rest));
         assert!((all[5] - left[0]).abs() < 1e-4, "{} is not {}", left[0], all[5]);
     }
+
+    #[test]
+    fn the_matrix_starts_with_the_deviation_of_the_paper_and_ranks_must_fit() {
+        let tuned = Case::decoder().start(&v1::LoraXs { adapter: Some(all_linear(8)) });
+        let values = tuned.values().unwrap();
+        let all: Vec<f32> = values.into_values().flatten().collect();
+        assert_eq!(all.len(), 21 * 64);
+        let square = all.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / all.len() as f64;
+        assert!((square.sqrt() / 1e-5 - 1.0).abs() < 0.15, "{}", square.sqrt());
+        let wide = v1::LoraXs { adapter: Some(all_linear(193)) };
+        assert_eq!(wide.check(&smollm2()).unwrap_err().violations()[0].field, "adapter.r");
+    }
 }

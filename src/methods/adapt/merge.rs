@@ -165,6 +165,7 @@ mod tests {
     use super::super::testing::{Case, all_linear};
     use super::*;
     use crate::nn::dtype::Dtype;
+    use crate::nn::weight::{Factored, GroupedSpec, Sparse, Sum, ValueFormat};
     use crate::proto::v1;
 
     fn lora(case: &Case) -> Tuned {
@@ -271,5 +272,34 @@ mod tests {
         var.set(&nan.unwrap()).unwrap();
         let error = merge(&tuned, case.weights(), false, &Progress::silent()).unwrap_err();
         assert_eq!(error.reason(), Reason::NonFinite);
+    }
+
+    /// Not even with leave to round anew: what is added would be rounded away, or would fill gaps.
+    #[test]
+    fn corrections_gaps_and_factors_take_no_adapter_in() {
+        let case = Case::decoder();
+        let tuned = lora(&case);
+        let (name, stored) = case.some_linear();
+        let (shape, values) = ([stored.rows(), stored.cols()], stored.to_f32());
+        let (left, right) = (vec![0.5; 2 * shape[0]], vec![0.25; 2 * shape[1]]);
+        let low = Factored::from_f32(shape, 2, &left, &right, Dtype::F16).unwrap();
+        let spec = GroupedSpec { bits: 2, group: 16, symmetric: false };
+        let codes = round_to_nearest::quantise(&values, shape[1], spec);
+        let packed = Grouped::pack(shape, spec, &codes.codes, &codes.scales, &codes.zeros).unwrap();
+        let corrected = Sum::new(Weight::Grouped(packed), low.clone()).unwrap();
+        let half: Vec<f32> =
+            values.iter().enumerate().map(|(i, v)| if i % 2 == 0 { *v } else { 0.0 }).collect();
+        let gaps = Sparse::from_dense(shape, &half, ValueFormat::F32, None).unwrap();
+        for base in [Weight::Sum(corrected), Weight::Factored(low), Weight::Sparse(gaps)] {
+            let record = base.record();
+            let mut weights = case.weights().clone();
+            weights.insert(name.to_owned(), Arc::new(base));
+            let error = merge(&tuned, &weights, true, &Progress::silent()).unwrap_err();
+            assert_eq!(error.reason(), Reason::ModelUnsuitable, "{record:?}");
+            assert!(
+                error.message().contains(name) && error.message().contains("beside"),
+                "{error}"
+            );
+        }
     }
 }

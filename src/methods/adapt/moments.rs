@@ -250,4 +250,76 @@ mod tests {
             assert!(error < 1e-4, "{name}: {error}");
         }
     }
+
+    #[test]
+    fn the_order_of_tokens_and_the_cut_into_parts_do_not_matter() {
+        let (tokens, cols) = (40, 6);
+        let rows: Vec<f32> =
+            (0..tokens * cols).map(|i| ((i * 37 + i * i) as f32 * 0.13).sin()).collect();
+        let collect = |parts: &[&[f32]]| {
+            let mut moments = Moments::new(cols, CordaNormalisation::None);
+            parts.iter().for_each(|part| moments.add(part).unwrap());
+            // A sum: parts count as samples.
+            let (n, mean) = (parts.len() as f64, moments.mean());
+            Mat::from_fn(cols, cols, |i, j| n * mean[(i, j)])
+        };
+        let whole = collect(&[&rows[..]]);
+        let turned: Vec<f32> = rows.chunks(cols).rev().flatten().copied().collect();
+        let (head, tail) = rows.split_at(7 * cols);
+        for other in [collect(&[&turned[..]]), collect(&[head, tail]), collect(&[tail, head])] {
+            let error = (&other - &whole).norm_l2() / whole.norm_l2();
+            assert!(error < 1e-4, "{error}");
+        }
+        // Symmetric, and no direction has negative energy: with a little on the diagonal it has an inverse.
+        let trace: f64 = (0..cols).map(|i| whole[(i, i)]).sum();
+        let lifted = Mat::from_fn(cols, cols, |i, j| {
+            assert_eq!(whole[(i, j)], whole[(j, i)]);
+            whole[(i, j)] + if i == j { 1e-6 * trace } else { 0.0 }
+        });
+        assert!(crate::nn::linalg::inverse(lifted.as_ref()).is_some());
+    }
+
+    #[test]
+    fn chunks_of_windows_change_nothing_and_what_is_broken_is_named() {
+        let model = random::model(random::tiny("llama"), 4).unwrap();
+        // More tokens than run through a block at once.
+        let length = 24;
+        let count = 2 * (CHUNK_TOKENS / length / 2 + 8);
+        let tokens: Vec<u32> = (0..count * length)
+            .map(|i| u32::try_from((i * 31 + i / 7 * 13 + 5) % 96).unwrap())
+            .collect();
+        let name = "model.layers.1.mlp.up_proj.weight".to_owned();
+        let names = BTreeSet::from([name.clone()]);
+        let progress = Progress::silent();
+        let collect = |model: &Model, tokens: &[u32]| -> Result<Mat<f64>> {
+            let windows = Windows { tokens: tokens.to_vec(), length, warnings: Vec::new() };
+            let normalisation = CordaNormalisation::SampleMax;
+            let mut collector =
+                Collector { model, windows: &windows, normalisation, progress: &progress };
+            let mut seen = None;
+            collector.each(&names, &mut |group, mean| {
+                assert_eq!(group, std::slice::from_ref(&name));
+                seen = Some(mean.clone());
+                Ok(())
+            })?;
+            Ok(seen.unwrap())
+        };
+        let whole = collect(&model, &tokens).unwrap();
+        let (first, second) = tokens.split_at(tokens.len() / 2);
+        let (first, second) = (collect(&model, first).unwrap(), collect(&model, second).unwrap());
+        let mean = Mat::from_fn(32, 32, |i, j| f64::midpoint(first[(i, j)], second[(i, j)]));
+        let error = (&mean - &whole).norm_l2() / whole.norm_l2();
+        assert!(error < 1e-4, "{error}");
+
+        let mut broken = model.clone();
+        let norm = "model.layers.1.post_attention_layernorm.weight";
+        let values = vec![f32::NAN; 32];
+        let dense = Dense::from_f32(vec![32], &values, Dtype::F32).unwrap();
+        broken.weights.insert(norm.to_owned(), Arc::new(Weight::Dense(dense)));
+        let error = collect(&broken, &tokens[..4 * length]).unwrap_err();
+        assert_eq!(error.reason(), Reason::NonFinite);
+        for part in ["layers.1.mlp.", "sample 1"] {
+            assert!(error.message().contains(part), "{error} lacks {part}");
+        }
+    }
 }

@@ -677,4 +677,62 @@ mod tests {
         assert_eq!(read_as("sha256:base").unwrap_err().reason(), Reason::SourceUnavailable);
         assert_eq!(unpack(&pack(&[1, 15, 7]), 3), [1, 15, 7]);
     }
+
+    fn loldu() -> v1::Loldu {
+        v1::Loldu { adapter: Some(all_linear(4)), ..Default::default() }
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_refused() {
+        let case = Case::decoder();
+        let methods: [Box<dyn Adapt>; 2] = [Box::new(loldu()), Box::new(nola(32))];
+        for method in methods {
+            let tuned = case.start(method.as_ref());
+            let (name, parameter) = tuned.parameters().into_iter().next().unwrap();
+            let var = parameter.var;
+            let mut values = var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            values[1] = f32::NAN;
+            let broken = candle_core::Tensor::from_vec(values, var.shape(), &Device::Cpu);
+            var.set(&broken.unwrap()).unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            write(&tuned, &v1::Adaptation::default(), "sha256:base", folder.path()).unwrap();
+            let error = read(folder.path(), "sha256:base", case.shapes(), case.weights());
+            let error = error.unwrap_err();
+            assert_eq!(error.reason(), Reason::MalformedFile, "{name}: {error}");
+            assert!(error.message().contains(&name), "{error} does not name {name}");
+        }
+    }
+
+    /// Triangles and norms are those of the weights that were trained on; without their digest nobody knows
+    /// whether these are they.
+    #[test]
+    fn what_is_made_from_the_base_asks_for_its_digest() {
+        let case = Case::decoder();
+        let dora = v1::Dora { adapter: Some(all_linear(2)) };
+        let lora = v1::Lora { adapter: Some(all_linear(2)), ..Default::default() };
+        let methods: [(Box<dyn Adapt>, bool); 4] = [
+            (Box::new(loldu()), false),
+            (Box::new(dora), false),
+            (Box::new(nola(32)), true),
+            (Box::new(lora), true),
+        ];
+        for (method, alone) in methods {
+            let folder = tempfile::tempdir().unwrap();
+            let (tuned, _) = round(&case, method.as_ref(), folder.path());
+            let files = [HEADER, TENSORS].map(|name| folder.path().join(name));
+            let [header, tensors] = files.each_ref().map(|path| path.as_path());
+            let found = open([header, tensors], None, case.shapes(), case.weights());
+            let name = method.card().name;
+            match found {
+                Ok(found) => {
+                    assert!(alone, "{name} was read");
+                    assert_eq!(case.outputs(&found.tuned), case.outputs(&tuned), "{name}");
+                }
+                Err(error) => {
+                    assert!(!alone, "{name}: {error}");
+                    assert_eq!(error.reason(), Reason::ModelUnsuitable, "{name}");
+                }
+            }
+        }
+    }
 }

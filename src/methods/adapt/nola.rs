@@ -183,9 +183,14 @@ impl Adapt for v1::Nola {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use super::super::export;
     use super::super::shapes::testing::{minilm, smollm2};
     use super::super::testing::{Case, all_linear};
     use super::*;
+    use crate::formats::peft::Use;
+    use crate::formats::peft::contents::Contents;
     use crate::nn::linalg::{self, from_rows};
 
     fn small(adapter: v1::AdapterOptions) -> v1::Nola {
@@ -314,5 +319,87 @@ mod tests {
         let delta = from_rows(&delta, stored.rows(), stored.cols());
         let s = linalg::svd(delta.as_ref(), "delta").unwrap().s;
         assert!(s[1] > 1e-3 && s[2] < 1e-6 * s[0], "{s:?}");
+    }
+
+    /// A and B with all coefficients 1.
+    fn ones(tuned: &Tuned, linear: &str) -> [Vec<f32>; 2] {
+        let module = &tuned.modules[linear];
+        [&module.a, &module.b].map(|factor| match factor {
+            Factor::Combined(combined) => combined.basis.combine(&vec![1.0; combined.basis.count]),
+            Factor::Plain(_) => panic!("combined"),
+        })
+    }
+
+    #[test]
+    fn random_matrices_follow_from_the_seed_and_the_name_alone() {
+        let case = Case::decoder();
+        let (name, _) = case.some_linear();
+        let start = |options, seed| case.start_seeded(&small(options), seed).unwrap();
+        let first = start(all_linear(3), 1);
+        assert_eq!(ones(&first, name), ones(&start(all_linear(3), 1), name));
+        assert_ne!(ones(&first, name), ones(&start(all_linear(3), 2), name));
+        // Other targets do not shift them.
+        let few = v1::AdapterOptions { targets: vec!["q_proj".into()], ..all_linear(3) };
+        let few = start(few, 1);
+        assert_eq!(few.modules.len(), 3);
+        assert_eq!(ones(&first, name), ones(&few, name));
+        let other = name.replace("layers.1", "layers.0");
+        assert!(other != name && ones(&first, name) != ones(&first, &other));
+    }
+
+    #[test]
+    fn at_the_start_the_coefficients_of_b_can_learn() {
+        let case = Case::decoder();
+        let tuned = case.start(&small(all_linear(3)));
+        let (name, stored) = case.some_linear();
+        let module = &tuned.modules[name];
+        assert!(module.a.values().unwrap().iter().any(|v| *v != 0.0), "A starts from a matrix");
+        assert!(module.b.values().unwrap().iter().all(|v| *v == 0.0));
+        let y = module.forward(&case.inputs(name, 3), stored, None).unwrap();
+        let gradients = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        for (kind, var) in module.trained() {
+            let got = gradients.get(var).unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(got.iter().all(|g| *g != 0.0), kind == "nola_B", "{kind}: {got:?}");
+            assert_eq!(got.iter().all(|g| *g == 0.0), kind == "nola_A", "{kind}: {got:?}");
+        }
+    }
+
+    #[test]
+    fn exports_are_the_same_factors() {
+        let case = Case::decoder();
+        let tuned = case.start(&small(all_linear(3)));
+        case.disturb(&tuned, 1.0);
+        let none = BTreeMap::new();
+        let about = export::About {
+            shapes: case.shapes(),
+            base: "base",
+            task: "CAUSAL_LM",
+            inside: "",
+            heads: &none,
+        };
+        let files = export::peft(&tuned, &about).unwrap();
+        let contents = Contents::parse(&files.config, &files.tensors, Use::Keep).unwrap();
+        let (loaded, _) = export::load(&contents, "", case.shapes(), case.weights()).unwrap();
+        for (name, module) in &tuned.modules {
+            let other = &loaded.modules[name];
+            assert_eq!(other.rank, 3);
+            assert_eq!(other.a.values().unwrap(), module.a.values().unwrap(), "{name}");
+            assert_eq!(other.b.values().unwrap(), module.b.values().unwrap(), "{name}");
+        }
+        for (got, want) in case.outputs(&loaded).iter().zip(case.outputs(&tuned)) {
+            assert!((got - want).abs() <= 1e-5 * want.abs().max(1.0), "{got} is not {want}");
+        }
+    }
+
+    #[test]
+    fn ranks_that_are_of_no_use_are_warned_of_and_counts_of_none_refused() {
+        let wide = v1::Nola { adapter: Some(all_linear(200)), ..Default::default() };
+        let warnings = wide.check(&smollm2()).unwrap().warnings;
+        assert!(warnings.len() == 1 && warnings[0].contains("200"), "{warnings:?}");
+        let none = v1::Nola { basis_a: Some(0), ..Default::default() };
+        assert_eq!(none.check(&minilm()).unwrap_err().violations()[0].field, "basis_a");
+        // As large as is said, with both counts as they are by default.
+        let usual = v1::Nola::default().check(&minilm()).unwrap().parameters;
+        assert_eq!(usual, 12 * 2 * 256);
     }
 }

@@ -90,8 +90,16 @@ impl Adapt for v1::Pissa {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use serde_json::json;
+
+    use super::super::export;
+    use super::super::shapes::testing::smollm2;
     use super::super::testing::{Case, all_linear};
     use super::*;
+    use crate::formats::peft::Use;
+    use crate::formats::peft::contents::Contents;
 
     #[test]
     fn the_shared_contract() {
@@ -138,5 +146,59 @@ mod tests {
         }
         let exported = module.low_rank().unwrap();
         assert_eq!((exported.rank, exported.alpha()), (8, 20.0));
+    }
+
+    /// The rank doubles, and alpha with it; where alpha is divided by the root of the rank, it grows by the
+    /// root of 2.
+    #[test]
+    fn exports_of_twice_the_rank_keep_their_scale_under_the_root_too() {
+        let options = v1::AdapterOptions {
+            alpha: Some(10.0),
+            rslora: Some(true),
+            alpha_pattern: [("v_proj".to_owned(), 3.0)].into(),
+            ..all_linear(4)
+        };
+        let method = v1::Pissa { adapter: Some(options) };
+        let case = Case::decoder();
+        let tuned = case.start(&method);
+        case.equals_base(&tuned, 1e-5);
+        for (name, module) in &tuned.modules {
+            let low = module.low_rank().unwrap();
+            let alpha = if name.contains("v_proj") { 3.0 } else { 10.0 };
+            assert_eq!((low.rank, low.scale), (8, alpha / 2.0), "{name}");
+            assert!((low.alpha() - alpha * 2_f64.sqrt()).abs() < 1e-9, "{name}: {}", low.alpha());
+            // What was taken out of the weight at the start is what is added.
+            let mut delta = vec![0.0; low.shape[0] * low.shape[1]];
+            low.add_to(&mut delta);
+            assert!(delta.iter().all(|d| d.abs() < 1e-9), "{name}");
+        }
+        case.disturb(&tuned, 0.1);
+        let none = BTreeMap::new();
+        let about = export::About {
+            shapes: case.shapes(),
+            base: "base",
+            task: "CAUSAL_LM",
+            inside: "",
+            heads: &none,
+        };
+        let files = export::peft(&tuned, &about).unwrap();
+        let config: serde_json::Value = serde_json::from_slice(&files.config).unwrap();
+        assert_eq!((&config["r"], &config["use_rslora"]), (&json!(8), &json!(true)));
+        assert_eq!(config["init_lora_weights"], true, "the base is the one that everyone has");
+        let contents = Contents::parse(&files.config, &files.tensors, Use::Keep).unwrap();
+        let (loaded, _) = export::load(&contents, "", case.shapes(), case.weights()).unwrap();
+        for (got, want) in case.outputs(&loaded).iter().zip(case.outputs(&tuned)) {
+            assert!((got - want).abs() < 1e-4 * want.abs().max(1.0), "{got} is not {want}");
+        }
+    }
+
+    #[test]
+    fn ranks_that_a_weight_does_not_have_are_refused() {
+        // The narrowest linears have 192 rows.
+        let check = |r| v1::Pissa { adapter: Some(all_linear(r)) }.check(&smollm2());
+        assert!(check(192).is_ok());
+        let error = check(193).unwrap_err();
+        assert_eq!(error.violations()[0].field, "adapter.r");
+        assert!(error.message().contains("k_proj") && error.message().contains("192"), "{error}");
     }
 }

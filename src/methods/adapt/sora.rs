@@ -333,10 +333,12 @@ impl Hooks for Gates {
 
 #[cfg(test)]
 mod tests {
-    use super::super::cut;
     use super::super::shapes::testing::minilm;
     use super::super::testing::{self, Case, Toy, all_linear};
+    use super::super::{cut, export};
     use super::*;
+    use crate::formats::peft::Use;
+    use crate::formats::peft::contents::Contents;
 
     #[test]
     fn thresholding_worked_out_by_hand() {
@@ -574,5 +576,190 @@ mod tests {
             let error = options.check(&minilm()).unwrap_err();
             assert_eq!(error.violations()[0].field, field, "{error}");
         }
+    }
+
+    /// Some gates of a decoder open, all of the first module closed; gives those that are open by module.
+    fn some_open(tuned: &Tuned) -> BTreeMap<String, usize> {
+        let mut kept = BTreeMap::new();
+        for (i, (name, module)) in tuned.modules.iter().enumerate() {
+            let Core::Diagonal(Part::Trained(gates)) = &module.core else { panic!("gates") };
+            let open: [f32; 4] = match i {
+                0 => [0.0; 4],
+                _ => std::array::from_fn(|j| if (i + j) % 3 == 0 { 0.0 } else { 0.5 - j as f32 }),
+            };
+            gates.set(&Tensor::new(&open, &Device::Cpu).unwrap()).unwrap();
+            kept.insert(name.clone(), open.iter().filter(|g| **g != 0.0).count());
+        }
+        kept
+    }
+
+    #[test]
+    fn the_cut_is_the_gated_model_to_the_bit_and_its_files_say_the_ranks() {
+        let adapter = v1::AdapterOptions { alpha: Some(4.0), ..all_linear(4) };
+        let method = v1::Sora { adapter: Some(adapter), ..Default::default() };
+        let case = Case::decoder();
+        let tuned = case.start(&method);
+        case.disturb(&tuned, 0.05);
+        let kept = some_open(&tuned);
+        let first = tuned.modules.keys().next().unwrap().clone();
+        let gated = case.outputs(&tuned);
+        let parts: BTreeMap<String, _> = tuned
+            .modules
+            .iter()
+            .map(|(name, module)| (name.clone(), module.low_rank().unwrap()))
+            .collect();
+        let cut = method.finish(tuned).unwrap();
+        assert!(!cut.modules.contains_key(&first) && cut.modules.len() == 20);
+        for (name, module) in &cut.modules {
+            assert_eq!(module.rank, kept[name], "{name}");
+            assert_eq!(module.low_rank().unwrap(), parts[name], "{name}");
+        }
+        for (got, want) in case.outputs(&cut).iter().zip(&gated) {
+            assert!((got - want).abs() < 1e-6 * want.abs().max(1.0), "{got} is not {want}");
+        }
+
+        let none = BTreeMap::new();
+        let about = export::About {
+            shapes: case.shapes(),
+            base: "base",
+            task: "CAUSAL_LM",
+            inside: "",
+            heads: &none,
+        };
+        let files = export::peft(&cut, &about).unwrap();
+        let config: serde_json::Value = serde_json::from_slice(&files.config).unwrap();
+        let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+        let targets: Vec<String> =
+            config["target_modules"].as_array().unwrap().iter().map(text).collect();
+        assert!(targets.len() == 20 && !targets.contains(&module(&first).to_owned()));
+        let usual = config["r"].as_u64().unwrap();
+        let usual_alpha = config["lora_alpha"].as_f64().unwrap();
+        for (name, rank) in kept.iter().filter(|(name, _)| **name != first) {
+            let path = module(name);
+            let written = config["rank_pattern"][path].as_u64().unwrap_or(usual);
+            assert_eq!(written, *rank as u64, "{name}");
+            // The scale is 1, so alpha is the rank.
+            let alpha = config["alpha_pattern"][path].as_f64().unwrap_or(usual_alpha);
+            assert!((alpha - *rank as f64).abs() < 1e-9, "{name}: {alpha}");
+        }
+        let contents = Contents::parse(&files.config, &files.tensors, Use::Keep).unwrap();
+        let (loaded, _) = export::load(&contents, "", case.shapes(), case.weights()).unwrap();
+        for (name, module) in &loaded.modules {
+            assert_eq!((module.rank, module.scale), (kept[name], 1.0), "{name}");
+        }
+        for (got, want) in case.outputs(&loaded).iter().zip(&gated) {
+            assert!((got - want).abs() < 1e-5 * want.abs().max(1.0), "{got} is not {want}");
+        }
+    }
+
+    /// The toy's two modules with gates that are given, and what happens after a step.
+    struct Gated {
+        tuned: Tuned,
+        parameters: Parameters,
+        hooks: Box<dyn Hooks>,
+        optimizer: Optimizer,
+        gates: [String; 2],
+    }
+
+    impl Gated {
+        fn new(method: &v1::Sora, steps: u64) -> Self {
+            let toy = Toy::new(4);
+            let tuned = toy.start(method, 1);
+            let hooks = method.hooks(&tuned, steps).unwrap().unwrap();
+            let gates = [0, 1].map(|i| format!("{}.{GATES}", module(&toy.names()[i])));
+            let parameters = tuned.parameters();
+            Self { tuned, parameters, hooks, optimizer: testing::plain_descent(), gates }
+        }
+
+        fn after(&mut self, step: u64, total: u64) {
+            let gradients = Gradients::new();
+            let updated = Updated {
+                place: Place { step, total, rate: 0.1 },
+                parameters: &mut self.parameters,
+                gradients: &gradients,
+                optimizer: &mut self.optimizer,
+            };
+            self.hooks.after_step(updated).unwrap();
+        }
+    }
+
+    #[test]
+    fn shares_of_open_gates_are_counted_and_closed_ones_open_again() {
+        let method =
+            v1::Sora { adapter: Some(all_linear(3)), xi: Some(0.25), ..Default::default() };
+        let mut toy = Gated::new(&method, 10);
+        let [one, two] = toy.gates.clone();
+        set(&toy.parameters, &one, &[1.0, 0.25, -0.75]);
+        set(&toy.parameters, &two, &[0.125, 0.0, -0.5]);
+        toy.after(1, 10);
+        assert_eq!(values(&toy.parameters, &one).unwrap(), [0.75, 0.0, -0.5]);
+        assert_eq!(values(&toy.parameters, &two).unwrap(), [0.0, 0.0, -0.25]);
+        assert_eq!(toy.hooks.metrics()["kept_ranks"], 0.5);
+        assert_eq!(cut::kept(&toy.tuned).unwrap(), (3, 6));
+        // A gate is not held: a step of more than the threshold opens it.
+        let push = Tensor::new(&[0f32, -10.0, 0.0], &Device::Cpu).unwrap();
+        let gradients = [(one.clone(), push)].into();
+        toy.optimizer.update(&toy.parameters, &gradients, 0.1).unwrap();
+        toy.after(2, 10);
+        assert_eq!(values(&toy.parameters, &one).unwrap(), [0.5, 0.75, -0.25]);
+        assert_eq!(toy.hooks.metrics()["threshold"], 0.25);
+    }
+
+    #[test]
+    fn the_threshold_rises_until_few_enough_are_left() {
+        let schedule = v1::SoraSchedule {
+            growth: SoraGrowth::Linear as i32,
+            xi_max: 1.0,
+            stages: 3,
+            target_keep: Some(0.5),
+        };
+        let method = v1::Sora {
+            adapter: Some(all_linear(3)),
+            xi: Some(0.0),
+            schedule: Some(schedule),
+            ..Default::default()
+        };
+        let mut toy = Gated::new(&method, 9);
+        let gates = toy.gates.clone();
+        for gate in &gates {
+            set(&toy.parameters, gate, &[0.4, 0.4, 9.0]);
+        }
+        let mut seen = Vec::new();
+        for step in 1..=9 {
+            toy.after(step, 9);
+            let metrics = toy.hooks.metrics();
+            seen.push((metrics["threshold"], metrics["kept_ranks"]));
+        }
+        // Nothing happens at 0; 0.5 leaves a third, which is less than a half: 1 never comes.
+        assert!(seen[..3].iter().all(|s| *s == (0.0, 1.0)), "{seen:?}");
+        assert!(seen[3..].iter().all(|s| *s == (0.5, 1.0 / 3.0)), "{seen:?}");
+        assert_eq!(values(&toy.parameters, &gates[0]).unwrap(), [0.0, 0.0, 6.0]);
+    }
+
+    #[test]
+    fn gates_have_a_rate_of_their_own_and_never_decay() {
+        let method =
+            v1::Sora { adapter: Some(all_linear(3)), gate_rate: Some(0.25), ..Default::default() };
+        let tuned = Toy::new(4).start(&method, 1);
+        for (name, parameter) in tuned.parameters() {
+            let gate = name.ends_with(GATES);
+            assert_eq!(parameter.rate, if gate { 0.25 } else { 1.0 }, "{name}");
+            assert_eq!(parameter.decay, !gate, "{name}");
+        }
+        // Gates are normal where nothing is said.
+        let many = v1::Sora { adapter: Some(all_linear(20)), ..Default::default() };
+        let tuned = Case::decoder().start(&many);
+        let gates: Vec<f32> = tuned
+            .values()
+            .unwrap()
+            .into_iter()
+            .filter(|(name, _)| name.ends_with(GATES))
+            .flat_map(|(_, gates)| gates)
+            .collect();
+        assert_eq!(gates.len(), 21 * 20);
+        let square = gates.iter().map(|g| g * g).sum::<f32>() / 420.0;
+        assert!((square - 1.0).abs() < 0.35, "{square}");
+        let zero = v1::Sora { adapter: Some(all_linear(0)), ..Default::default() };
+        assert_eq!(zero.check(&minilm()).unwrap_err().violations()[0].field, "adapter.r");
     }
 }

@@ -176,7 +176,7 @@ impl Case {
         self.start_seeded(method, 1)
     }
 
-    fn start_seeded(&self, method: &dyn Adapt, seed: u64) -> Result<Tuned> {
+    pub fn start_seeded(&self, method: &dyn Adapt, seed: u64) -> Result<Tuned> {
         let mut started = None;
         let progress = Progress::silent();
         let mut setup = Setup {

@@ -15,7 +15,8 @@ use crate::models::Model;
 use crate::models::decoder::graph::Graph;
 use crate::models::decoder::plan::adapters::{Fitted, Mix};
 use crate::models::decoder::plan::{Cache, Chunk, Decoder};
-use crate::models::export::hugging_face;
+use crate::models::export::{GgufFormat, gguf, hugging_face};
+use crate::models::import;
 use crate::nn::dtype::Dtype;
 use crate::nn::ops::{Network, Pool, Precision, Run, Sequences, Tape};
 use crate::nn::tuning::{Frozen, Tuning};
@@ -206,4 +207,44 @@ fn files_for_the_peer() {
             write(&folder.join("logits.json"), &json!(got));
         }
     }
+}
+
+/// Files of GGUF hold the rows of rotated heads in another order; adapters in the usual files fit all the same.
+#[test]
+fn adapters_in_the_usual_files_fit_a_base_from_gguf() {
+    let case = Case::decoder();
+    let model = case.decoder_model();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    gguf(model, &path, GgufFormat::F32, &Progress::silent()).unwrap();
+    // Heads of 16 rows: row 1 there is row 8 here, the first of the second half.
+    let file = crate::formats::gguf::open(&path).unwrap();
+    let theirs = file.tensors["blk.0.attn_q.weight"].weight().unwrap().to_f32();
+    let ours = case.stored("model.layers.0.self_attn.q_proj.weight").to_f32();
+    assert_eq!(theirs[32..64], ours[8 * 32..9 * 32]);
+    let base = import::open(&path).unwrap();
+
+    let tuned = case.start(&v1::Lora { adapter: Some(all_linear(3)), ..Default::default() });
+    case.disturb(&tuned, 0.1);
+    let none = BTreeMap::new();
+    let about = export::About {
+        shapes: case.shapes(),
+        base: "base",
+        task: "CAUSAL_LM",
+        inside: "",
+        heads: &none,
+    };
+    export::peft(&tuned, &about).unwrap().write(folder.path()).unwrap();
+    let files = Folder::read(folder.path()).unwrap();
+    let contents = crate::formats::peft::contents::Contents::parse(
+        &files.config,
+        &files.tensors,
+        crate::formats::peft::Use::Keep,
+    )
+    .unwrap();
+    let (loaded, _) = export::load(&contents, "", case.shapes(), &base.weights).unwrap();
+    let (got, want) = (logits(&base, &loaded), logits(model, &tuned));
+    near(&got, &want, 1e-3, "a base from a GGUF file");
+    let bare = logits(model, &Frozen);
+    assert!(want.iter().zip(&bare).any(|(a, b)| (a - b).abs() > 1e-2), "the adapter does nothing");
 }

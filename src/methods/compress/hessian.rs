@@ -155,4 +155,16 @@ mod tests {
         assert_eq!(error.reason(), Reason::NumericFailure);
         assert!(error.message().contains("model.w"));
     }
+
+    #[test]
+    fn dampening_rises_tenfold_before_it_is_given_up() {
+        // H = [[1, 1], [1, 1]]; 1 and 1 + 1e-16 are the same number, 1 and 1 + 1e-15 are not.
+        let mut gram = Gram::new(2);
+        gram.add(&[1.0, 1.0]);
+        let factor = Factor::new(&gram, 2, 1e-17, &[0, 1], "t").expect("factors");
+        assert!((factor.damp / 1e-15 - 1.0).abs() < 1e-9, "{}", factor.damp);
+        let error = Factor::new(&gram, 2, 1e-20, &[0, 1], "model.w").unwrap_err();
+        assert_eq!(error.reason(), Reason::NumericFailure);
+        assert!(error.message().contains("model.w") && error.message().contains("damp"), "{error}");
+    }
 }

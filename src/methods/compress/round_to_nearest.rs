@@ -79,6 +79,7 @@ impl Method for v1::RoundToNearest {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nn::weight::Grouped;
 
     #[test]
     fn rounding_errs_by_half_a_step_at_most_and_keeps_zeros() {
@@ -97,6 +98,24 @@ mod tests {
                 // scale rounded to f16).
                 assert!((v - w).abs() <= 1.02 * scale, "{v} {w} {scale} {bits}");
                 assert!(*w != 0.0 || *v == 0.0);
+            }
+        }
+    }
+
+    #[test]
+    fn packed_codes_stand_for_the_same_bits() {
+        let weights = crate::methods::compress::testing::weights(8, 96, 4);
+        for bits in [2, 3, 4, 8] {
+            for (group, symmetric) in [(32, false), (16, true), (12, false), (96, true)] {
+                let spec = GroupedSpec { bits, group, symmetric };
+                let codes = quantise(&weights, 96, spec);
+                let packed =
+                    Grouped::pack([8, 96], spec, &codes.codes, &codes.scales, &codes.zeros);
+                let mut read = vec![f32::NAN; weights.len()];
+                packed.unwrap().read_rows(0, &mut read);
+                for (got, want) in read.iter().zip(codes.values(spec)) {
+                    assert_eq!(got.to_bits(), want.to_bits(), "{spec:?}: {got} is not {want}");
+                }
             }
         }
     }

@@ -451,3 +451,37 @@ fn a_loss_that_is_no_number_says_how_much_was_masked() {
         panic!("a learning rate of a million converges");
     }
 }
+
+#[test]
+fn zeros_are_where_the_masks_are_and_are_counted_honestly() {
+    let model = lstm();
+    let made = run(&step("gradual", &model, gradual()), model.clone()).unwrap();
+    let tensors = made.outcome.record["tensors"].as_object().unwrap();
+    let names: Vec<&String> = tensors.keys().collect();
+    assert_eq!(names, ["layers.0.input.weight", "layers.0.recurrent.weight"]);
+    let mut all = 0;
+    for (name, weight) in made.outcome.model.weights() {
+        let values = weight.to_f32();
+        let zeros = values.iter().filter(|v| **v == 0.0).count();
+        // Values that wait to come back are not in what is kept; tables and vectors lose nothing.
+        let wanted = tensors.get(name).map_or(0, |own| own["zeros"].as_u64().unwrap());
+        assert_eq!(zeros as u64, wanted, "{name}");
+        all += values.len() - zeros;
+    }
+    assert_eq!(made.pruning.unwrap().nonzero_parameters as usize, all);
+}
+
+#[test]
+fn growing_shares_leave_a_weight_in_every_tensor() {
+    let model = vision();
+    let mut options = gradual();
+    options["final_sparsity"] = json!(0.999);
+    let made = run(&step("gradual", &model, options), model.clone()).unwrap();
+    let tensors = made.outcome.record["tensors"].as_object().unwrap();
+    assert_eq!(tensors.len(), 2);
+    for (name, own) in tensors {
+        // A thousandth of 36 and of 288 weights is none, and one stays.
+        let (zeros, elements) = (own["zeros"].as_u64().unwrap(), own["elements"].as_u64().unwrap());
+        assert_eq!(elements - zeros, 1, "{name}");
+    }
+}

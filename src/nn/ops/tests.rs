@@ -375,3 +375,30 @@ fn recurrent_layers() {
     assert_ne!(a[2..4], b[2..4]);
     assert_eq!((&a[..2], &a[4..]), (&b[..2], &b[4..]));
 }
+
+#[test]
+fn what_is_dropped_is_the_input_of_the_factors_alone() {
+    let linear = stored(6, 4, Precision::F32);
+    let tape = Tape::forgetful(&Pool::default());
+    let (x, a, b) = (tensor(&[5, 4], 1), tensor(&[2, 4], 2), tensor(&[6, 2], 3));
+    let plain = tape.product(&leaf(&tape, &x), &linear).unwrap().read().to_vec();
+    let with = |b: &Tensor| {
+        let dropout = Some(Dropout { probability: 0.5, seed: 3 });
+        let change = LowRank { a: a.clone(), b: b.clone(), rows: None, scale: 0.7, dropout };
+        let x = leaf(&tape, &x);
+        tape.tuned_product(&x, &linear, Some(&change), None).unwrap().read().to_vec()
+    };
+    // A second factor of zeros: the weight sees its whole input.
+    assert_eq!(with(&b.zeros_like().unwrap()), plain);
+    let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let mut seen = vec![0.0; 20];
+    crate::kernels::training::elementwise::dropout(&flat(&x), 0.5, 3, &mut seen);
+    assert!(seen.contains(&0.0) && seen.iter().any(|v| *v != 0.0));
+    let (a, b_values) = (flat(&a), flat(&b));
+    for (i, got) in with(&b).iter().enumerate() {
+        let (t, o) = (i / 6, i % 6);
+        let h = [0, 1].map(|r| (0..4).map(|c| a[r * 4 + c] * seen[t * 4 + c]).sum::<f32>());
+        let want = plain[i] + 0.7 * (b_values[o * 2] * h[0] + b_values[o * 2 + 1] * h[1]);
+        assert!((got - want).abs() < 1e-5, "{i}: {got} is not {want}");
+    }
+}

@@ -376,4 +376,30 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn every_code_comes_back_from_every_place() {
+        for bits in [2_u8, 3, 4, 8] {
+            let count = 1_usize << bits;
+            // Whole vectors, half ones, and rows that end within a byte.
+            for (cols, group) in [(96, 32), (48, 16), (24, 12), (11, 11)] {
+                // Each row begins with another code, so every code stands at every place.
+                let codes: Vec<u8> =
+                    (0..count * cols).map(|i| ((i / cols + i % cols) % count) as u8).collect();
+                let (shape, spec) = ([count, cols], spec(bits, group, false));
+                let groups = count * cols / group;
+                let w = Grouped::pack(shape, spec, &codes, &vec![1.0; groups], &vec![0; groups]);
+                let w = w.unwrap();
+                let wanted: Vec<f32> = codes.iter().map(|code| f32::from(*code)).collect();
+                let mut parts: BTreeMap<String, Part> =
+                    w.parts().into_iter().map(|p| (p.suffix.to_owned(), p)).collect();
+                let again = Grouped::from_parts(shape, spec, &mut parts).unwrap();
+                for weight in [w, again] {
+                    let mut out = vec![f32::NAN; codes.len()];
+                    weight.read_rows(0, &mut out);
+                    assert!(out == wanted, "{bits} bits in groups of {group}");
+                }
+            }
+        }
+    }
 }

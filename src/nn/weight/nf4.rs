@@ -244,4 +244,32 @@ mod tests {
         weight.read_rows(0, &mut out);
         assert!(out.iter().all(|v| *v == 0.0));
     }
+
+    #[test]
+    fn the_levels_are_those_of_the_paper() {
+        let wanted = [
+            -1.0,
+            -0.696_192_8,
+            -0.525_073_1,
+            -0.394_917_5,
+            -0.284_441_4,
+            -0.184_773_4,
+            -0.091_050,
+            0.0,
+            0.079_580_3,
+            0.160_930_2,
+            0.246_112_3,
+            0.337_915_2,
+            0.440_709_8,
+            0.562_617,
+            0.722_956_8,
+            1.0,
+        ];
+        for (got, want) in LEVELS.iter().zip(wanted) {
+            assert!((f64::from(*got) - want).abs() < 1e-6, "{got} is not {want}");
+        }
+        // Numbers on either side of the middle of two levels go to different ones.
+        let middle = f32::midpoint(LEVELS[8], LEVELS[9]);
+        assert_eq!([code(middle - 1e-4), code(middle + 1e-4)], [8, 9]);
+    }
 }

@@ -219,3 +219,30 @@ fn encoders_are_refused_before_anything_is_quantised() {
     assert_eq!(error.violations()[0].field, "teacher");
     assert!(error.message().contains("gptq"), "{error}");
 }
+
+#[test]
+fn defaults_are_those_of_the_card() {
+    let mut usual = v1::Lrec { rank: Some(5), ..Default::default() };
+    usual.resolve();
+    assert_eq!((usual.alpha, usual.kl, usual.ce), (Some(20.0), Some(1.0), Some(0.1)));
+    assert_eq!((usual.top_k, usual.batch_size), (Some(64), Some(4)));
+    assert_eq!((usual.weight_decay, usual.learning_rate), (Some(1e-5), Some(1e-3)));
+    assert_eq!(usual.quantiser, LrecQuantiser::Gptq as i32);
+    assert_eq!(usual.teacher, LrecTeacher::Online as i32);
+    assert_eq!(usual.grid.unwrap().group_size, Some(64));
+    assert_eq!(usual.text.unwrap().sequence_length, Some(128));
+}
+
+#[test]
+fn grids_that_do_not_fit_are_refused_by_name() {
+    let info = model().info();
+    for (bits, group, field) in [(5, 16, "grid.bits"), (2, 12, "grid.group_size")] {
+        let grid = v1::Grid { bits: Some(bits), group_size: Some(group), ..Default::default() };
+        for quantiser in [LrecQuantiser::Gptq, LrecQuantiser::RoundToNearest] {
+            let method =
+                options(|o| (o.grid, o.quantiser) = (Some(grid.clone()), quantiser as i32));
+            let error = method.check(&info).unwrap_err();
+            assert_eq!(error.violations()[0].field, field, "{error}");
+        }
+    }
+}
