@@ -228,7 +228,11 @@ fn no_tokenizer() -> Error {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+    use crate::data::tokenizer::testing;
+    use crate::models::decoder::random;
 
     #[test]
     fn prefixes_end_at_lines_and_characters() {
@@ -266,40 +270,49 @@ mod tests {
         assert_eq!(options.sampling, CalibrationSampling::Random);
     }
 
-    #[test]
-    fn texts_that_are_too_short_are_refused_and_short_ones_overlap() {
-        let mut config = crate::models::decoder::random::tiny("llama");
-        config["vocab_size"] = serde_json::json!(256);
-        let mut model = crate::models::decoder::random::model(config, 1).unwrap();
-        model.tokenizer = Some(Arc::new(Tokenizer::bytes().unwrap()));
-        let choose = |model: &Model, text: &'static str, sampling: CalibrationSampling| {
-            let texts = move |_: &str| Ok(Arc::new(text.to_owned()));
-            let progress = Progress::silent();
-            let stream = Stream::root(1);
-            let from = Sources { model, texts: &texts, stream: &stream, progress: &progress };
-            let dataset = Some("datasets/t".to_owned());
-            let options = Options { dataset, sequences: 2, length: 8, sampling };
-            windows(&options, &from, &|_, tokenizer, text| {
-                tokenizer.encode(text, false, false).map(Arc::new)
-            })
+    /// Windows of a text whose bytes are tokens.
+    fn cut(text: &str, sequences: usize, sampling: CalibrationSampling) -> Result<Windows> {
+        let mut config = random::tiny("llama");
+        config["vocab_size"] = json!(257);
+        let mut model = random::model(config, 1).expect("a model");
+        model.tokenizer = Some(Arc::new(testing::bytes()));
+        let text = Arc::new(text.to_owned());
+        let texts = |_: &str| Ok(text.clone());
+        let sources = Sources {
+            model: &model,
+            texts: &texts,
+            stream: &Stream::root(3),
+            progress: &Progress::silent(),
         };
-        let (first, random) = (CalibrationSampling::First, CalibrationSampling::Random);
-        // A token a byte. Windows from the beginning need all of theirs, others one.
-        for (text, sampling) in
-            [("", random), ("seven b", random), ("", first), ("fifteen bytes..", first)]
+        let dataset = Some("datasets/text".to_owned());
+        let options = Options { dataset, sequences, length: 8, sampling };
+        windows(&options, &sources, &|_, tokenizer, text| {
+            tokenizer.encode(text, false, false).map(Arc::new)
+        })
+    }
+
+    #[test]
+    fn text_that_is_shorter_than_a_window_is_refused_and_short_text_is_said() {
+        use CalibrationSampling::{First, Random};
+        let text = "abcdefghijklmnopqrstuvwxyz";
+        for (bytes, sampling, needed) in [(7, Random, "8 are needed"), (23, First, "24 are needed")]
         {
-            let error = choose(&model, text, sampling).unwrap_err();
-            assert_eq!(error.reason(), Reason::DatasetUnsuitable, "{text}");
-            assert!(error.message().contains("datasets/t"), "{error}");
+            let error = cut(&text[..bytes], 3, sampling).unwrap_err();
+            assert_eq!(error.reason(), Reason::DatasetUnsuitable);
+            assert_eq!(error.reason().class(), crate::error::Class::FailedPrecondition);
+            let said = error.message();
+            assert!(said.contains(&format!("{bytes} tokens")) && said.contains(needed), "{said}");
         }
-        let short = choose(&model, "nine byte", random).unwrap();
-        assert_eq!((short.sequences(), short.warnings.len()), (2, 1));
-        let enough = choose(&model, "sixteen bytes it", first).unwrap();
-        assert!(enough.warnings.is_empty());
-        let bytes: Vec<u32> = "sixteen bytes it".bytes().map(u32::from).collect();
-        assert_eq!(enough.tokens, bytes);
-        model.tokenizer = None;
-        let error = choose(&model, "sixteen bytes it", first).unwrap_err();
-        assert_eq!(error.reason(), Reason::ModelUnsuitable);
+        let ids = testing::bytes().encode(text, false, false).expect("tokens");
+        // One place alone: the same window three times, the start token in the place of the first.
+        let found = cut(&text[..8], 3, Random).expect("windows");
+        let window = [&[256][..], &ids[1..8]].concat();
+        assert_eq!(found.tokens, window.repeat(3));
+        assert!(found.warnings[0].contains("windows overlap"), "{:?}", found.warnings);
+        // From the start one window follows another.
+        let found = cut(&text[..24], 3, First).expect("windows");
+        let windows = ids[..24].chunks(8).flat_map(|w| [&[256][..], &w[1..]].concat());
+        assert_eq!(found.tokens, windows.collect::<Vec<_>>());
+        assert!(found.warnings.is_empty());
     }
 }

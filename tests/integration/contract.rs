@@ -80,7 +80,7 @@ fn recipe(steps: Vec<v1::Step>) -> v1::Recipe {
     v1::Recipe { seed: 5, steps, ..Default::default() }
 }
 
-fn run_with(
+pub fn run_with(
     recipe: &v1::Recipe,
     index: usize,
     model: Model,

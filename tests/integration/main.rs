@@ -16,6 +16,7 @@ mod exports;
 mod families;
 mod harness;
 mod inference;
+mod invariants;
 mod journey;
 mod layers;
 mod nola;

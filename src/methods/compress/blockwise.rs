@@ -171,7 +171,13 @@ fn not_finite(block: usize, how: &str) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
+    use crate::calibrate;
+    use crate::models::decoder::random;
+    use crate::progress::Progress;
+    use crate::seed::Stream;
 
     #[test]
     fn channels_are_seen_by_sequence() {
@@ -182,5 +188,107 @@ mod tests {
         assert_eq!((&seen.tops[..], &seen.least_tops[..]), (&[3.0, 4.0][..], &[2.0, 1.0][..]));
         assert_eq!(seen.gram.at(0, 0), 10.0, "of the first sequence alone");
         assert_eq!(seen.mean_sizes(), [1.5, 1.875]);
+    }
+
+    /// Walks text in windows of 8 through a model.
+    fn walked(
+        model: &mut Model,
+        tokens: &[u32],
+        rows: Rows,
+        change: &mut dyn FnMut(Block<'_>),
+    ) -> Result<()> {
+        let no_texts = |name: &str| Err(Error::not_found(name, "there are no data sets here"));
+        let cx = StepContext {
+            random: Stream::root(1),
+            progress: &Progress::silent(),
+            texts: &no_texts,
+            calibrations: &calibrate::Shared::default(),
+            digest: "",
+            scratch: PathBuf::new(),
+        };
+        let windows = Windows { tokens: tokens.to_vec(), length: 8, warnings: Vec::new() };
+        walk_blocks(&cx, model, &windows, rows, &mut |block| {
+            change(block);
+            Ok(())
+        })
+    }
+
+    fn put(model: &mut Model, name: &str, shape: &[usize], value: f32) {
+        let values = vec![value; shape.iter().product()];
+        let dense = Dense::from_f32(shape.to_vec(), &values, Dtype::F32).expect("dense");
+        let before = model.weights.insert(name.to_owned(), Arc::new(Weight::Dense(dense)));
+        assert!(before.is_some(), "{name}");
+    }
+
+    #[test]
+    fn the_last_sequence_is_the_last_of_all_chunks() {
+        let mut model = random::model(random::tiny("llama"), 3).expect("a model");
+        // More than a chunk.
+        let tokens: Vec<u32> = (0..2400).map(|i| (i * 31 + i / 7) % 96).collect();
+        let mut seen = |tokens: &[u32], rows: Rows| {
+            let mut found = Vec::new();
+            walked(&mut model, tokens, rows, &mut |block| {
+                found.extend(block.sites.into_iter().map(|(_, seen)| seen));
+            })
+            .expect("walks");
+            found
+        };
+        let whole = seen(&tokens, Rows::LastSequence);
+        let last = seen(&tokens[2392..], Rows::All);
+        assert_eq!((whole.len(), last.len()), (12, 12));
+        for (whole, last) in whole.iter().zip(&last) {
+            assert_eq!((whole.count, last.count), (2400, 8));
+            let cols = last.tops.len();
+            let most = (0..cols).map(|j| last.gram.at(j, j)).fold(0.0, f64::max);
+            for (i, j) in (0..cols).flat_map(|i| (0..cols).map(move |j| (i, j))) {
+                let (a, b) = (whole.gram.at(i, j), last.gram.at(i, j));
+                assert!((a - b).abs() < 1e-4 * most, "{a} is not {b}");
+            }
+            // The largest of all sequences, and of the quietest one.
+            for ((top, least), own) in whole.tops.iter().zip(&whole.least_tops).zip(&last.tops) {
+                assert!(*least <= own * 1.0001 && own * 0.9999 <= *top, "{least} {own} {top}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_block_becomes_is_what_the_next_ones_see() {
+        let model = random::model(random::tiny("llama"), 3).expect("a model");
+        let tokens: Vec<u32> = (0..64).map(|i| (i * 31 + 5) % 96).collect();
+        let zero = |model: &mut Model| {
+            put(model, "model.layers.0.self_attn.o_proj.weight", &[32, 64], 0.0);
+            put(model, "model.layers.0.mlp.down_proj.weight", &[32, 80], 0.0);
+        };
+        let tops = |mut model: Model, change: bool| {
+            let (mut found, mut first) = (Vec::new(), true);
+            let mut zeros = model.clone();
+            zero(&mut zeros);
+            walked(&mut model, &tokens, Rows::All, &mut |block| {
+                found.push(block.sites[0].1.tops.clone());
+                if change && first {
+                    *block.weights = zeros.weights.clone();
+                }
+                first = false;
+            })
+            .expect("walks");
+            found
+        };
+        let mut before = model.clone();
+        zero(&mut before);
+        let (changed, from_start) = (tops(model.clone(), true), tops(before, false));
+        let plain = tops(model, false);
+        assert_eq!(changed[0], plain[0], "the first block is seen as it was");
+        assert_eq!(changed[1..], from_start[1..]);
+        assert_ne!(changed[1], plain[1]);
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_name_the_block() {
+        let mut model = random::model(random::tiny("llama"), 3).expect("a model");
+        put(&mut model, "model.layers.1.input_layernorm.weight", &[32], f32::MAX);
+        let tokens: Vec<u32> = (0..16).collect();
+        let error = walked(&mut model, &tokens, Rows::All, &mut |_| ()).unwrap_err();
+        assert_eq!(error.reason(), Reason::NonFinite);
+        assert!(error.message().contains("block 1"), "{error}");
     }
 }

@@ -229,7 +229,13 @@ impl Method for v1::Cfsp {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::methods::compress::folding::testing::tiny;
+    use crate::methods::compress::testing;
+    use crate::nn::dtype::Dtype;
+    use crate::nn::weight::{Dense, Weight};
 
     #[test]
     fn bad_options_are_named() {
@@ -257,5 +263,96 @@ mod tests {
         assert_eq!(recover(length), "recover.sequence_length");
         let dataset = v1::Recovery { dataset: "text".into(), ..usual() };
         assert_eq!(recover(dataset), "recover.dataset");
+    }
+
+    fn options(ratio: f64) -> v1::Cfsp {
+        let calibration =
+            v1::Calibration { sequences: Some(4), sequence_length: Some(16), ..Default::default() };
+        v1::Cfsp {
+            ratio: Some(ratio),
+            round_to: Some(16),
+            values: v1::ValueType::F32.into(),
+            calibration: Some(calibration),
+            ..Default::default()
+        }
+    }
+
+    fn read<T: serde::de::DeserializeOwned>(value: &serde_json::Value) -> T {
+        serde_json::from_value(value.clone()).expect("as it was written")
+    }
+
+    #[test]
+    fn whatever_tells_blocks_and_channels_apart_the_total_is_as_asked_for() {
+        let coarse = [
+            CfspCoarse::Angular,
+            CfspCoarse::Cosine,
+            CfspCoarse::Mse,
+            CfspCoarse::Mae,
+            CfspCoarse::Uniform,
+        ];
+        let fine =
+            [CfspFine::RowRelative, CfspFine::Activation, CfspFine::Wanda, CfspFine::Magnitude];
+        for architecture in ["llama", "gemma3_text", "bert"] {
+            let model = tiny(architecture);
+            for (i, coarse) in coarse.into_iter().enumerate() {
+                let options =
+                    v1::Cfsp { coarse: coarse.into(), fine: fine[i % 4].into(), ..options(0.4) };
+                let made = testing::apply(&options, &model).expect("removes");
+                let what = format!("{architecture}, {coarse:?}");
+                let widths: Vec<usize> = read(&made.record["widths"]);
+                // 0.6 of 96 channels a block, in units of 16.
+                let units = (0.6 * 96.0 * widths.len() as f64 / 16.0).round() as usize;
+                assert_eq!(widths.iter().sum::<usize>(), 16 * units, "{what}");
+                let fits = |w: &usize| w.is_multiple_of(16) && (16..=96).contains(w);
+                assert!(widths.iter().all(fits), "{what}: {widths:?}");
+                let keep: Vec<f64> = read(&made.record["facts"]["keep"]);
+                let mean = keep.iter().sum::<f64>() / keep.len() as f64;
+                assert!((mean - 0.6).abs() < 1e-6 && keep.iter().all(|k| *k < 1.0), "{what}");
+                if coarse == CfspCoarse::Uniform {
+                    assert!(widths.iter().max() <= widths.iter().min().map(|w| w + 16).as_ref());
+                    assert!(keep.iter().all(|k| (k - 0.6).abs() < 1e-12));
+                }
+                let kept: Vec<Vec<usize>> = read(&made.record["kept_channels"]);
+                for (kept, width) in kept.iter().zip(&widths) {
+                    assert_eq!(kept.len(), *width);
+                    assert!(kept.windows(2).all(|pair| pair[0] < pair[1]));
+                    assert!(kept.iter().all(|j| *j < 96));
+                }
+                let without_gate = made.warnings.iter().any(|w| w.contains("have no gate"));
+                assert_eq!(without_gate, architecture == "bert");
+            }
+        }
+    }
+
+    #[test]
+    fn all_is_measured_before_anything_goes() {
+        let model = tiny("llama");
+        let moved = |ratio: f64| -> Vec<f64> {
+            read(&testing::apply(&options(ratio), &model).expect("runs").record["facts"]["moved"])
+        };
+        assert_eq!(moved(0.0), moved(0.8));
+        let mut resolved = v1::Cfsp::default();
+        resolved.resolve();
+        assert_eq!((resolved.ratio, resolved.round_to), (Some(0.2), Some(32)));
+    }
+
+    #[test]
+    fn blocks_that_do_nothing_keep_the_same_share_and_it_is_said() {
+        let mut model = tiny("llama");
+        for (name, weight) in &mut model.weights {
+            if name.contains("o_proj") || name.contains("down_proj") {
+                let shape = weight.shape().to_vec();
+                let none = vec![0.0; shape.iter().product()];
+                let dense = Dense::from_f32(shape, &none, Dtype::F32).expect("dense");
+                *weight = Arc::new(Weight::Dense(dense));
+            }
+        }
+        let said = |options: v1::Cfsp| {
+            let made = testing::apply(&options, &model).expect("removes");
+            assert_eq!(made.record["widths"], json!([48, 48, 48]));
+            made.warnings.iter().any(|w| w.contains("all keep the same share"))
+        };
+        assert!(said(options(0.5)));
+        assert!(!said(v1::Cfsp { coarse: CfspCoarse::Uniform.into(), ..options(0.5) }));
     }
 }

@@ -186,4 +186,26 @@ mod tests {
         assert_eq!(ranks(&[1.0, 1e-9], 4, 2), [8, 2]);
         assert_eq!(ranks(&[0.3; 4], 8, 2), [8; 4]);
     }
+
+    #[test]
+    fn the_published_scale_and_the_cap_by_hand() {
+        assert!((ANGLES - 13.1072).abs() < 1e-12);
+        let near = |found: &[f64], want: [f64; 2]| {
+            assert!(
+                found.iter().zip(want).all(|(f, w)| (f - w).abs() < 1e-9),
+                "{found:?} {want:?}"
+            );
+        };
+        // A tenth above and below the mean: 1.31072 and its negative, through the logistic function.
+        let high = 1.0 / (1.0 + (-1.31072_f64).exp());
+        let Budget { importance, keep } = budget(&[0.3, 0.1], 1.0, 0.5);
+        near(&importance, [high, 1.0 - high]);
+        near(&keep, [high, 1.0 - high]);
+        // With a fifth gone the first would keep 1.26 of itself: what is above the mean shrinks to 1 / 1.05 of
+        // the room there is.
+        let most = 0.8 + 0.2 / 1.05;
+        let Budget { importance, keep } = budget(&[0.3, 0.1], 1.0, 0.2);
+        near(&keep, [most, 1.6 - most]);
+        near(&importance, [most / 1.6, 1.0 - most / 1.6]);
+    }
 }

@@ -346,6 +346,7 @@ fn quantised(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::calibrate::gram::Gram;
     use crate::methods::compress::folding::testing::{logits, tiny};
     use crate::methods::compress::testing;
 
@@ -474,5 +475,46 @@ mod tests {
             let calibration = o.calibration.get_or_insert_default();
             (calibration.sequences, calibration.sequence_length) = (Some(1), Some(8));
         });
+    }
+
+    #[test]
+    fn steps_errors_and_scaled_moments_by_hand() {
+        let mut gram = Gram::new(2);
+        gram.add(&[1.0, 3.0, 2.0, 1.0]);
+        let mut seen = Seen {
+            gram,
+            count: 2,
+            sizes: vec![3.0, 4.0],
+            tops: vec![2.0, 3.0],
+            least_tops: vec![2.0, 1.0],
+        };
+        // The quietest sequence decides, after what smoothing took off.
+        assert_eq!(fixed_scale(&seen, &[1.0, 1.0]), 2.0 / 127.0);
+        assert_eq!(fixed_scale(&seen, &[4.0, 1.0]), 1.0 / 127.0);
+        // Inputs of moments [[5, 5], [5, 10]], the first divided by 2.
+        assert_eq!(scaled_gram(&seen, &[2.0, 1.0]), [1.25, 2.5, 2.5, 10.0]);
+        // [2, 1] gives 20 + 20 + 10; [1, 0] is lost, which gave 5.
+        assert!((snr(&[2.0, 1.0], &[1.0, 1.0], &seen) - 10.0).abs() < 1e-9);
+        assert_eq!(snr(&[2.0, 1.0], &[2.0, 1.0], &seen), 200.0);
+        for quiet in [0.0, f32::INFINITY] {
+            seen.least_tops = vec![quiet; 2];
+            assert_eq!(fixed_scale(&seen, &[1.0, 1.0]), 1.0);
+        }
+    }
+
+    #[test]
+    fn rows_of_the_last_sequence_alone_are_another_search() {
+        let model = tiny("llama");
+        let made = |rows: DgqRows| {
+            let options = options(|o| (o.search_rows, o.smooth_top) = (rows as i32, Some(0.2)));
+            apply(&options, &model)
+        };
+        let (last, all) = (made(DgqRows::LastSequence), made(DgqRows::All));
+        let name = "model.layers.0.self_attn.q_proj.weight";
+        assert_ne!(last.model.weights[name].to_f32(), all.model.weights[name].to_f32());
+        // What is smoothed does not hang on it.
+        let norm = "model.layers.0.input_layernorm.weight";
+        assert_ne!(all.model.weights[norm].to_f32(), model.weights[norm].to_f32());
+        assert_eq!(last.model.weights[norm].to_f32(), all.model.weights[norm].to_f32());
     }
 }

@@ -384,4 +384,52 @@ mod tests {
             prop_assert!(packed.is_ok());
         }
     }
+
+    #[test]
+    fn correlated_inputs_get_the_best_of_all_that_is_tried_too() {
+        let (rows_, cols, group) = (5, 64, 32);
+        let w = weights(rows_, cols, 31);
+        let gram = flat(cols, 9);
+        // By the definition, of inputs from `first` on.
+        let error = |e: &[f32], first: usize| -> f64 {
+            let at = |i: usize, j: usize| f64::from(gram[(first + i) * cols + first + j]);
+            let pairs = (0..e.len()).flat_map(|i| (0..e.len()).map(move |j| (i, j)));
+            pairs.map(|(i, j)| f64::from(e[i]) * f64::from(e[j]) * at(i, j)).sum()
+        };
+        let problem = Problem { weights: &w, gram: &gram, cols, group };
+        let grids = groups(&problem, 20, |s| s);
+        for (g, values) in w.chunks(group).enumerate() {
+            let zero = grids.zeros[g];
+            let (low, high) =
+                values.iter().fold((0.0_f32, 0.0_f32), |(a, b), v| (a.min(*v), b.max(*v)));
+            let of = |step: f32| {
+                let e: Vec<f32> =
+                    values.iter().map(|v| v - value(code(*v, step, zero), step, zero)).collect();
+                error(&e, g % (cols / group) * group)
+            };
+            let tried = (0..20).map(|i| of(group_ratio(i, 20) * (high / 15.0 - low / 15.0)));
+            let least = tried.fold(f64::INFINITY, f64::min);
+            assert!(of(grids.steps[g]) <= 1.001 * least, "group {g}");
+        }
+        let (dual, [found, _]) = rows(&problem, &grids, 80, || Ok(())).unwrap();
+        let mut sum = 0.0;
+        for (r, row) in w.chunks(cols).enumerate() {
+            let places = r * 2..(r + 1) * 2;
+            let grid = (&grids.steps[places.clone()], &grids.zeros[places]);
+            let of = |scale: f32| {
+                let (mut codes, mut factors, mut made) =
+                    (vec![0; cols], vec![0; 2], vec![0.0; cols]);
+                dual_row(row, grid, scale, &mut codes, &mut factors);
+                dual_values(&codes, &factors, grid.1, scale, &mut made);
+                let e: Vec<f32> = row.iter().zip(&made).map(|(v, m)| v - m).collect();
+                error(&e, 0)
+            };
+            let top = row.iter().fold(0.0_f32, |top, v| top.max(v.abs()));
+            let tried = (0..=80).map(|i| of(row_ratio(i, 80) * top / TOP));
+            let least = tried.fold(f64::INFINITY, f64::min);
+            assert!(of(dual.scales[r]) <= 1.001 * least, "row {r}");
+            sum += least;
+        }
+        assert!((found / sum - 1.0).abs() < 1e-3, "{found} is not {sum}");
+    }
 }

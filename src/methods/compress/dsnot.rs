@@ -357,7 +357,14 @@ impl Method for v1::Dsnot {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::calibrate::inputs::Inputs;
+    use crate::methods::compress::folding::testing::tiny;
+    use crate::methods::compress::testing;
+    use crate::nn::dtype::Dtype;
+    use crate::nn::weight::{Dense, Weight};
 
     fn field(options: &v1::Dsnot) -> String {
         let error = Settings::read(options, Amount::Share(0.5)).err().expect("refused");
@@ -390,5 +397,109 @@ mod tests {
         assert_eq!(wanda.zeros(Amount::Share(0.5), 3, 7), 9);
         assert_eq!(magnitude.zeros(Amount::Share(0.5), 3, 7), 10);
         assert!(!wanda.gram && read(DsnotInitial::Sparsegpt).gram);
+    }
+
+    fn calibration() -> Option<v1::Calibration> {
+        let (sequences, sequence_length) = (Some(8), Some(24));
+        Some(v1::Calibration { sequences, sequence_length, ..Default::default() })
+    }
+
+    fn sparsity(share: f64) -> Option<v1::Sparsity> {
+        let values = v1::ValueType::F32.into();
+        Some(v1::Sparsity { share: Some(share), values, ..Default::default() })
+    }
+
+    #[test]
+    fn what_is_not_to_be_refined_keeps_the_mask_it_starts_from() {
+        let model = tiny("llama");
+        let wanda = v1::Wanda { sparsity: sparsity(0.6), calibration: calibration() };
+        let wanda = testing::apply(&wanda, &model).expect("prunes").model;
+        let first: Vec<String> = walk::of(&model.family).linears(0).concat();
+        for (modules, refined) in [
+            (DsnotModules::Attention, "self_attn"),
+            (DsnotModules::Mlp, "mlp"),
+            (DsnotModules::All, "layers"),
+        ] {
+            let options = v1::Dsnot {
+                modules: modules.into(),
+                sparsity: sparsity(0.6),
+                calibration: calibration(),
+                ..Default::default()
+            };
+            let made = testing::apply(&options, &model).expect("prunes");
+            let tensors = made.record["dsnot"]["tensors"].as_object().expect("tensors");
+            assert_eq!(tensors.len(), 21);
+            for (name, entry) in tensors {
+                let swaps = entry.get("swaps_per_row").is_some();
+                assert_eq!(swaps, name.contains(refined), "{name} with {modules:?}");
+            }
+            // The first block sees what Wanda sees.
+            let (mut same, mut other) = (0, 0);
+            for name in &first {
+                let (got, start) =
+                    (made.model.weights[name].to_f32(), wanda.weights[name].to_f32());
+                assert!(name.contains(refined) || got == start, "{name} with {modules:?}");
+                assert_eq!(made.model.weights[name].zeros(), wanda.weights[name].zeros());
+                (same, other) =
+                    (same + usize::from(got == start), other + usize::from(got != start));
+            }
+            assert!(other > 0 && (modules == DsnotModules::All || same >= 3), "{same} {other}");
+        }
+    }
+
+    #[test]
+    fn a_start_from_sparsegpt_scores_the_dense_weights() {
+        // Uncorrelated inputs of sizes 1, 2, 4 and 5, dampened by a hundredth of the mean square, 0.115: the
+        // scores of [4, 3, 2, 1] are 17.8, 37.0, 64.5 and 25.1, those of [1, 2, 3, -4] 1.1, 16.5, 145 and 402.
+        let mut inputs = Inputs::new(4, true);
+        for (j, size) in [1.0, 2.0, 4.0, 5.0].into_iter().enumerate() {
+            let mut row = [0.0; 4];
+            row[j] = size;
+            inputs.add(&row);
+        }
+        let start = |initial: DsnotInitial, amount: Amount| {
+            let (initial, max_cycles) = (initial.into(), Some(0));
+            let options =
+                v1::Dsnot { initial, max_cycles, output_error: true, ..Default::default() };
+            let settings = Settings::read(&options, amount).expect("fine");
+            let dense = vec![vec![4.0, 3.0, 2.0, 1.0, 1.0, 2.0, 3.0, -4.0]];
+            let (names, weights) = (vec!["w"], Vec::new());
+            let site = Site { block: 0, names, weights, dense, inputs: &inputs };
+            let (mut done, _) = masks(&site, &settings, true, &[amount], 1).expect("masks");
+            let done = done.remove(0);
+            let [before, after] = done.output.expect("Gram matrices are there");
+            assert_eq!(before, after, "nothing was exchanged");
+            (done.mask.pruned().to_vec(), before)
+        };
+        let want = [true, false, false, true, true, true, false, false];
+        for amount in [Amount::Share(0.5), Amount::NOfM { n: 2, m: 4 }] {
+            let (mask, error) = start(DsnotInitial::Sparsegpt, amount);
+            assert_eq!(mask, want, "{amount:?}");
+            // 16 + 25 and 1 + 16 of 141 and 561.
+            assert!((error - 58.0 / 702.0).abs() < 1e-6, "{error}");
+        }
+        let (mask, _) = start(DsnotInitial::Magnitude, Amount::Share(0.5));
+        assert_eq!(mask, [false, false, true, true, true, true, false, false]);
+    }
+
+    #[test]
+    fn inputs_without_a_mean_exchange_nothing_and_it_is_said() {
+        let mut model = tiny("llama");
+        let none = Dense::from_f32(vec![96, 32], &[0.0; 96 * 32], Dtype::F32).expect("dense");
+        let name = "model.embed_tokens.weight".to_owned();
+        assert!(model.weights.insert(name, Arc::new(Weight::Dense(none))).is_some());
+        let options =
+            v1::Dsnot { sparsity: sparsity(0.5), calibration: calibration(), ..Default::default() };
+        let made = testing::apply(&options, &model).expect("prunes");
+        let account = &made.record["dsnot"];
+        assert_eq!(
+            (account["most_swaps"].as_u64(), account["rows"].as_u64()),
+            (Some(0), Some(1152))
+        );
+        assert_eq!(account["swaps_per_row"].as_f64(), Some(0.0));
+        // Three blocks with inputs of 32, 64, 32 and 96 channels that never vary.
+        assert_eq!(account["constant_inputs"].as_u64(), Some(672));
+        assert!(made.warnings.iter().any(|w| w.contains("no input has a mean")));
+        assert!((made.zero_share - 0.5).abs() < 1e-12);
     }
 }

@@ -548,4 +548,29 @@ mod tests {
         let settings = Settings::read(&v1::Ecoflap { share: Some(0.95), ..plain() }).expect("fine");
         assert!(settings.max_share > 0.95 && settings.max_share < 1.0);
     }
+
+    #[test]
+    fn without_scores_all_blocks_get_the_same_share_and_it_is_said() {
+        use crate::models::decoder::random;
+        let model = random::model(random::tiny("llama"), 5).expect("a model");
+        let calibration =
+            v1::Calibration { sequences: Some(4), sequence_length: Some(16), ..Default::default() };
+        // Steps that no weight feels.
+        let options = v1::Ecoflap {
+            eps: Some(1e-30),
+            n_data: Some(4),
+            data_length: Some(16),
+            batch: Some(2),
+            calibration: Some(calibration),
+            ..Default::default()
+        };
+        let made = super::super::testing::apply(&options, &model).expect("prunes");
+        assert!(made.warnings.iter().any(|w| w.contains("no group has a score")));
+        let groups = made.record["ecoflap"]["groups"].as_array().expect("groups");
+        assert_eq!(groups.len(), 3);
+        for group in groups {
+            assert_eq!((group["score"].as_f64(), group["share"].as_f64()), (Some(0.0), Some(0.5)));
+            assert_eq!(group["kept"].as_u64(), Some(6912));
+        }
+    }
 }

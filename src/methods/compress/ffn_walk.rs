@@ -188,4 +188,24 @@ mod tests {
             assert!(block.moved.angular > 0.0 && block.moved.angular < 1.0);
         }
     }
+
+    #[test]
+    fn twice_the_text_is_no_other_distance() {
+        let model = random::model(random::tiny("llama"), 2).expect("a model");
+        let tokens: Vec<u32> = (0..40).map(|i| (i * 29 + 1) % 96).collect();
+        let seen = |tokens: Vec<u32>| {
+            let windows = Windows { tokens, length: 10, warnings: Vec::new() };
+            through(&model, &windows, &Progress::silent()).expect("runs")
+        };
+        for (once, twice) in seen(tokens.clone()).iter().zip(&seen(tokens.repeat(2))) {
+            let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-4 * (1.0 + b), "{a} {b}");
+            near(once.moved.angular, twice.moved.angular);
+            near(once.moved.cosine, twice.moved.cosine);
+            near(once.moved.mse, twice.moved.mse);
+            near(once.moved.mae, twice.moved.mae);
+            for (a, b) in once.channels.squares().iter().zip(twice.channels.squares()) {
+                near(2.0 * a, *b);
+            }
+        }
+    }
 }

@@ -90,9 +90,20 @@ impl Method for v1::Flap {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::calibrate::inputs::Inputs;
-    use crate::methods::compress::testing::weights;
+    use crate::calibrate::walk;
+    use crate::error::Error;
+    use crate::methods::compress::ffn_walk::Moved;
+    use crate::methods::compress::slimming::Parts;
+    use crate::methods::compress::testing::{self, weights};
+    use crate::models::decoder::random;
+    use crate::nn::dtype::Dtype;
+    use crate::nn::weight::{Dense, Weight};
+    use crate::progress::Progress;
+    use crate::seed::Stream;
 
     #[test]
     fn the_mean_of_the_output_does_not_change() {
@@ -119,5 +130,68 @@ mod tests {
             let scale = 1.0 + dense.abs();
             assert!((dense - pruned - f64::from(bias[r])).abs() < 1e-4 * scale, "{dense} {pruned}");
         }
+    }
+
+    #[test]
+    fn scores_and_biases_by_hand() {
+        // Means 4, 1, 1 and variances 1, 1, 0; squared columns 10, 8, 16.
+        let mut model = random::model(random::tiny("llama"), 1).expect("a model");
+        let weight = [1.0, -2.0, 0.0, 3.0, 2.0, 4.0];
+        let dense = Dense::from_f32(vec![2, 3], &weight, Dtype::F32).expect("dense");
+        model.weights.insert("down".to_owned(), Arc::new(Weight::Dense(dense)));
+        let mut channels = Inputs::new(3, false);
+        channels.add(&[3.0, 0.0, 1.0, 5.0, 2.0, 1.0]);
+        let parts = Parts { into: Vec::new(), out: "down".to_owned() };
+        let block = Block { moved: Moved::default(), channels, parts };
+        assert_eq!(scores(&model, &block).expect("scores"), [10.0, 8.0, 0.0]);
+        assert_eq!(bias(&model, &block, &[0]).expect("a bias"), [-2.0, 6.0]);
+        assert_eq!(bias(&model, &block, &[0, 1, 2]).expect("a bias"), [0.0, 0.0]);
+    }
+
+    #[test]
+    fn states_after_a_block_keep_their_mean_on_the_calibration_text() {
+        let model = random::model(random::tiny("llama"), 9).expect("a model");
+        let calibration =
+            v1::Calibration { sequences: Some(4), sequence_length: Some(16), ..Default::default() };
+        let options = v1::Flap {
+            ratio: Some(0.4),
+            round_to: Some(16),
+            values: v1::ValueType::F32.into(),
+            calibration: Some(calibration),
+        };
+        let made = testing::apply(&options, &model).expect("removes").model;
+        // The windows that the step saw.
+        let read = calibrate::Options::read(options.calibration.as_ref()).expect("options");
+        let stream = Stream::root(5).child("step 0").child("calibration");
+        let no_texts = |name: &str| Err(Error::not_found(name, "there are no data sets here"));
+        let sources = calibrate::Sources {
+            model: &model,
+            texts: &no_texts,
+            stream: &stream,
+            progress: &Progress::silent(),
+        };
+        let windows = calibrate::Shared::default().windows(&read, "", &sources).expect("windows");
+        let means = |model: &Model| -> Vec<f64> {
+            let walk = walk::of(&model.family);
+            let mut hidden = vec![0.0; windows.tokens.len() * walk.width()];
+            walk.embed(&model.weights, &windows.tokens, &mut hidden).expect("embeds");
+            let block = walk.block(&model.weights, 0).expect("a block");
+            block.forward(&mut hidden, windows.length, None);
+            let mut sums = vec![0.0; walk.width()];
+            for row in hidden.chunks(walk.width()) {
+                sums.iter_mut().zip(row).for_each(|(s, v)| *s += f64::from(*v));
+            }
+            sums.iter().map(|s| s / windows.tokens.len() as f64).collect()
+        };
+        let want = means(&model);
+        for (got, want) in means(&made).iter().zip(&want) {
+            assert!((got - want).abs() < 1e-4, "{got} is not {want}");
+        }
+        // Without the bias it is another mean.
+        let mut bare = made;
+        let none = Dense::from_f32(vec![32], &[0.0; 32], Dtype::F32).expect("dense");
+        let name = "model.layers.0.mlp.down_proj.bias".to_owned();
+        assert!(bare.weights.insert(name, Arc::new(Weight::Dense(none))).is_some());
+        assert!(means(&bare).iter().zip(&want).any(|(got, want)| (got - want).abs() > 1e-3));
     }
 }

@@ -157,14 +157,16 @@ mod tests {
     }
 
     #[test]
-    fn dampening_rises_tenfold_before_it_is_given_up() {
-        // H = [[1, 1], [1, 1]]; 1 and 1 + 1e-16 are the same number, 1 and 1 + 1e-15 are not.
+    fn dampening_is_raised_tenfold_twice_and_then_given_up() {
+        // Two inputs that are always the same: [[4, 4], [4, 4]]. A share of 1e-17 or of 1e-16 is lost beside 4.
         let mut gram = Gram::new(2);
-        gram.add(&[1.0, 1.0]);
-        let factor = Factor::new(&gram, 2, 1e-17, &[0, 1], "t").expect("factors");
+        gram.add(&[2.0, 2.0]);
+        let factor = Factor::new(&gram, 2, 1e-17, &[0, 1], "w").expect("at the third attempt");
         assert!((factor.damp / 1e-15 - 1.0).abs() < 1e-9, "{}", factor.damp);
-        let error = Factor::new(&gram, 2, 1e-20, &[0, 1], "model.w").unwrap_err();
+        let error = Factor::new(&gram, 2, 1e-18, &[0, 1], "model.w").unwrap_err();
         assert_eq!(error.reason(), Reason::NumericFailure);
-        assert!(error.message().contains("model.w") && error.message().contains("damp"), "{error}");
+        assert!(error.message().contains("model.w"), "{error}");
+        // What does without is not raised.
+        assert_eq!(Factor::new(&gram, 2, 0.01, &[0, 1], "w").expect("factors").damp, 0.01);
     }
 }

@@ -67,7 +67,15 @@ impl Method for v1::Magnitude {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use serde_json::json;
+
     use super::*;
+    use crate::methods::compress::testing;
+    use crate::models::decoder::random;
+    use crate::nn::dtype::Dtype;
+    use crate::nn::weight::{Dense, Weight};
 
     #[test]
     fn the_smallest_of_the_tensor_go() {
@@ -78,5 +86,28 @@ mod tests {
         assert_eq!(mask(&weights, 4, Amount::Share(0.49)).count(), 3);
         let groups = mask(&weights, 4, Amount::NOfM { n: 1, m: 4 });
         assert_eq!(groups.pruned(), [true, false, false, false, true, false, false, false]);
+    }
+
+    #[test]
+    fn rows_that_lose_all_are_said_and_counts_add_up() {
+        let mut model = random::model(random::tiny("llama"), 4).expect("a model");
+        let name = "model.layers.1.self_attn.q_proj.weight";
+        // A row far below all others.
+        let mut values = model.weights[name].to_f32();
+        values[..32].iter_mut().for_each(|v| *v *= 1e-4);
+        let dense = Dense::from_f32(vec![64, 32], &values, Dtype::F32).expect("dense");
+        model.weights.insert(name.to_owned(), Arc::new(Weight::Dense(dense)));
+        let sparsity = v1::Sparsity { share: Some(0.25), ..Default::default() };
+        let options = v1::Magnitude { sparsity: Some(sparsity) };
+        let made = testing::apply(&options, &model).expect("prunes");
+        assert_eq!(made.warnings, [format!("1 rows of '{name}' hold no weight any more")]);
+        assert_eq!(made.record["warnings"], json!(made.warnings));
+        // 64 x 32 twice, 32 x 32 twice and 80 x 32 three times in each of three blocks, a quarter of each.
+        assert_eq!(made.record["tensors"][name]["zeros"], 512);
+        for block in ["0", "1", "2"] {
+            let counts = json!({ "zeros": 3456, "elements": 13_824 });
+            assert_eq!(made.record["blocks"][block], counts, "block {block}");
+        }
+        assert_eq!(made.record["total"], json!({ "zeros": 10_368, "elements": 41_472 }));
     }
 }

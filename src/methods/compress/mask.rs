@@ -164,4 +164,17 @@ mod tests {
         assert_eq!(pruned, [0.0, 5.0, 0.0, 4.0, 40.0, 0.0, 0.0, 10.0]);
         assert_eq!(Mask::zeros_of(&pruned, 4), groups);
     }
+
+    #[test]
+    fn ties_inside_of_a_group_go_by_the_place() {
+        // As weights of few levels have them.
+        let values = [1.0, 2.0, -1.0, 1.0, 2.0, 2.0, 2.0, 2.0];
+        let mask = Mask::n_of_m(&values, 4, (2, 4), |v, _| v.abs());
+        assert_eq!(mask.pruned(), [true, false, true, false, true, true, false, false]);
+        // The same order in rows that are longer than a group: 34 zeros, then the first 16 of 33 ones.
+        let long: Vec<f32> = (0..100).map(|i| (i % 3) as f32).collect();
+        let mask = Mask::smallest_of_rows(&long, 100, 50, |v, _| v);
+        let goes = |i: usize| i.is_multiple_of(3) || (i % 3 == 1 && i / 3 < 16);
+        assert_eq!(mask.pruned(), (0..100).map(goes).collect::<Vec<_>>());
+    }
 }

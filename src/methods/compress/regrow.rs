@@ -484,4 +484,30 @@ mod tests {
         }
         assert!(swaps > 1000 && most > 4, "{swaps} {most}");
     }
+
+    #[test]
+    fn sums_are_of_one_sequence_however_much_was_seen() {
+        let mut once = Inputs::new(2, false);
+        once.add(&[1.0, -4.0, 3.0, 2.0]);
+        let mut twice = once.clone();
+        twice.add(&[1.0, -4.0, 3.0, 2.0]);
+        let (once, twice) = (Seen::new(&once, 1.0), Seen::new(&twice, 1.0));
+        assert_eq!(once.sums, [2.0 * 2048.0, -2048.0]);
+        assert_eq!(once.spread, [1.0, 9.0]);
+        assert_eq!((&once.sums, &once.spread), (&twice.sums, &twice.spread));
+    }
+
+    #[test]
+    fn what_goes_is_chosen_by_norms_whatever_the_start_and_the_variance() {
+        // 3 was pruned and comes back. Of what is kept and negative -4 has the norm 1 and -2 the norm 3.
+        let w = [3.0, -4.0, -2.0, 5.0];
+        let one = Rules { max_cycles: 1, ..rules(Stop::Threshold) };
+        for variance in [[1.0, 100.0, 0.01, 1.0], [1.0, 0.01, 100.0, 1.0]] {
+            let mut mask = Mask::new(1, 4);
+            mask.pruned_mut()[0] = true;
+            let seen = Seen::of(vec![1.0; 4], &variance, vec![1.0, 1.0, 3.0, 1.0], 1.0);
+            refine(&w, &mut mask, &seen, &one, |w, _| w.abs());
+            assert_eq!(mask.pruned(), [false, true, false, false]);
+        }
+    }
 }

@@ -395,6 +395,7 @@ pub fn outcome(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::methods::compress::folding;
     use crate::models::decoder::plan::{Cache, Chunk, Decoder};
     use crate::models::decoder::random;
 
@@ -492,5 +493,65 @@ mod tests {
         let info = random::model(random::tiny("llama"), 3).expect("a model").info();
         assert_eq!(field(slim_of(0.5, 96).check(&info, false, false).err()), "round_to");
         assert_eq!(field(slim_of(0.7, 32).check(&info, false, false).err()), "ratio");
+    }
+
+    #[test]
+    fn encoders_lose_channels_with_their_biases() {
+        let model = folding::testing::tiny("bert");
+        let kept: Vec<Vec<usize>> =
+            (0..3).map(|b| (0..96).filter(|j| (j * 5 + b) % 4 != 0).collect()).collect();
+        let narrow = slim(model.clone(), &kept, None, ValueFormat::F32, &Progress::silent());
+        let narrow = narrow.expect("slims");
+        let mut zeroed = model.clone();
+        for (block, kept) in kept.iter().enumerate() {
+            let parts = Parts::of(&model.family, block).expect("parts");
+            let mut values = model.weights[&parts.out].to_f32();
+            let gone = |i: usize| !kept.contains(&(i % 96));
+            values.iter_mut().enumerate().filter(|(i, _)| gone(*i)).for_each(|(_, v)| *v = 0.0);
+            let dense = Dense::from_f32(vec![32, 96], &values, Dtype::F32).expect("dense");
+            zeroed.weights.insert(parts.out, Arc::new(Weight::Dense(dense)));
+            let bias = bias_name(&parts.into[0]);
+            assert_eq!(narrow.weights[&bias].shape(), [kept.len()]);
+        }
+        let (got, want) = (folding::testing::logits(&narrow), folding::testing::logits(&zeroed));
+        for (a, b) in got.iter().zip(&want) {
+            assert!((a - b).abs() < 1e-5 * (1.0 + b.abs()), "{a} {b}");
+        }
+        assert_ne!(want, folding::testing::logits(&model));
+    }
+
+    #[test]
+    fn what_is_added_comes_out_of_the_block() {
+        let added: Vec<Vec<f32>> = (0..3)
+            .map(|b| (0..32).map(|i| ((i * 3 + b) % 7) as f32 / 10.0 - 0.3).collect())
+            .collect();
+        let kept: Vec<Vec<usize>> = vec![(0..64).collect(); 3];
+        let slimmed = |model: &Model, added: Option<&[Vec<f32>]>| {
+            let progress = Progress::silent();
+            slim(model.clone(), &kept, added, ValueFormat::F32, &progress).expect("slims")
+        };
+        let model = folding::testing::tiny("llama");
+        let (plain, biased) = (slimmed(&model, None), slimmed(&model, Some(&added)));
+        assert_eq!(biased.config["mlp_bias"], json!(true));
+        assert!(plain.config.get("mlp_bias").is_none_or(|said| *said == json!(false)));
+        let states = |model: &Model| {
+            let tokens: Vec<u32> = (0..12).map(|i| (i * 29 + 7) % 96).collect();
+            let walk = walk::of(&model.family);
+            let mut hidden = vec![0.0; tokens.len() * walk.width()];
+            walk.embed(&model.weights, &tokens, &mut hidden).expect("embeds");
+            let block = walk.block(&model.weights, 0).expect("a block");
+            block.forward(&mut hidden, tokens.len(), None);
+            hidden
+        };
+        let (before, after) = (states(&plain), states(&biased));
+        for (i, (before, after)) in before.iter().zip(&after).enumerate() {
+            assert!((after - before - added[0][i % 32]).abs() < 1e-5, "{i}: {before} {after}");
+        }
+        // Encoders have a bias there: the two are added up.
+        let model = folding::testing::tiny("bert");
+        let name = bias_name(&Parts::of(&model.family, 1).expect("parts").out);
+        let made = slimmed(&model, Some(&added)).weights[&name].to_f32();
+        let old = model.weights[&name].to_f32();
+        assert!(made.iter().zip(&old).zip(&added[1]).all(|((m, o), a)| *m == o + a));
     }
 }

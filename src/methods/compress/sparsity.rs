@@ -202,4 +202,28 @@ mod tests {
         let error = Sparsity::read(Some(&v1::Sparsity { values: 7, ..Default::default() }));
         assert_eq!(error.unwrap_err().violations()[0].field, "sparsity.values");
     }
+
+    #[test]
+    fn what_would_empty_rows_or_break_groups_names_the_tensor() {
+        use crate::models::decoder::random;
+        let info = random::model(random::tiny("llama"), 1).expect("a model").info();
+        let check = |share: Option<f64>, pattern: &str| {
+            let read = read(share, pattern).expect("read");
+            read.check(&info, &|rows, cols| read.amount.of(rows * cols)).map(|_| ())
+        };
+        // 2534 of the 32 x 80 weights leave fewer than one a row; of 80 x 32 weights 2508 do.
+        for (share, name) in [(0.99, "mlp.down_proj.weight"), (0.98, "mlp.gate_proj.weight")] {
+            let error = check(Some(share), "").unwrap_err();
+            assert_eq!(error.reason(), Reason::InvalidOption);
+            assert_eq!(error.violations()[0].field, "sparsity.share");
+            assert!(error.message().contains(&format!("'model.layers.0.{name}'")), "{error}");
+        }
+        assert!(check(Some(0.96), "").is_ok());
+        for (pattern, name) in [("2:7", "mlp.down_proj.weight"), ("2:5", "mlp.gate_proj.weight")] {
+            let error = check(None, pattern).unwrap_err();
+            assert_eq!(error.violations()[0].field, "sparsity.pattern");
+            assert!(error.message().contains(&format!("'model.layers.0.{name}'")), "{error}");
+        }
+        assert!(check(None, "1:16").is_ok());
+    }
 }

@@ -66,3 +66,32 @@ impl Method for v1::WandaSp {
         self.given().apply(RULE, cx, model)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::calibrate::inputs::Inputs;
+    use crate::methods::compress::ffn_walk::Moved;
+    use crate::methods::compress::slimming::Parts;
+    use crate::models::decoder::random;
+    use crate::nn::dtype::Dtype;
+    use crate::nn::weight::{Dense, Weight};
+
+    #[test]
+    fn scores_are_mean_weights_times_lengths_of_activations() {
+        // Mean absolute weights 2, 2 and 2 over two outputs; activations (3, 0, 1) and (5, 2, 1).
+        let mut model = random::model(random::tiny("llama"), 1).expect("a model");
+        let weight = [1.0, -2.0, 0.0, 3.0, 2.0, 4.0];
+        let dense = Dense::from_f32(vec![2, 3], &weight, Dtype::F32).expect("dense");
+        model.weights.insert("down".to_owned(), Arc::new(Weight::Dense(dense)));
+        let mut channels = Inputs::new(3, false);
+        channels.add(&[3.0, 0.0, 1.0, 5.0, 2.0, 1.0]);
+        let parts = Parts { into: Vec::new(), out: "down".to_owned() };
+        let block = Block { moved: Moved::default(), channels, parts };
+        let found = scores(&model, &block).expect("scores");
+        let want = [2.0 * 34.0_f64.sqrt(), 2.0 * 2.0, 2.0 * 2.0_f64.sqrt()];
+        assert!(found.iter().zip(want).all(|(f, w)| (f - w).abs() < 1e-12), "{found:?}");
+    }
+}

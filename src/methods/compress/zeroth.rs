@@ -496,4 +496,65 @@ mod tests {
         let want = (1.0 + (-1.0 / TEMPERATURE).exp()).ln();
         assert!((contrast(&hidden, 1, 2) - want).abs() < 1e-12);
     }
+
+    #[test]
+    fn scores_rest_on_the_loss_alone() {
+        let mut model = random::model(random::tiny("llama"), 5).expect("a model");
+        let put = |model: &mut Model, name: &str, shape: [usize; 2], value: f32| {
+            let shape = if shape[1] == 0 { vec![shape[0]] } else { shape.to_vec() };
+            let values = vec![value; shape.iter().product()];
+            let dense = Dense::from_f32(shape, &values, Dtype::F32).expect("dense");
+            let before = model.weights.insert(name.to_owned(), Arc::new(Weight::Dense(dense)));
+            assert!(before.is_some(), "{name}");
+        };
+        // Nothing that goes into a projection of zeros matters.
+        put(&mut model, "model.layers.1.self_attn.o_proj.weight", [32, 64], 0.0);
+        let (unused, used) =
+            ("model.layers.1.self_attn.v_proj.weight", "model.layers.1.mlp.up_proj.weight");
+        let windows = |times: usize| {
+            let tokens: Vec<u32> = (0..48).map(|i| (i * 31 + 7) % 96).collect();
+            Windows { tokens: tokens.repeat(times), length: 12, warnings: Vec::new() }
+        };
+        let probes = [vec![], vec![vec![unused.to_owned()], vec![used.to_owned()]], vec![]];
+        let scores = |model: &Model, eps: f64| {
+            zeroth(&Probing {
+                model,
+                probes: &probes,
+                windows: &windows(1),
+                batch: 2,
+                noises: 1,
+                eps,
+                stream: &Stream::root(4),
+                progress: &Progress::silent(),
+            })
+        };
+        let bits = |model: &Model| -> Vec<Vec<u32>> {
+            let weights = model.weights.values().map(|w| w.to_f32());
+            weights.map(|values| values.into_iter().map(f32::to_bits).collect()).collect()
+        };
+        let before = bits(&model);
+        let found = scores(&model, 1e-3).expect("scores");
+        assert!(found.values[0] == 0.0 && found.values[1] > 0.0, "{:?}", found.values);
+        assert!(found.warnings.is_empty(), "{:?}", found.warnings);
+        assert!(bits(&model) == before, "the weights were written to");
+        // Steps that no weight feels show nothing, and that is said.
+        let found = scores(&model, 1e-30).expect("scores");
+        assert_eq!(found.values, [0.0, 0.0]);
+        assert!(found.warnings[0].contains("4 of 4 differences"), "{:?}", found.warnings);
+        // By gradients: nothing of what is not used, and sums over batches, not means.
+        let (unused, used) = (unused.to_owned(), used.to_owned());
+        let by_gradients = |times: usize| {
+            let how = (2, false);
+            first(&model, &[&unused, &used], &windows(times), how, &Progress::silent())
+        };
+        let (once, twice) =
+            (by_gradients(1).expect("scores").0, by_gradients(2).expect("scores").0);
+        assert!(once[&unused] == 0.0 && once[&used] > 0.0, "{once:?}");
+        assert!((twice[&used] / once[&used] - 2.0).abs() < 1e-6, "{once:?} {twice:?}");
+        // A loss that is never finite names a weight that was moved.
+        put(&mut model, "model.norm.weight", [32, 0], f32::MAX);
+        let error = scores(&model, 1e-3).unwrap_err();
+        assert_eq!(error.reason(), Reason::NonFinite);
+        assert!(error.message().contains(&unused), "{error}");
+    }
 }

@@ -560,4 +560,39 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn a_fixed_step_is_kept_with_the_weight_and_has_to_be_one() {
+        let w = DualGrained::round([2, 32], 32, &[0.5; 64]).unwrap();
+        let plain = w.bytes();
+        for bad in [0.0, -1.0, 1e-39, f32::NAN, f32::INFINITY] {
+            let error = w.clone().with_activations(bad).unwrap_err();
+            assert_eq!(error.reason(), Reason::NonFinite, "{bad}");
+        }
+        let w = Weight::DualGrained(w.with_activations(0.25).unwrap());
+        assert_eq!(w.bytes(), plain + 4);
+        let parts = || -> BTreeMap<String, Part> {
+            w.parts().into_iter().map(|part| (part.suffix.to_string(), part)).collect()
+        };
+        let back = Weight::from_parts(&w.record(), parts()).unwrap();
+        assert_eq!((back.record(), back.to_f32()), (w.record(), w.to_f32()));
+        let Weight::DualGrained(back) = back else { panic!("another layout") };
+        assert_eq!(back.activations, Some(0.25));
+        let refused = |record: &Record, parts: BTreeMap<String, Part>| {
+            let error = Weight::from_parts(record, parts).unwrap_err();
+            let reasons = [Reason::MalformedFile, Reason::UnsupportedFormat];
+            assert!(reasons.contains(&error.reason()), "{error}");
+        };
+        for bad in [0.0_f32, -1.0, f32::NAN, f32::INFINITY] {
+            let mut lying = parts();
+            lying.get_mut(ACTIVATIONS).unwrap().data = bad.to_le_bytes().to_vec().into();
+            refused(&w.record(), lying);
+        }
+        // Missing where the record speaks of it, and there where it does not.
+        let mut missing = parts();
+        missing.remove(ACTIVATIONS);
+        refused(&w.record(), missing);
+        let silent = Record::DualGrained { shape: [2, 32], group: 32, static_activations: false };
+        refused(&silent, parts());
+    }
 }

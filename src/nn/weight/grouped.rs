@@ -402,4 +402,27 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn every_code_comes_back_as_the_number_it_stands_for() {
+        for bits in [2, 3, 4, 8] {
+            let up: Vec<u8> = (0..=u8::MAX >> (8 - bits)).collect();
+            let down: Vec<u8> = up.iter().rev().copied().collect();
+            let (cols, top) = (up.len(), up[up.len() - 1]);
+            for zero in [0, top / 2, top] {
+                for symmetric in [false, true] {
+                    let s = spec(bits, cols, symmetric);
+                    let codes = [up.clone(), down.clone()].concat();
+                    let w = Grouped::pack([2, cols], s, &codes, &[0.125, 3.0], &[zero, top]);
+                    let w = Weight::Grouped(w.unwrap());
+                    let zeros = if symmetric { [1 << (bits - 1); 2] } else { [zero, top] };
+                    let want = codes.iter().enumerate().map(|(i, code)| {
+                        let (zero, scale) = (zeros[i / cols], [0.125, 3.0][i / cols]);
+                        (f32::from(*code) - f32::from(zero)) * scale
+                    });
+                    assert_eq!(w.to_f32(), want.collect::<Vec<_>>(), "{bits} bits");
+                }
+            }
+        }
+    }
 }

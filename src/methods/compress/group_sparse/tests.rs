@@ -471,3 +471,61 @@ fn bad_options_are_refused_by_name() {
     let (again, _) = run(&step(json!({ "sparsity": 0.6 })), outcome.model).unwrap();
     assert!(again.zero_share > 0.59);
 }
+
+#[test]
+fn depthwise_filters_lose_a_tap_of_neighbouring_channels_together() {
+    let exclude = ["layers.0.conv.*", "*.pointwise.*", "classifier.*"];
+    let options = json!({ "sparsity": 0.5, "rearrange": false, "exclude": exclude });
+    let model = mobile();
+    let (outcome, _) = run(&step(options), model.clone()).unwrap();
+    let tensors = outcome.record["tensors"].as_object().unwrap();
+    assert!(!tensors.is_empty());
+    for name in tensors.keys() {
+        assert!(name.ends_with(".depthwise.weight"), "{name}");
+        let (before, after) = (&model.weights()[name], &outcome.model.weights()[name]);
+        let (before, values) = (before.to_f32(), after.to_f32());
+        assert_eq!(after.cols(), 9);
+        let groups = after.rows().div_ceil(8);
+        let mut kept = 0;
+        for (group, tap) in (0..groups).flat_map(|g| (0..9).map(move |tap| (g, tap))) {
+            let places = (group * 8..(group * 8 + 8).min(after.rows())).map(|row| row * 9 + tap);
+            let places: Vec<usize> = places.collect();
+            let gone = values[places[0]] == 0.0;
+            for at in places {
+                assert_eq!(values[at], if gone { 0.0 } else { before[at] }, "{name}");
+            }
+            kept += usize::from(!gone);
+        }
+        assert_eq!(kept, groups * 9 - groups * 9 / 2, "{name}");
+    }
+    assert!(logits(&outcome.model).iter().all(|v| v.is_finite()));
+}
+
+#[test]
+fn silent_inputs_lose_their_weights_and_loud_ones_keep_them() {
+    let AnyModel::Decoder(mut model) = llama() else { panic!("a decoder") };
+    for norm in ["input_layernorm", "post_attention_layernorm"] {
+        let name = format!("model.layers.0.{norm}.weight");
+        let mut values = model.weights[&name].to_f32();
+        (values[3], values[7]) = (0.0, 1000.0);
+        let dense = Dense::from_f32(vec![values.len()], &values, Dtype::F32).unwrap();
+        model.weights.insert(name, Arc::new(Weight::Dense(dense)));
+    }
+    let calibration = json!({ "sequences": 4, "sequence_length": 16 });
+    let options = json!({
+        "sparsity": 0.3, "rearrange": false, "calibration": calibration,
+        "score": "GROUP_SPARSE_SCORE_L1_ACTIVATION",
+    });
+    let (outcome, _) = run(&step(options), model.into()).unwrap();
+    for part in ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj"] {
+        let name = format!("model.layers.0.{part}.weight");
+        let values = outcome.model.weights()[&name].to_f32();
+        for row in values.chunks(32) {
+            assert!(row[3] == 0.0 && row[7] != 0.0, "{name}");
+        }
+        let zeros = values.iter().filter(|v| **v == 0.0).count();
+        // Of each eight rows 32 units: three tenths of all, rounded down.
+        let units = values.len() / 8;
+        assert_eq!(zeros, 8 * (3 * units / 10), "{name}");
+    }
+}

@@ -246,3 +246,25 @@ fn grids_that_do_not_fit_are_refused_by_name() {
         }
     }
 }
+
+#[test]
+fn plans_say_the_bytes_and_the_correction_takes_what_its_factors_do() {
+    let model = model();
+    for quantiser in [LrecQuantiser::Gptq, LrecQuantiser::RoundToNearest] {
+        let method = options(|o| {
+            (o.quantiser, o.rank, o.epochs) = (quantiser as i32, Some(4), Some(1.0));
+        });
+        let (_, after) = method.check(&model.info()).unwrap();
+        let made = run(&method, &model).unwrap();
+        assert_eq!(made.model.bytes(), after.bytes());
+        for (name, weight) in &made.model.weights {
+            assert_eq!(weight.record(), after.tensors[name].record, "{name}");
+        }
+        // Rows and columns of the seven linears of a block add up to 656, their elements to 13,824; factors of
+        // rank 4 in 16 bits.
+        let bits = made.record["bits_per_weight"]["corrected"].as_f64().unwrap();
+        assert!((bits - (3.5 + 16.0 * 4.0 * 656.0 / 13_824.0)).abs() < 1e-9, "{bits}");
+        assert!(number(&made, ["quantised", "kl"]) > 0.0);
+        assert!(number(&made, ["corrected", "kl"]) >= 0.0);
+    }
+}
