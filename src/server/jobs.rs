@@ -11,7 +11,7 @@ use super::State;
 use super::download::Messages;
 use super::{adaptations, check, comparisons, convert, operations, trainings};
 use crate::error::{Error, Reason, Result};
-use crate::models::{encoder, lstm, vision};
+use crate::models::{encoder, lstm, two_tower, vision};
 use crate::proto::google::longrunning::Operation;
 use crate::proto::v1;
 use crate::proto::v1::job_service_server::JobService;
@@ -222,7 +222,7 @@ impl Jobs {
         let is_encoder = row.family == encoder::FAMILY;
         if is_encoder {
             eval::check_encoder(evaluation).map_err(|e| e.within("evaluation"))?;
-        } else if matches!(row.family.as_str(), vision::FAMILY | lstm::FAMILY) {
+        } else if matches!(row.family.as_str(), vision::FAMILY | lstm::FAMILY | two_tower::FAMILY) {
             let info = self.0.store.version_info(row).await?;
             eval::check_any(evaluation, &info).map_err(|e| e.within("evaluation"))?;
         } else {
