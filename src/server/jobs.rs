@@ -284,6 +284,13 @@ pub(super) async fn check_datasets(state: &State, message: &impl serde::Serializ
             state.store.dataset(names::dataset(&name).map_err(at)?).await.map_err(at)?;
             continue;
         }
+        // What calibrates is text, or images where the model sees some; its step knows.
+        if field.ends_with("calibration.dataset") {
+            let row = state.store.dataset(names::dataset(&name).map_err(at)?).await.map_err(at)?;
+            if row.kind == DatasetKind::Images {
+                continue;
+            }
+        }
         // The one place in the API that wants questions is called `choice`.
         let kind = if field.ends_with("choice.dataset") {
             DatasetKind::Choices

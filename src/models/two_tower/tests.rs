@@ -282,3 +282,44 @@ fn hostile_configurations_are_refused_by_key() {
     });
     assert!(Config::from_hugging_face(&huge).unwrap_err().message().contains("2^40"));
 }
+
+#[test]
+fn a_version_and_an_export_come_back_as_they_were() {
+    use crate::models::{AnyModel, export, import, package};
+    use crate::nn::dtype::Dtype;
+    use crate::progress::Progress;
+
+    let mut model = model();
+    model.tokenizer = Some(Arc::new(Tokenizer::bytes().unwrap()));
+    let name = "image.blocks.0.feed_forward.up.weight";
+    let weight = &model.weights[name];
+    let mut values = weight.to_f32();
+    values.iter_mut().skip(1).step_by(3).for_each(|v| *v = 0.0);
+    let shape = [weight.rows(), weight.cols()];
+    let sparse = Sparse::from_dense(shape, &values, ValueFormat::F32, None).unwrap();
+    model.weights.insert(name.to_owned(), Arc::new(Weight::Sparse(sparse)));
+    let any = AnyModel::from(model);
+    assert_eq!((any.family(), any.architecture()), ("two_tower", "two_tower"));
+    assert!(
+        any.lstm().is_none() && any.clone().walked().is_err() && any.clone().encoder().is_err()
+    );
+
+    let same = |read: &AnyModel, layouts: bool| {
+        let read = read.two_tower().expect("towers");
+        assert_eq!(read.family, any.two_tower().unwrap().family);
+        assert!(read.tokenizer.is_some());
+        for (name, weight) in any.weights() {
+            assert_eq!(read.weights[name].to_f32(), weight.to_f32(), "{name}");
+            assert!(!layouts || read.weights[name].record() == weight.record(), "{name}");
+        }
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let names = package::write_any(&any, &json!({}), folder.path()).unwrap();
+    let files = names.iter().map(|name| (name.clone(), folder.path().join(name))).collect();
+    same(&package::read_any(&files).unwrap(), true);
+    let info = package::read_any_info(&files).unwrap();
+    assert_eq!((info.family.name(), info.bytes()), ("two_tower", any.bytes()));
+    let folder = tempfile::tempdir().unwrap();
+    export::dense(&any, folder.path(), Dtype::F32, &Progress::silent()).unwrap();
+    same(&import::open_any(folder.path()).unwrap(), false);
+}
