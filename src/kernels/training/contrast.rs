@@ -97,20 +97,20 @@ pub fn contrast(
     }
     let share: Vec<f64> = classes.iter().map(|class| 1.0 / of_class[class]).collect();
     let mut found = Contrast::default();
-    for i in 0..pairs {
-        let mut top = (f64::NEG_INFINITY, i);
-        for j in 0..pairs {
+    for (i, class) in classes.iter().enumerate() {
+        let mut top = (f64::NEG_INFINITY, class);
+        for (j, other) in classes.iter().enumerate() {
             let score = at(i, j);
             if score > top.0 {
-                top = (score, j);
+                top = (score, other);
             }
-            if classes[i] == classes[j] {
+            if class == other {
                 let both = by_image[i] + by_caption[j];
                 found.loss += share[i] * (both / 2.0 - score);
             }
         }
         // Scores that are no numbers have no largest.
-        found.right += u64::from(classes[top.1] == classes[i] && top.0.is_finite());
+        found.right += u64::from(top.1 == class && top.0.is_finite());
     }
     if !gradients {
         return found;
