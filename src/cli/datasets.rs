@@ -132,6 +132,9 @@ pub struct LayoutArgs {
     /// A file with the name of a class or tag on each line
     #[arg(long, value_name = "FILE", conflicts_with = "labels")]
     labels_file: Option<PathBuf>,
+    /// A caption of images, with {} in the place of the class; may be given several times
+    #[arg(long = "template", value_name = "TEXT")]
+    templates: Vec<String>,
     /// Leave out records that are of no use, such as blank answers
     #[arg(long)]
     skip_unusable: bool,
@@ -167,6 +170,7 @@ impl LayoutArgs {
             rejected_column: self.rejected_column.unwrap_or_default(),
             has_header: self.header,
             labels,
+            templates: self.templates,
             skip_unusable: self.skip_unusable,
             skip_records: self.skip_records,
             max_records: self.max_records,

@@ -115,6 +115,8 @@ enum NewFamily {
     Vision,
     /// A language model of LSTM layers
     Lstm,
+    /// A tower for images and one for captions
+    TwoTower,
 }
 
 #[derive(Debug, clap::Args)]
@@ -246,6 +248,7 @@ impl CreateArgs {
             None => &[],
             Some(NewFamily::Vision) => &["conv_net", "mobilenet_v1"],
             Some(NewFamily::Lstm) => &["lstm"],
+            Some(NewFamily::TwoTower) => &["two_tower"],
         };
         if let Some(usual) = kinds.first() {
             let kind = map.entry("model_type").or_insert_with(|| (*usual).into());

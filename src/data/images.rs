@@ -6,6 +6,7 @@
 
 use std::path::Path;
 
+use super::captions::Captions;
 use super::text::read_bytes;
 use crate::error::{Error, Reason, Result};
 
@@ -28,6 +29,8 @@ pub struct Images {
     pub pixels: Vec<u8>,
     /// The class of each.
     pub classes: Vec<u8>,
+    /// What the classes are called, where the data set says.
+    pub captions: Captions,
 }
 
 /// How a file is written, which its name tells.
@@ -180,7 +183,8 @@ fn idx(bytes: &[u8]) -> Result<Images> {
     if !rest.is_empty() {
         return Err(malformed(bytes.len() - rest.len(), "something follows the labels"));
     }
-    Ok(Images { height, width, channels, pixels: pixels.to_vec(), classes: classes.to_vec() })
+    let (pixels, classes) = (pixels.to_vec(), classes.to_vec());
+    Ok(Images { height, width, channels, pixels, classes, captions: Captions::default() })
 }
 
 /// One IDX array of bytes: its shape, its elements, and what follows. `at` is its place in the file.
@@ -237,7 +241,7 @@ fn cifar(bytes: &[u8]) -> Result<Images> {
             }
         }
     }
-    Ok(Images { height, width, channels, pixels, classes })
+    Ok(Images { height, width, channels, pixels, classes, captions: Captions::default() })
 }
 
 fn malformed(at: usize, what: impl std::fmt::Display) -> Error {

@@ -1,5 +1,6 @@
 //! Data sets: kinds, readers, splits, chat templates, tokenizers, tokenised records.
 
+pub mod captions;
 pub mod chat;
 pub mod choices;
 pub mod images;

@@ -128,6 +128,12 @@ metrics! {
         "mean over the classes of a task of the harmonic mean of precision and recall";
     TASK_LOSS "task_loss" "" lower Mean "loss of a record" paired noisy quality
         "mean over the records of a task of their loss: nats, of texts and answers a token, or squared errors";
+    ZERO_SHOT_ACCURACY "zero_shot_accuracy" "" higher Mean "1 for a right image" paired noisy quality
+        "share of images that are nearest to the mean of the captions of their class";
+    IMAGE_TO_TEXT_RECALL "image_to_text_recall" "" higher Mean "1 for a right image" paired noisy quality
+        "share of images whose nearest caption is of their class";
+    TEXT_TO_IMAGE_RECALL "text_to_image_recall" "" higher Mean "1 for a right caption" paired noisy quality
+        "share of captions, each among a hundred images, whose nearest image is of their class";
     DISK_BYTES "disk_bytes" "bytes" lower Mean "" paired exact cost "size of all files";
     WEIGHT_BYTES "weight_bytes" "bytes" lower Mean "" paired exact cost "size of all weights as stored";
     RESIDENT_BYTES "resident_bytes" "bytes" lower Mean "" paired exact cost
@@ -231,6 +237,7 @@ impl Metric {
             && (self.name.ends_with("_share")
                 || self.name.ends_with("_agreement")
                 || self.name.ends_with("accuracy")
+                || self.name.ends_with("_recall")
                 || self.name.ends_with("macro_f1"))
     }
 }

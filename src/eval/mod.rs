@@ -13,6 +13,7 @@ mod products;
 mod speed;
 pub mod task;
 pub mod training;
+mod zero_shot;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -136,7 +137,9 @@ pub fn encoder_sizes(model: &encoder::Model, disk_bytes: u64) -> Vec<v1::Measure
 /// [`check`] for a model of any family.
 pub fn check_any(options: &v1::Evaluation, model: &AnyInfo) -> Result<()> {
     match &model.family {
-        AnyFamily::Vision(_) | AnyFamily::Lstm(_) => nets::check(options, model),
+        AnyFamily::Vision(_) | AnyFamily::Lstm(_) | AnyFamily::TwoTower(_) => {
+            nets::check(options, model)
+        }
         AnyFamily::Decoder(_) | AnyFamily::Encoder(_) => check(options, &model.walked()?),
     }
 }

@@ -7,7 +7,7 @@ use std::time::Instant;
 use candle_core::{Device, Tensor};
 
 use super::likelihood::Protocol;
-use super::{Settings, mark, metrics, no_tokenizer, tokenise};
+use super::{Settings, mark, metrics, no_tokenizer, tokenise, zero_shot};
 use crate::data::images::Images;
 use crate::error::{Error, Reason, Result};
 use crate::kernels::softmax::log_sum_exp;
@@ -83,23 +83,19 @@ pub fn check(options: &v1::Evaluation, model: &AnyInfo) -> Result<()> {
             if let Some((field, _)) = runs.into_iter().find(|(_, asked)| *asked) {
                 fits(config, field)?;
             }
-            match &options.images {
-                Some(images) if images.max_items == Some(0) => {
-                    Err(Error::field("images.max_items", "0 images; leave it out for all"))
-                }
-                Some(images)
-                    if images.dataset.strip_prefix("datasets/").is_none_or(str::is_empty) =>
-                {
-                    Err(Error::field(
-                        "images.dataset",
-                        format!(
-                            "'{:.100}' is no resource name of a data set; write datasets/NAME",
-                            images.dataset
-                        ),
-                    ))
-                }
-                _ => Ok(()),
+            check_images(options)
+        }
+        AnyFamily::TwoTower(config) => {
+            if !options.dataset.is_empty() {
+                return refuse("dataset");
             }
+            if options.images.is_some() {
+                if !model.has_tokenizer {
+                    return Err(no_tokenizer());
+                }
+                within(zero_shot::bytes(config), zero_shot::ONE_IMAGE, "images")?;
+            }
+            check_images(options)
         }
         AnyFamily::Lstm(config) => {
             no_images(options)?;
@@ -113,9 +109,28 @@ pub fn check(options: &v1::Evaluation, model: &AnyInfo) -> Result<()> {
     }
 }
 
+/// Checks what is asked of images.
+fn check_images(options: &v1::Evaluation) -> Result<()> {
+    match &options.images {
+        Some(images) if images.max_items == Some(0) => {
+            Err(Error::field("images.max_items", "0 images; leave it out for all"))
+        }
+        Some(images) if images.dataset.strip_prefix("datasets/").is_none_or(str::is_empty) => {
+            Err(Error::field(
+                "images.dataset",
+                format!(
+                    "'{:.100}' is no resource name of a data set; write datasets/NAME",
+                    images.dataset
+                ),
+            ))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Measures what `options` asks for. Always: `disk_bytes`, `weight_bytes`, `parameters`, `zero_share` (of all
 /// matrices), `nonzero_parameters`, `bitmap_bytes`, `csr_bytes`. `task_accuracy` and `task_loss` of image
-/// classifiers with `images`, `images_per_second` with `speed`; `perplexity` of language models with a data set, as of
+/// classifiers with `images`, `images_per_second` with `speed`; of models of two towers [`zero_shot`]'s with `images`; `perplexity` of language models with a data set, as of
 /// decoders.
 pub fn evaluate(
     subject: &Subject<'_>,
@@ -125,28 +140,30 @@ pub fn evaluate(
     check(options, &subject.model.info())?;
     progress.report(0.0, "measuring sizes")?;
     let mut out = sizes(subject);
+    let images = |asked: &v1::ImageEvaluation| {
+        subject.images.as_ref().ok_or_else(|| {
+            Error::new(Reason::DatasetUnsuitable, format!("'{}' was not read", asked.dataset))
+        })
+    };
+    if let (Some(model), Some(asked)) = (subject.model.two_tower(), &options.images) {
+        out.extend(zero_shot::measure(&model, images(asked)?, asked, progress)?);
+    }
     match subject.model {
         AnyModel::Vision(model) => {
             if let Some(asked) = &options.images {
-                let images = subject.images.as_ref().ok_or_else(|| {
-                    Error::new(
-                        Reason::DatasetUnsuitable,
-                        format!("'{}' was not read", asked.dataset),
-                    )
-                })?;
-                out.extend(on_images(model, images, asked, progress)?);
+                out.extend(on_images(model, images(asked)?, asked, progress)?);
             }
             if options.speed {
                 out.push(speed_on_images(model, progress)?);
             }
         }
-        AnyModel::Lstm(model) => {
-            if !options.dataset.is_empty() {
+        AnyModel::Lstm(_) => {
+            if let Some(model) = subject.model.lstm().filter(|_| !options.dataset.is_empty()) {
                 let text = subject.text.ok_or_else(|| {
                     let dataset = &options.dataset;
                     Error::new(Reason::DatasetUnsuitable, format!("'{dataset}' was not read"))
                 })?;
-                out.push(on_text(model, text, options, progress)?);
+                out.push(on_text(&model, text, options, progress)?);
             }
         }
         _ => return Err(Error::internal("a family that is measured elsewhere")),
@@ -172,8 +189,12 @@ fn image_bytes(config: &vision::Config) -> usize {
 
 /// Refuses images that would take the server's memory one at a time.
 fn fits(config: &vision::Config, field: &str) -> Result<()> {
-    match image_bytes(config) {
-        0..=ONE_IMAGE => Ok(()),
+    within(image_bytes(config), ONE_IMAGE, field)
+}
+
+fn within(bytes: usize, most: usize, field: &str) -> Result<()> {
+    match bytes {
+        bytes if bytes <= most => Ok(()),
         bytes => Err(Error::at(
             Reason::ModelUnsuitable,
             field,
@@ -181,7 +202,7 @@ fn fits(config: &vision::Config, field: &str) -> Result<()> {
                 "one image takes {} MiB in the largest layer, and at most {} MiB are measured; leave it out, or \
                  create the model with a smaller image_size or fewer channels",
                 bytes >> 20,
-                ONE_IMAGE >> 20
+                most >> 20
             ),
         )),
     }

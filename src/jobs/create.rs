@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::work::Job;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Reason, Result};
-use crate::models::{AnyModel, lstm, random};
+use crate::models::{AnyModel, lstm, random, two_tower};
 use crate::proto::v1;
 use crate::seed::Stream;
 
@@ -28,7 +28,7 @@ pub fn config(request: &v1::CreateModelRequest) -> Result<Value> {
     let given = serde_json::to_value(given)
         .map_err(|e| Error::internal(format!("a configuration has no JSON form: {e}")))?;
     let mut config = random::whole(given);
-    match (&request.tokenizer, lstm::is_lstm(&config)) {
+    match (&request.tokenizer, reads(&config)) {
         (Some(_), false) => {
             return Err(Error::field("tokenizer", "is for models that read texts; leave it out"));
         }
@@ -61,6 +61,11 @@ pub fn config(request: &v1::CreateModelRequest) -> Result<Value> {
     }
 }
 
+/// Whether models of this configuration read texts.
+fn reads(config: &Value) -> bool {
+    lstm::is_lstm(config) || two_tower::is_two_tower(config)
+}
+
 /// Gives an encoded `ModelVersion`.
 pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
     let start = Instant::now();
@@ -70,7 +75,7 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
     }
     let request: v1::CreateModelRequest = job.request()?;
     let mut config = config(&request)?;
-    let tokenizer = if lstm::is_lstm(&config) {
+    let tokenizer = if reads(&config) {
         job.progress.report(0.1, "making the tokenizer")?;
         Some(match &request.tokenizer {
             None => Tokenizer::bytes()?,

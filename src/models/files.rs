@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::{AnyFamily, Family, Model, decoder, encoder, lstm, vision};
+use super::{AnyFamily, Family, Model, Reader, decoder, encoder, lstm, two_tower, vision};
 use crate::data::tokenizer::{self, Tokenizer};
 use crate::error::{Error, Reason, Result};
 use crate::formats::malformed;
@@ -58,6 +58,8 @@ pub(super) fn config(path: &Path) -> Result<(Value, AnyFamily)> {
         AnyFamily::Vision(vision::Config::from_hugging_face(&config)?)
     } else if lstm::is_lstm(&config) {
         AnyFamily::Lstm(lstm::Config::from_hugging_face(&config)?)
+    } else if two_tower::is_two_tower(&config) {
+        AnyFamily::TwoTower(two_tower::Config::from_hugging_face(&config)?)
     } else {
         AnyFamily::Decoder(decoder::Config::from_hugging_face(&config)?)
     };
@@ -163,6 +165,32 @@ impl Parts for lstm::Config {
     }
 }
 
+impl Parts for two_tower::Config {
+    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        Self::tensors(self)
+    }
+
+    fn vocab(&self) -> usize {
+        self.vocab
+    }
+}
+
+impl Parts for Reader {
+    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        match self {
+            Self::Lstm(config) => config.tensors(),
+            Self::TwoTower(config) => config.tensors(),
+        }
+    }
+
+    fn vocab(&self) -> usize {
+        match self {
+            Self::Lstm(config) => config.vocab,
+            Self::TwoTower(config) => config.vocab,
+        }
+    }
+}
+
 impl Parts for AnyFamily {
     fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         match self {
@@ -170,6 +198,7 @@ impl Parts for AnyFamily {
             Self::Encoder(config) => config.tensors(),
             Self::Vision(config) => config.tensors(),
             Self::Lstm(config) => config.tensors(),
+            Self::TwoTower(config) => config.tensors(),
         }
     }
 
@@ -179,6 +208,7 @@ impl Parts for AnyFamily {
             Self::Encoder(config) => config.vocab,
             Self::Vision(_) => 0,
             Self::Lstm(config) => config.vocab,
+            Self::TwoTower(config) => config.vocab,
         }
     }
 }

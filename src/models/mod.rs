@@ -11,6 +11,7 @@ pub mod import;
 pub mod lstm;
 pub mod package;
 pub mod random;
+pub mod two_tower;
 pub mod vision;
 
 use std::collections::BTreeMap;
@@ -66,7 +67,42 @@ pub enum AnyModel {
     Decoder(Model),
     Encoder(encoder::Model),
     Vision(vision::Model),
-    Lstm(lstm::Model),
+    /// What is made here and reads texts; [`Reader`] tells which it is.
+    Lstm(Model<Reader>),
+}
+
+/// The configuration of a model that is made here, with a tokenizer.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Reader {
+    /// LSTM language models.
+    Lstm(lstm::Config),
+    /// Images and captions.
+    TwoTower(two_tower::Config),
+}
+
+impl Reader {
+    /// Name used in method cards and messages.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Lstm(_) => lstm::FAMILY,
+            Self::TwoTower(_) => two_tower::FAMILY,
+        }
+    }
+}
+
+impl Model<Reader> {
+    /// The same with another configuration type; copies no tensor.
+    fn of<F>(&self, family: &F) -> Model<F>
+    where
+        F: Clone,
+    {
+        Model {
+            family: family.clone(),
+            config: self.config.clone(),
+            weights: self.weights.clone(),
+            tokenizer: self.tokenizer.clone(),
+        }
+    }
 }
 
 macro_rules! each {
@@ -87,7 +123,7 @@ impl AnyModel {
             Self::Decoder(model) => model.family.name(),
             Self::Encoder(_) => encoder::FAMILY,
             Self::Vision(_) => vision::FAMILY,
-            Self::Lstm(_) => lstm::FAMILY,
+            Self::Lstm(model) => model.family.name(),
         }
     }
 
@@ -97,7 +133,8 @@ impl AnyModel {
             Self::Decoder(model) => model.family.architecture(),
             Self::Encoder(model) => &model.family.architecture,
             Self::Vision(model) => &model.family.architecture,
-            Self::Lstm(model) => &model.family.architecture,
+            Self::Lstm(Model { family: Reader::Lstm(config), .. }) => &config.architecture,
+            Self::Lstm(Model { family: Reader::TwoTower(config), .. }) => &config.architecture,
         }
     }
 
@@ -136,6 +173,28 @@ impl AnyModel {
             Self::Encoder(model) => Ok(model),
             Self::Decoder(_) => Err(not_an_encoder(self.architecture())),
             Self::Vision(_) | Self::Lstm(_) => Err(not_for_text(self.family())),
+        }
+    }
+
+    /// The model as one of two towers, if it is one; copies no tensor.
+    pub fn two_tower(&self) -> Option<two_tower::Model> {
+        match self {
+            Self::Lstm(model) => match &model.family {
+                Reader::TwoTower(config) => Some(model.of(config)),
+                Reader::Lstm(_) => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// The model as an LSTM, if it is one; copies no tensor.
+    pub fn lstm(&self) -> Option<lstm::Model> {
+        match self {
+            Self::Lstm(model) => match &model.family {
+                Reader::Lstm(config) => Some(model.of(config)),
+                Reader::TwoTower(_) => None,
+            },
+            _ => None,
         }
     }
 
@@ -194,7 +253,13 @@ impl From<vision::Model> for AnyModel {
 
 impl From<lstm::Model> for AnyModel {
     fn from(model: lstm::Model) -> Self {
-        Self::Lstm(model)
+        Self::Lstm(model.into_reader(Reader::Lstm))
+    }
+}
+
+impl From<two_tower::Model> for AnyModel {
+    fn from(model: two_tower::Model) -> Self {
+        Self::Lstm(model.into_reader(Reader::TwoTower))
     }
 }
 
@@ -239,6 +304,11 @@ pub fn not_for_text(family: &str) -> Error {
 }
 
 impl<F> Model<F> {
+    fn into_reader(self, reader: impl FnOnce(F) -> Reader) -> Model<Reader> {
+        let Self { family, config, weights, tokenizer } = self;
+        Model { family: reader(family), config, weights, tokenizer }
+    }
+
     /// The weight called `name`.
     pub fn weight(&self, name: &str) -> Result<&Arc<Weight>> {
         self.weights.get(name).ok_or_else(|| {
@@ -287,7 +357,7 @@ impl AnyModel {
             Self::Decoder(model) => model.family.clone().into(),
             Self::Encoder(model) => AnyFamily::Encoder(model.family.clone()),
             Self::Vision(model) => AnyFamily::Vision(model.family.clone()),
-            Self::Lstm(model) => AnyFamily::Lstm(model.family.clone()),
+            Self::Lstm(model) => model.family.clone().into(),
         };
         AnyInfo {
             family,
@@ -314,6 +384,16 @@ pub enum AnyFamily {
     Encoder(encoder::Config),
     Vision(vision::Config),
     Lstm(lstm::Config),
+    TwoTower(two_tower::Config),
+}
+
+impl From<Reader> for AnyFamily {
+    fn from(reader: Reader) -> Self {
+        match reader {
+            Reader::Lstm(config) => Self::Lstm(config),
+            Reader::TwoTower(config) => Self::TwoTower(config),
+        }
+    }
 }
 
 impl From<Family> for AnyFamily {
@@ -333,6 +413,7 @@ impl AnyFamily {
             Self::Encoder(_) => encoder::FAMILY,
             Self::Vision(_) => vision::FAMILY,
             Self::Lstm(_) => lstm::FAMILY,
+            Self::TwoTower(_) => two_tower::FAMILY,
         }
     }
 

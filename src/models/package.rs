@@ -97,6 +97,7 @@ pub fn read_any(files: &BTreeMap<String, PathBuf>) -> Result<AnyModel> {
         AnyFamily::Encoder(family) => files::assemble(family, config, weights, tokenizer)?.into(),
         AnyFamily::Vision(family) => files::assemble(family, config, weights, tokenizer)?.into(),
         AnyFamily::Lstm(family) => files::assemble(family, config, weights, tokenizer)?.into(),
+        AnyFamily::TwoTower(family) => files::assemble(family, config, weights, tokenizer)?.into(),
     })
 }
 

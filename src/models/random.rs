@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use rand::Rng;
 use serde_json::Value;
 
-use super::{AnyFamily, AnyInfo, AnyModel, TensorInfo, lstm, vision};
+use super::{AnyFamily, AnyInfo, AnyModel, TensorInfo, lstm, two_tower, vision};
 use crate::error::{Error, Reason, Result};
 use crate::nn::weight::Record;
 use crate::seed::Stream;
@@ -26,6 +26,9 @@ pub fn model(config: Value, random: &Stream) -> Result<AnyModel> {
     if lstm::is_lstm(&config) {
         return Ok(lstm::random::model(config, random)?.into());
     }
+    if two_tower::is_two_tower(&config) {
+        return Ok(two_tower::random::model(config, random)?.into());
+    }
     Err(unknown())
 }
 
@@ -38,6 +41,8 @@ pub fn info(config: Value) -> Result<AnyInfo> {
         AnyFamily::Vision(vision::Config::from_hugging_face(&config)?)
     } else if lstm::is_lstm(&config) {
         AnyFamily::Lstm(lstm::Config::from_hugging_face(&config)?)
+    } else if two_tower::is_two_tower(&config) {
+        AnyFamily::TwoTower(two_tower::Config::from_hugging_face(&config)?)
     } else {
         return Err(unknown());
     };
@@ -67,7 +72,8 @@ pub fn whole(value: Value) -> Value {
 fn unknown() -> Error {
     Error::new(
         Reason::UnsupportedModel,
-        "model_type: only conv_net, mobilenet_v1 and lstm are made with random weights; import other models",
+        "model_type: only conv_net, mobilenet_v1, lstm and two_tower are made with random weights; import \
+         other models",
     )
 }
 

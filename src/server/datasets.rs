@@ -158,6 +158,7 @@ pub fn asked(layout: v1::DatasetLayout) -> Layout {
         },
         header: layout.has_header,
         labels: layout.labels,
+        templates: layout.templates,
         skip_unusable: layout.skip_unusable,
         skip_records: layout.skip_records.filter(|count| *count > 0),
         max_records: layout.max_records,
@@ -181,7 +182,8 @@ pub fn kind(kind: DatasetKind) -> v1::DatasetKind {
 
 /// A layout as clients see it.
 pub fn layout(layout: Layout) -> v1::DatasetLayout {
-    let Layout { columns, header, labels, skip_unusable, skip_records, max_records } = layout;
+    let Layout { columns, header, labels, templates, skip_unusable, skip_records, max_records } =
+        layout;
     v1::DatasetLayout {
         text_column: columns.text.unwrap_or_default(),
         label_column: columns.label.unwrap_or_default(),
@@ -195,6 +197,7 @@ pub fn layout(layout: Layout) -> v1::DatasetLayout {
         second_text_column: columns.second.unwrap_or_default(),
         has_header: header,
         labels,
+        templates,
         skip_unusable,
         skip_records,
         max_records,

@@ -11,7 +11,7 @@ use super::State;
 use super::download::Messages;
 use super::{adaptations, check, comparisons, convert, operations, trainings};
 use crate::error::{Error, Reason, Result};
-use crate::models::{encoder, lstm, vision};
+use crate::models::{encoder, lstm, two_tower, vision};
 use crate::proto::google::longrunning::Operation;
 use crate::proto::v1;
 use crate::proto::v1::job_service_server::JobService;
@@ -222,7 +222,7 @@ impl Jobs {
         let is_encoder = row.family == encoder::FAMILY;
         if is_encoder {
             eval::check_encoder(evaluation).map_err(|e| e.within("evaluation"))?;
-        } else if matches!(row.family.as_str(), vision::FAMILY | lstm::FAMILY) {
+        } else if matches!(row.family.as_str(), vision::FAMILY | lstm::FAMILY | two_tower::FAMILY) {
             let info = self.0.store.version_info(row).await?;
             eval::check_any(evaluation, &info).map_err(|e| e.within("evaluation"))?;
         } else {
@@ -283,6 +283,13 @@ pub(super) async fn check_datasets(state: &State, message: &impl serde::Serializ
         if ends.iter().any(|end| field.ends_with(end)) {
             state.store.dataset(names::dataset(&name).map_err(at)?).await.map_err(at)?;
             continue;
+        }
+        // What calibrates is text, or images where the model sees some; its step knows.
+        if field.ends_with("calibration.dataset") {
+            let row = state.store.dataset(names::dataset(&name).map_err(at)?).await.map_err(at)?;
+            if row.kind == DatasetKind::Images {
+                continue;
+            }
         }
         // The one place in the API that wants questions is called `choice`.
         let kind = if field.ends_with("choice.dataset") {

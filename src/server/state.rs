@@ -16,7 +16,9 @@ use crate::jobs::{self, Jobs};
 use crate::machine;
 use crate::models::decoder::plan::CacheFormat;
 use crate::models::encoder::plan::Precision;
-use crate::models::{encoder, lstm, not_a_decoder, not_an_encoder, not_for_text, vision};
+use crate::models::{
+    encoder, lstm, not_a_decoder, not_an_encoder, not_for_text, two_tower, vision,
+};
 use crate::proto::google::longrunning::Operation;
 use crate::serve::adapters::Adapters;
 use crate::serve::embed::Embedder;
@@ -129,7 +131,7 @@ impl State {
         if row.family == encoder::FAMILY {
             return Err(not_a_decoder(&row.architecture));
         }
-        if matches!(row.family.as_str(), vision::FAMILY | lstm::FAMILY) {
+        if matches!(row.family.as_str(), vision::FAMILY | lstm::FAMILY | two_tower::FAMILY) {
             return Err(not_for_text(&row.family));
         }
         self.serving(row).await?.decoder()
@@ -137,7 +139,7 @@ impl State {
 
     /// The engine of a version that embeds, loaded if it is not yet.
     pub async fn embedder(&self, row: &VersionRow) -> Result<Embedder> {
-        if matches!(row.family.as_str(), vision::FAMILY | lstm::FAMILY) {
+        if matches!(row.family.as_str(), vision::FAMILY | lstm::FAMILY | two_tower::FAMILY) {
             return Err(not_for_text(&row.family));
         }
         if row.family != encoder::FAMILY {

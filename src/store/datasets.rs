@@ -9,6 +9,7 @@ use sqlx::sqlite::SqliteRow;
 use super::models::{in_use, page};
 use super::objects::{Object, consume_lease};
 use super::{Store, blocking, check_etag, names, new_etag, now_ms};
+use crate::data::captions::Captions;
 use crate::data::choices::{self, Item};
 use crate::data::images::{self, Images};
 use crate::data::records::{self, Checked, Layout, Record, Records, Source};
@@ -232,7 +233,9 @@ impl Store {
     pub async fn dataset_images(&self, id: &str) -> Result<Images> {
         let row = self.of_kind(id, DatasetKind::Images).await?;
         let path = self.objects.local_path(&row.object.digest).await?;
-        read_images(path, row.file_name).await
+        let Layout { labels: names, templates, .. } = row.layout;
+        let images = read_images(path, row.file_name).await?;
+        Ok(Images { captions: Captions { names, templates }, ..images })
     }
 
     /// A data set and how to read its records.

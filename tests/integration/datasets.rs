@@ -335,6 +335,7 @@ fn layout(found: &serde_json::Value) -> Layout {
         },
         header: found.get("has_header").and_then(serde_json::Value::as_bool),
         labels: labels.iter().map(|label| label.as_str().unwrap().to_owned()).collect(),
+        templates: Vec::new(),
         skip_unusable: found.get("skip_unusable").is_some(),
         skip_records: None,
         max_records: None,

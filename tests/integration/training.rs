@@ -253,6 +253,83 @@ async fn a_language_model_of_lstm_layers_reads_what_its_tokenizer_was_made_from(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn two_towers_learn_images_by_captions_and_are_pruned() {
+    let service = Service::start().await;
+    let words = |list: &[&str]| list.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+    let layout = v1::DatasetLayout {
+        labels: words(&["left", "middle", "right"]),
+        templates: words(&["a bar on the {}", "{}"]),
+        ..Default::default()
+    };
+    let named = |id: &str, layout: v1::DatasetLayout, bytes: &[u8]| {
+        let header = v1::DatasetHeader {
+            dataset_id: id.into(),
+            file_name: "bars.idx".into(),
+            size_bytes: bytes.len() as i64,
+            kind: v1::DatasetKind::Images.into(),
+            layout: Some(layout),
+            ..Default::default()
+        };
+        let bytes = bytes.to_vec();
+        let datasets = service.datasets();
+        async move { import_dataset(datasets, header, &[&bytes]).await }
+    };
+    let data = named("bars", layout.clone(), &idx(60)).await.unwrap();
+    assert_eq!(data.layout.unwrap().templates, layout.templates);
+    named("more", layout.clone(), &idx(30)).await.unwrap();
+    let bad = v1::DatasetLayout { templates: words(&["a bar"]), ..layout };
+    let field = "header.layout.templates[0]";
+    let found = named("bad", bad, &idx(30)).await;
+    assert_error(found, Code::InvalidArgument, "INVALID_FIELD", field);
+
+    let config = json!({
+        "model_type": "two_tower", "image_size": 8, "patch_size": 4, "embedding_size": 16,
+        "image_hidden_size": 32, "image_layers": 2, "text_hidden_size": 24, "text_layers": 2,
+        "max_position_embeddings": 24,
+    });
+    let version = made(&service, create("towers", config)).await;
+    assert_eq!(version.family, "two_tower");
+    let training = json!({
+        "dataset": "datasets/bars", "steps": 120, "batch_size": 16, "learning_rate": 0.003,
+        "validation": { "dataset": "datasets/more", "every_steps": 60 },
+    });
+    let ecoflap = json!({
+        "share": 0.3, "max_share": 0.5, "n_data": 16, "batch": 8, "per_tower": true,
+        "calibration": { "dataset": "datasets/bars", "sequences": 32 },
+    });
+    let recipe = json!({
+        "seed": 1,
+        "steps": [
+            { "initialise": {} },
+            { "train": { "training": training } },
+            { "ecoflap": ecoflap },
+        ],
+        "evaluation": { "images": { "dataset": "datasets/more" } },
+    });
+    let report: v1::RecipeReport = response(run(&service, "models/towers", recipe).await.unwrap());
+    let (before, after) = (report.before.unwrap(), report.after.unwrap());
+    assert!(value(&before, "zero_shot_accuracy") < 0.9, "untrained towers guess");
+    for metric in ["zero_shot_accuracy", "image_to_text_recall", "text_to_image_recall"] {
+        assert!(value(&after, metric) > 0.8, "{after:?}");
+    }
+    assert_eq!(report.steps[1].training.clone().unwrap().validations.len(), 3);
+    assert!((report.steps[2].zero_share - 0.3).abs() < 0.01);
+    let request = v1::GetModelVersionRequest { name: report.versions[2].clone() };
+    let stored = service.models().get_model_version(request).await.unwrap().into_inner();
+    assert!(stored.layout_bytes.keys().any(|layout| layout.contains("sparse")), "{stored:?}");
+    // What it does not do is said.
+    let refused = |steps: Value| run(&service, "models/towers", json!({ "steps": [steps] }));
+    let found = refused(json!({ "ecoflap": {} })).await;
+    let field = "recipe.steps[0].ecoflap.calibration.dataset";
+    assert_error(found, Code::InvalidArgument, "INVALID_OPTION", field);
+    let found = refused(json!({ "wanda": {} })).await;
+    assert_error(found, Code::FailedPrecondition, "MODEL_UNSUITABLE", "");
+    let request = v1::LoadModelRequest { name: "models/towers".into() };
+    let error = service.models().load_model(request).await.unwrap_err();
+    assert_eq!(error.code(), Code::FailedPrecondition);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn bad_requests_name_their_fields() {
     let service = Service::start().await;
     images(&service, "bars", "train.idx", &idx(30)).await.unwrap();

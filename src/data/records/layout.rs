@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Kind;
+use crate::data::captions;
 use crate::data::rows::{Format, Row};
 use crate::error::{Error, Reason, Result};
 
@@ -75,6 +76,9 @@ pub struct Layout {
     /// Names of the classes or tags by their index; collected where there are none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub labels: Vec<String>,
+    /// Captions of images, with a place for the name of the class.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub templates: Vec<String>,
     /// Whether records that are well formed but of no use are left out, not refused.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub skip_unusable: bool,
@@ -114,6 +118,10 @@ impl Layout {
             return Err(Error::field("labels", format!("{} have no labels", kind.name())));
         }
         super::Labels::given(&self.labels)?;
+        if kind != Kind::Images && !self.templates.is_empty() {
+            return Err(Error::field("templates", format!("{} have no captions", kind.name())));
+        }
+        captions::check(&self.templates)?;
         if self.skip_unusable && used.is_empty() {
             let what = format!("{} have no columns that could be blank", kind.name());
             return Err(Error::field("skip_unusable", what));

@@ -4,6 +4,7 @@
 pub mod activation;
 pub mod attention;
 pub mod batch_norm;
+pub mod contrast;
 pub mod convolution;
 pub mod distillation;
 pub mod elementwise;

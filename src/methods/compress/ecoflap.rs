@@ -9,8 +9,8 @@
 //! `separate_noise` asks for the published one direction a weight (groups of single weights need that);
 //! states that enter a block are kept, so a probe runs the blocks from there on only. Decoders are scored by
 //! the next token. Encoders are two towers that share their weights: the first half of a window has to find
-//! its second half among those of its batch (a text tower beside an image tower needs a family that does not
-//! exist here). The published code trims an overshoot by adding; here it is taken off.
+//! its second half among those of its batch. Models of two towers are in [`two_tower`]. The published code trims an
+//! overshoot by adding; here it is taken off.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,12 +22,13 @@ use super::named_choice::choice;
 use super::sparsity::{Amount, Sparsity};
 use super::zeroth::{self, Probing};
 use super::{
-    alone, calibrated, cost, magnitude, options, prune_each, seeded, sparsegpt, store, wanda,
+    alone, calibrated, cost, magnitude, options, prune_each, seeded, sparsegpt, store, two_tower,
+    wanda,
 };
 use crate::calibrate::{self, walk};
 use crate::error::{Error, Reason, Result};
-use crate::methods::{Card, Estimate, Method, Outcome, StepContext, scope};
-use crate::models::{Family, Model, ModelInfo};
+use crate::methods::{AnyOutcome, Card, Estimate, Learning, Method, Outcome, StepContext, scope};
+use crate::models::{AnyFamily, AnyInfo, AnyModel, Family, Model, ModelInfo};
 use crate::progress::Metrics;
 use crate::proto::v1::{
     self, EcoflapAggregate, EcoflapGroup, EcoflapScore, LocalPruner, ValueType,
@@ -42,7 +43,7 @@ static CARD: Card = Card {
     paper: "ECoFLaP: Efficient Coarse-to-Fine Layer-Wise Pruning for Vision-Language Models, arXiv \
             2310.02998",
     needs_calibration: true,
-    families: &["decoder", "encoder"],
+    families: &["decoder", "encoder", "two_tower"],
     followed_by: &["gptq", "round_to_nearest"],
 };
 
@@ -59,23 +60,25 @@ const BATCH: u32 = 4;
 const FLOPS: f64 = 6e10;
 
 /// Checked options.
-struct Settings {
-    share: f64,
-    max_share: f64,
-    group: EcoflapGroup,
-    score: EcoflapScore,
-    aggregate: EcoflapAggregate,
-    eps: f64,
-    batch: usize,
-    noises: usize,
-    separate: bool,
-    local: LocalPruner,
+pub(super) struct Settings {
+    pub share: f64,
+    pub max_share: f64,
+    pub group: EcoflapGroup,
+    pub score: EcoflapScore,
+    pub aggregate: EcoflapAggregate,
+    pub eps: f64,
+    pub batch: usize,
+    pub noises: usize,
+    pub separate: bool,
+    pub local: LocalPruner,
     /// The sequences that score.
-    data: calibrate::Options,
-    calibration: calibrate::Options,
+    pub data: calibrate::Options,
+    pub calibration: calibrate::Options,
     /// What the pruned weights become; its share is that of all.
-    sparsity: Sparsity,
-    scope: Vec<String>,
+    pub sparsity: Sparsity,
+    pub scope: Vec<String>,
+    /// Whether the total of each tower is fixed.
+    pub per_tower: bool,
 }
 
 impl Settings {
@@ -142,6 +145,7 @@ impl Settings {
             calibration,
             sparsity: Sparsity::read(Some(&sparsity))?,
             scope: options.scope.clone(),
+            per_tower: options.per_tower,
         })
     }
 
@@ -181,13 +185,13 @@ fn groups(family: &Family, settings: &Settings) -> Result<Vec<(String, usize, Ve
 
 /// What scoring gave each group.
 #[derive(Default)]
-struct Found {
-    scores: Vec<f64>,
-    memory: u64,
+pub(super) struct Found {
+    pub scores: Vec<f64>,
+    pub memory: u64,
     /// Memory of differences over that of gradients, and the correlation of their ranks, where both were made.
-    memory_share: Option<f64>,
-    correlation: Option<f64>,
-    warnings: Vec<String>,
+    pub memory_share: Option<f64>,
+    pub correlation: Option<f64>,
+    pub warnings: Vec<String>,
 }
 
 /// Scores the groups.
@@ -401,6 +405,10 @@ impl Method for v1::Ecoflap {
 
     fn check(&self, model: &ModelInfo) -> Result<(Estimate, ModelInfo)> {
         let settings = Settings::read(self)?;
+        if settings.per_tower {
+            let problem = "the model has one tower; leave it out";
+            return Err(Error::at(Reason::ModelUnsuitable, "per_tower", problem));
+        }
         settings.calibration.check(model)?;
         let longest = walk::of(&model.family).max_length();
         if settings.data.length > longest {
@@ -509,6 +517,27 @@ impl Method for v1::Ecoflap {
         }
         cx.progress.measure(metrics);
         Ok(outcome)
+    }
+
+    fn check_any(&self, model: &AnyInfo) -> Result<(Estimate, AnyInfo)> {
+        if let AnyFamily::TwoTower(config) = &model.family {
+            return two_tower::check(&Settings::read(self)?, model, config);
+        }
+        let (estimate, after) = self.check(&model.walked()?)?;
+        Ok((estimate, after.into()))
+    }
+
+    fn apply_any(
+        &self,
+        cx: &mut StepContext<'_>,
+        learning: &mut Learning<'_>,
+        model: AnyModel,
+    ) -> Result<AnyOutcome> {
+        if let Some(model) = model.two_tower() {
+            let settings = Settings::read(self)?;
+            return two_tower::apply(&settings, self.compare_scores, cx, learning, model);
+        }
+        Ok(self.apply(cx, model.walked()?)?.any())
     }
 }
 

@@ -39,6 +39,8 @@ pub mod slimming;
 pub mod sparsegpt;
 pub mod sparsity;
 mod store;
+mod two_tower;
+mod two_tower_scores;
 pub mod wanda;
 pub mod wanda_sp;
 mod windows_of;

@@ -142,7 +142,12 @@ pub fn slope(eps: f64, side: impl Fn(f64) -> Result<f64>) -> Result<Slope> {
 }
 
 /// The weights with those of `names` moved by `eps z`.
-fn moved(weights: &Weights, names: &[String], eps: f64, stream: &Stream) -> Result<Weights> {
+pub(super) fn moved(
+    weights: &Weights,
+    names: &[String],
+    eps: f64,
+    stream: &Stream,
+) -> Result<Weights> {
     let mut view = weights.clone();
     for name in names {
         let stored = weights.get(name).ok_or_else(|| {

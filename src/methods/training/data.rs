@@ -8,6 +8,7 @@ use crate::data::tokenise::{Form, Options, Overlong, TagPieces, Tokeniser, token
 use crate::error::{Error, Reason, Result};
 use crate::methods::Datasets;
 use crate::models::AnyModel;
+use crate::models::two_tower::prompts::Prompts;
 use crate::progress::Progress;
 use crate::proto::v1;
 use crate::seed::Stream;
@@ -27,6 +28,8 @@ pub struct Data {
     pub images: Option<Images>,
     /// Images to measure on, whose numbers follow those of the others.
     pub validation_images: Option<Images>,
+    /// Captions of the classes, where they are learnt.
+    pub prompts: Option<Prompts>,
     pub padding: u32,
     pub warnings: Vec<String>,
 }
@@ -42,12 +45,22 @@ impl Data {
         progress.report(0.0, "reading the data")?;
         let other = training.validation.as_ref().map_or("", |v| v.dataset.as_str());
         let at = |field: &'static str| move |e: Error| Error::at(e.reason(), field, e.message());
+        let towers = model.two_tower();
         let mut data = match model {
-            AnyModel::Vision(model) => {
+            AnyModel::Vision(_) | AnyModel::Lstm(_) if sees(model) => {
                 let read = |name: &str| -> Result<Images> {
                     let images = datasets.images(name)?;
-                    let config = &model.family;
-                    images.suits(config.sides, config.channels, config.classes)?;
+                    match (model, &towers) {
+                        (AnyModel::Vision(model), _) => {
+                            let config = &model.family;
+                            images.suits(config.sides, config.channels, config.classes)?;
+                        }
+                        (_, Some(model)) => {
+                            let (side, channels) = (model.family.side, model.family.channels);
+                            images.suits([side; 2], channels, usize::MAX)?;
+                        }
+                        _ => {}
+                    }
                     Ok(images)
                 };
                 let images = read(&training.dataset).map_err(at("training.dataset"))?;
@@ -55,6 +68,17 @@ impl Data {
                     "" => None,
                     name => Some(read(name).map_err(at("training.validation.dataset"))?),
                 };
+                let prompts = towers.as_ref().map(|model| Prompts::of(model, &images));
+                let prompts = prompts.transpose().map_err(at("training.dataset"))?;
+                if let (Some(prompts), Some(more)) = (&prompts, &validation)
+                    && more.labels() > prompts.classes()
+                {
+                    return Err(Error::at(
+                        Reason::DatasetUnsuitable,
+                        "training.validation.dataset",
+                        "has classes that the training data have no names for",
+                    ));
+                }
                 Self {
                     training: sequences(&images, 0),
                     validation: validation
@@ -62,6 +86,7 @@ impl Data {
                         .map_or_else(Vec::new, |more| sequences(more, images.len())),
                     images: Some(images),
                     validation_images: validation,
+                    prompts,
                     padding: 0,
                     warnings: Vec::new(),
                 }
@@ -81,6 +106,7 @@ impl Data {
                     validation,
                     images: None,
                     validation_images: None,
+                    prompts: None,
                     padding: tokenizer.pad.or(tokenizer.eos.first().copied()).unwrap_or(0),
                     warnings,
                 }
@@ -95,6 +121,11 @@ impl Data {
         }
         Ok(data)
     }
+}
+
+/// Whether a model learns from images.
+fn sees(model: &AnyModel) -> bool {
+    matches!(model, AnyModel::Vision(_)) || model.two_tower().is_some()
 }
 
 /// One token an image: its number.

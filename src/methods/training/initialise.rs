@@ -15,9 +15,10 @@ static CARD: Card = Card {
     verb: "train",
     summary: "Draws new random weights, for layers that may be wider or narrower: where training from scratch \
               begins.",
-    paper: "none: He et al. (arXiv 1502.01852) for convolutions, the usual uniform one for LSTM layers",
+    paper: "none: He et al. (arXiv 1502.01852) for convolutions, the usual uniform one for LSTM layers, normal \
+            ones for towers",
     needs_calibration: false,
-    families: &["vision", "lstm"],
+    families: &["vision", "lstm", "two_tower"],
     followed_by: &["train", "gradual"],
 };
 
@@ -92,13 +93,13 @@ impl Method for v1::Initialise {
 
     fn check_any(&self, model: &AnyInfo) -> Result<(Estimate, AnyInfo)> {
         match &model.family {
-            AnyFamily::Vision(_) | AnyFamily::Lstm(_) => {}
+            AnyFamily::Vision(_) | AnyFamily::Lstm(_) | AnyFamily::TwoTower(_) => {}
             AnyFamily::Encoder(config) => return Err(not_trained(&config.architecture)),
             AnyFamily::Decoder(_) => {
                 return Err(Error::new(
                     Reason::ModelUnsuitable,
-                    "decoders are not trained from scratch here; name an image classifier or an LSTM, as \
-                     `planish models create` makes them",
+                    "decoders are not trained from scratch here; name an image classifier, an LSTM or two \
+                     towers, as `planish models create` makes them",
                 ));
             }
         }

@@ -17,6 +17,7 @@ mod run;
 pub mod schedule;
 mod scope;
 pub mod train;
+mod two_tower;
 mod vision;
 
 #[cfg(test)]

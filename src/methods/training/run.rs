@@ -10,6 +10,7 @@ use super::net::{self, Trained, not_trained};
 use super::pruner::Pruner;
 use crate::error::{Error, Reason, Result};
 use crate::methods::{Estimate, Learning, StepContext};
+use crate::models::two_tower::Tower;
 use crate::models::vision::Layer;
 use crate::models::{AnyFamily, AnyInfo, AnyModel};
 use crate::nn::dtype::Dtype;
@@ -24,6 +25,9 @@ use crate::train::tensors;
 
 /// Learning rate where the options do not say.
 pub const RATE: f64 = 1e-3;
+
+/// Pairs of images and captions that are told from each other, at most.
+const MOST_PAIRS: usize = 2048;
 
 /// Multiplications a second that training is guessed to make.
 const SPEED: f64 = 3e10;
@@ -74,6 +78,19 @@ pub fn check(training: Option<&v1::Training>, model: &AnyInfo) -> Result<Setting
                 return Err(only_decoders("training.precision"));
             }
             false
+        }
+        AnyFamily::TwoTower(_) => {
+            if settings.precision == Precision::Bf16 {
+                return Err(only_decoders("training.precision"));
+            }
+            if !(2..=MOST_PAIRS).contains(&settings.batch_size) {
+                let problem = format!(
+                    "{} is outside 2 to {MOST_PAIRS}: images are told from others of their batch",
+                    settings.batch_size
+                );
+                return Err(Error::option("training.batch_size", problem));
+            }
+            true
         }
         AnyFamily::Encoder(config) => return Err(not_trained(&config.architecture)),
     };
@@ -127,6 +144,11 @@ pub fn estimate(settings: &Settings, model: &AnyInfo, bytes: u64) -> Estimate {
             };
             (1, config.layers.iter().zip(&images).map(layer).sum())
         }
+        AnyFamily::TwoTower(config) => {
+            let rows = |tower: &Tower| (tower.positions * tower.products()) as u64;
+            // Captions are about half as long as they may be.
+            (1, rows(&config.image) + rows(&config.text) / 2)
+        }
         _ => (settings.max_length as u64, parameters),
     };
     let updates = match settings.duration {
@@ -158,6 +180,13 @@ fn activations(family: &AnyFamily, tokens: usize) -> u64 {
                 }
             };
             config.layers.iter().zip(&images).map(layer).sum::<usize>()
+        }
+        AnyFamily::TwoTower(config) => {
+            // Norms, queries, keys, values, what they give, sums; what is wide before and after its function.
+            let tower = |tower: &Tower| {
+                tower.positions * tower.layers * (10 * tower.hidden + 2 * tower.intermediate)
+            };
+            tower(&config.image) + tower(&config.text) + 6 * tokens
         }
         AnyFamily::Lstm(config) => {
             config.layers * 12 * config.hidden + 2 * config.embedding + 2 * config.vocab
@@ -198,7 +227,7 @@ pub fn train(
     let reading = cx.progress.part(0.0, 0.05);
     let data = Data::read(learning.datasets, model, (training, settings), &random, &reading)?;
     let mut settings = settings.clone();
-    if let AnyModel::Vision(_) = model {
+    if data.images.is_some() {
         // An image is one token.
         settings.max_length = 2;
     }
@@ -225,11 +254,11 @@ pub fn train(
         pruner.start(&parameters)?;
     }
     let images = (data.images.as_ref(), data.validation_images.as_ref());
-    let found =
-        net::with(model, &trained, images, &settings, &losses, |learner| match &mut pruner {
-            Some(pruner) => run.train(learner, &mut parameters, pruner),
-            None => run.train(learner, &mut parameters, &mut crate::train::hooks::Plain),
-        });
+    let seen = (images, data.prompts.as_ref());
+    let found = net::with(model, &trained, seen, &settings, &losses, |learner| match &mut pruner {
+        Some(pruner) => run.train(learner, &mut parameters, pruner),
+        None => run.train(learner, &mut parameters, &mut crate::train::hooks::Plain),
+    });
     let mut report = found.map_err(|error| match (&pruner, error.reason()) {
         (Some(pruner), Reason::NonFinite) => Error::new(
             Reason::NonFinite,

@@ -18,8 +18,14 @@ pub struct Scope {
 /// layer.
 ///
 /// # Errors
-/// `TENSOR_NOT_FOUND` for a pattern that matches nothing.
+/// `TENSOR_NOT_FOUND` for a pattern that matches nothing, `MODEL_UNSUITABLE` for models of two towers.
 pub fn of(model: &AnyInfo, patterns: &[String]) -> Result<Scope> {
+    if let AnyFamily::TwoTower(_) = &model.family {
+        return Err(Error::new(
+            Reason::ModelUnsuitable,
+            "models of two towers are not pruned while they are trained; use ecoflap after training",
+        ));
+    }
     let matrices = model.tensors.iter().filter(|(_, tensor)| tensor.shape.len() == 2);
     let matrices: Vec<&String> = matrices.map(|(name, _)| name).collect();
     let mut chosen: Vec<String> = if patterns.is_empty() {
@@ -27,7 +33,9 @@ pub fn of(model: &AnyInfo, patterns: &[String]) -> Result<Scope> {
             AnyFamily::Decoder(_) => names(&model.walked()?.family, &[])?,
             AnyFamily::Vision(config) => config.prunable(),
             AnyFamily::Lstm(config) => config.prunable(),
-            AnyFamily::Encoder(_) => matrices.iter().map(|name| (*name).clone()).collect(),
+            AnyFamily::Encoder(_) | AnyFamily::TwoTower(_) => {
+                matrices.iter().map(|name| (*name).clone()).collect()
+            }
         }
     } else {
         for pattern in patterns {

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::run::{RATE, check as check_training};
 use crate::calibrate;
+use crate::data::captions::Captions;
 use crate::data::images::Images;
 use crate::data::records::{Kind, Layout, Source};
 use crate::data::tokenizer::Tokenizer;
@@ -40,7 +41,13 @@ impl Data {
                 if bar { 200 } else { ((i * 7 + p * 3) % 40) as u8 }
             })
         });
-        Images { height: 8, width: 8, channels: 1, pixels: pixels.collect(), classes }
+        let words = |list: &[&str]| list.iter().map(|word| (*word).to_owned()).collect();
+        let captions = Captions {
+            names: words(&["left", "near left", "near right", "right"]),
+            templates: words(&["a bar {}", "{}"]),
+        };
+        let pixels = pixels.collect();
+        Images { height: 8, width: 8, channels: 1, pixels, classes, captions }
     }
 }
 
@@ -93,6 +100,19 @@ fn lstm() -> AnyModel {
     model
 }
 
+fn two_tower() -> AnyModel {
+    let config = json!({
+        "model_type": "two_tower", "image_size": 8, "patch_size": 4, "vocab_size": 256, "embedding_size": 8,
+        "image_hidden_size": 16, "image_layers": 1, "image_heads": 2, "text_hidden_size": 16,
+        "text_layers": 1, "text_heads": 2, "max_position_embeddings": 24,
+    });
+    let mut model = random::model(config, &Stream::root(1)).unwrap();
+    if let AnyModel::Lstm(model) = &mut model {
+        model.tokenizer = Some(Arc::new(Tokenizer::bytes().unwrap()));
+    }
+    model
+}
+
 fn text_decoder() -> AnyModel {
     let mut config = decoder::random::tiny("llama");
     config["vocab_size"] = json!(256);
@@ -102,7 +122,8 @@ fn text_decoder() -> AnyModel {
 }
 
 fn dataset(model: &AnyModel) -> &'static str {
-    if matches!(model, AnyModel::Vision(_)) { "datasets/bars" } else { "datasets/text" }
+    let sees = matches!(model, AnyModel::Vision(_)) || model.two_tower().is_some();
+    if sees { "datasets/bars" } else { "datasets/text" }
 }
 
 /// A step of `method` with the options of `extra` on top of a short training.
@@ -165,7 +186,7 @@ fn gradual() -> Value {
 
 #[test]
 fn training_lowers_the_loss_of_every_family() {
-    for model in [vision(), mobile(), lstm(), text_decoder()] {
+    for model in [vision(), mobile(), lstm(), text_decoder(), two_tower()] {
         let family = model.family();
         let made = run(
             &step("train", &model, json!({ "training": { "steps": 60, "batch_size": 16 } })),
@@ -275,15 +296,37 @@ fn a_run_that_was_cut_off_in_mid_schedule_ends_the_same() {
 
 #[test]
 fn the_same_seed_gives_the_same_bytes_and_validation_is_of_other_images() {
-    let model = vision();
-    let extra =
-        json!({ "training": { "validation": { "dataset": "datasets/more", "every_steps": 10 } } });
-    let step = step("train", &model, extra);
-    let [a, b] = [0, 1].map(|_| run(&step, model.clone()).unwrap());
-    assert_eq!(values(&a.outcome.model), values(&b.outcome.model));
-    let steps: Vec<i64> = a.training.validations.iter().map(|v| v.step).collect();
-    assert_eq!(steps, [0, 10, 20]);
-    assert!(a.training.validations.iter().all(|v| v.accuracy.is_some()));
+    for model in [vision(), two_tower()] {
+        let extra = json!({
+            "training": { "validation": { "dataset": "datasets/more", "every_steps": 10 } },
+        });
+        let step = step("train", &model, extra);
+        let [a, b] = [0, 1].map(|_| run(&step, model.clone()).unwrap());
+        assert_eq!(values(&a.outcome.model), values(&b.outcome.model));
+        let steps: Vec<i64> = a.training.validations.iter().map(|v| v.step).collect();
+        assert_eq!(steps, [0, 10, 20]);
+        assert!(a.training.validations.iter().all(|v| v.accuracy.is_some()));
+    }
+}
+
+#[test]
+fn towers_that_were_cut_off_draw_the_same_captions() {
+    let model = two_tower();
+    let step = step("train", &model, json!({ "training": { "checkpoint_every": 3 } }));
+    let whole = run(&step, model.clone()).unwrap();
+    let kept = tempfile::tempdir().unwrap();
+    let cancelled = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&cancelled);
+    let sink = move |_: f64, message: &str| {
+        if message.starts_with("training: update 11 of") {
+            flag.store(true, Ordering::Relaxed);
+        }
+    };
+    let stopped = Progress::new(Arc::new(sink), cancelled);
+    let error = run_in(&step, model.clone(), kept.path(), &stopped).err().expect("stopped");
+    assert_eq!(error.reason(), Reason::Cancelled);
+    let rest = run_in(&step, model, kept.path(), &Progress::silent()).unwrap();
+    assert_eq!(values(&rest.outcome.model), values(&whole.outcome.model));
 }
 
 #[test]
@@ -396,10 +439,23 @@ fn bad_input_is_refused_before_the_work() {
         AnyModel::from(model)
     };
     assert_eq!(refused(&quantised, "gradual", json!({})).0, Reason::ModelUnsuitable);
+    // Towers are trained in batches, and pruned when they are trained.
+    let towers = two_tower();
+    assert_eq!(refused(&towers, "gradual", json!({})).0, Reason::ModelUnsuitable);
+    for (extra, field) in [
+        (json!({ "training": { "batch_size": 1 } }), "training.batch_size"),
+        (json!({ "training": { "precision": "TRAINING_PRECISION_BF16" } }), "training.precision"),
+    ] {
+        let found = refused(&towers, "train", extra);
+        assert_eq!(found, (Reason::InvalidOption, field.to_owned()));
+    }
     // Other methods are for decoders.
     let wanda = registry::resolve(&serde_json::from_value(json!({ "wanda": {} })).unwrap());
-    let error = registry::method(&wanda).unwrap().check_any(&model.info()).expect_err("refused");
-    assert_eq!(error.reason(), Reason::ModelUnsuitable);
+    for model in [&model, &towers] {
+        let error =
+            registry::method(&wanda).unwrap().check_any(&model.info()).expect_err("refused");
+        assert_eq!(error.reason(), Reason::ModelUnsuitable);
+    }
     assert!(check_training(None, &model.info()).is_err());
     assert_eq!(RATE, 1e-3);
 }

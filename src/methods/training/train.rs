@@ -18,8 +18,8 @@ static CARD: Card = Card {
     summary: "Trains all weights of a model; weights that are stored sparse keep their zeros.",
     paper: "none: the usual way, with AdamW (arXiv 1711.05101) or SGD",
     needs_calibration: false,
-    families: &["decoder", "vision", "lstm"],
-    followed_by: &["train", "gradual"],
+    families: &["decoder", "vision", "lstm", "two_tower"],
+    followed_by: &["train", "gradual", "ecoflap"],
 };
 
 impl Method for v1::Train {

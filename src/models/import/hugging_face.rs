@@ -36,6 +36,11 @@ pub(super) fn open(folder: &Path, only: Option<&Path>) -> Result<AnyModel> {
             let tokenizer = files::tokenizer(find, &config)?;
             return Ok(files::assemble(family, config, weights, tokenizer)?.into());
         }
+        AnyFamily::TwoTower(family) => {
+            let weights = weights(folder, only, |name| Ok(Some(name.to_owned())))?;
+            let tokenizer = files::tokenizer(find, &config)?;
+            return Ok(files::assemble(family, config, weights, tokenizer)?.into());
+        }
     };
     // A multimodal configuration: only the text model is read, so only that is kept.
     if let Some(text) = config.get_mut("text_config").map(serde_json::Value::take) {

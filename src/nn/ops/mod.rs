@@ -9,6 +9,7 @@ mod activation;
 pub mod attend;
 mod attention;
 mod buffer;
+mod contrast;
 mod convolution;
 mod distillation;
 mod head;

@@ -156,6 +156,7 @@ fn pipeline(card: &Card<'_>) -> Option<&'static str> {
         "decoder" | "lstm" => Some("text-generation"),
         "encoder" => Some("sentence-similarity"),
         "vision" => Some("image-classification"),
+        "two_tower" => Some("zero-shot-image-classification"),
         _ => None,
     }
 }

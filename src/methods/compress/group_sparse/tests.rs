@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use super::*;
+use crate::data::captions::Captions;
 use crate::data::images::Images;
 use crate::data::records::Source;
 use crate::methods::{Datasets, registry};
@@ -31,7 +32,8 @@ impl Datasets for Bars {
             })
         });
         let pixels = pixels.collect();
-        Ok(Images { height: 16, width: 16, channels: 1, pixels, classes })
+        let captions = Captions::default();
+        Ok(Images { height: 16, width: 16, channels: 1, pixels, classes, captions })
     }
 }
 
