@@ -9,7 +9,7 @@ use crate::calibrate::gram::Gram;
 use crate::error::{Error, Reason, Result};
 
 /// Dampening is raised tenfold this often before giving up.
-const RETRIES: u32 = 2;
+const RETRIES: u32 = 3;
 
 /// `U` with `H^-1 = U^T U`, for `H = 2/n X^T X + damp * mean(diag) * I`.
 #[derive(Debug, Clone)]
@@ -26,7 +26,7 @@ pub struct Factor {
 impl Factor {
     /// Factors the Hessian of inputs whose Gram matrix is `gram`, collected over `sequences`
     /// sequences. Column `j` of the factor stands for input `order[j]`. A matrix that is not positive
-    /// definite is tried again with ten and a hundred times the dampening, then is NUMERIC_FAILURE
+    /// definite is tried again with ten, a hundred and a thousand times the dampening, then is NUMERIC_FAILURE
     /// naming `tensor`.
     pub fn new(
         gram: &Gram,
@@ -157,13 +157,13 @@ mod tests {
     }
 
     #[test]
-    fn dampening_is_raised_tenfold_twice_and_then_given_up() {
-        // Two inputs that are always the same: [[4, 4], [4, 4]]. A share of 1e-17 or of 1e-16 is lost beside 4.
+    fn dampening_is_raised_tenfold_thrice_and_then_given_up() {
+        // Two inputs that are always the same: [[4, 4], [4, 4]]. A share of 1e-16 or less is lost beside 4.
         let mut gram = Gram::new(2);
         gram.add(&[2.0, 2.0]);
-        let factor = Factor::new(&gram, 2, 1e-17, &[0, 1], "w").expect("at the third attempt");
+        let factor = Factor::new(&gram, 2, 1e-18, &[0, 1], "w").expect("at the fourth attempt");
         assert!((factor.damp / 1e-15 - 1.0).abs() < 1e-9, "{}", factor.damp);
-        let error = Factor::new(&gram, 2, 1e-18, &[0, 1], "model.w").unwrap_err();
+        let error = Factor::new(&gram, 2, 1e-19, &[0, 1], "model.w").unwrap_err();
         assert_eq!(error.reason(), Reason::NumericFailure);
         assert!(error.message().contains("model.w"), "{error}");
         // What does without is not raised.

@@ -4,7 +4,8 @@ use crate::error::{Error, Reason, Result};
 use crate::models::{ModelInfo, TensorInfo};
 use crate::nn::dtype::Dtype;
 use crate::nn::weight::{
-    Dense, Grouped, GroupedSpec, Record, Sparse, SparsePattern, ValueFormat, Weight,
+    Dense, Grouped, GroupedSpec, Record, RowGroupValues, RowGroups, Sparse, SparsePattern,
+    ValueFormat, Weight,
 };
 
 use super::grid::Codes;
@@ -30,6 +31,7 @@ pub fn refuse_quantised(tensor: &TensorInfo, name: &str, verb: &str) -> Result<(
     let done = match tensor.record {
         Record::Grouped { .. }
         | Record::DualGrained { .. }
+        | Record::RowGroups { values: RowGroupValues::Int8, .. }
         | Record::Sparse { values: ValueFormat::Grouped(_), .. } => "quantised it",
         Record::Sum { .. } => "given it a correction",
         Record::Factored { .. } => "made it a product of two matrices",
@@ -47,7 +49,14 @@ pub fn refuse_quantised(tensor: &TensorInfo, name: &str, verb: &str) -> Result<(
 
 /// Zeros that the stored form of a tensor shows.
 pub fn known_zeros(tensor: &TensorInfo) -> usize {
-    let Record::Sparse { shape, values, pattern } = tensor.record else { return 0 };
+    let (shape, values, pattern) = match tensor.record {
+        Record::Sparse { shape, values, pattern } => (shape, values, pattern),
+        Record::RowGroups { shape, group, values } => {
+            let kept = RowGroups::kept(shape, tensor.bytes, group as usize, values);
+            return (shape[0] * shape[1]).saturating_sub(kept as usize * group as usize);
+        }
+        _ => return 0,
+    };
     let elements = shape[0] * shape[1];
     if let SparsePattern::NOfM { keep, of } = pattern {
         return elements / usize::from(of) * usize::from(of - keep);

@@ -145,10 +145,22 @@ impl RowGroups {
 
     /// The bytes of a `[rows, cols]` weight of which `kept` units stay, where groups divide the rows.
     pub fn expected(shape: [usize; 2], kept: u64, group: usize, format: RowGroupValues) -> u64 {
+        let (fixed, each) = Self::costs(shape, group, format);
+        kept * each + fixed
+    }
+
+    /// Units that stay in a matrix of this many bytes.
+    pub fn kept(shape: [usize; 2], bytes: u64, group: usize, format: RowGroupValues) -> u64 {
+        let (fixed, each) = Self::costs(shape, group, format);
+        bytes.saturating_sub(fixed) / each
+    }
+
+    /// Bytes without any unit, and of each.
+    fn costs(shape: [usize; 2], group: usize, format: RowGroupValues) -> (u64, u64) {
         let index = if shape[1] > usize::from(u16::MAX) { 4 } else { 2 };
         let groups = shape[0].div_ceil(group.max(1)) as u64;
         let scales = if format == RowGroupValues::Int8 { 4 * shape[0] as u64 } else { 0 };
-        kept * (group as u64 * format.dtype().size() as u64 + index) + 4 * (groups + 1) + scales
+        (4 * (groups + 1) + scales, group as u64 * format.dtype().size() as u64 + index)
     }
 
     /// Rows that share a list.
@@ -424,6 +436,7 @@ mod tests {
                 let bytes = (kept * (group * size + 2) + 4 * (groups + 1) + scales) as u64;
                 assert_eq!(w.bytes(), bytes);
                 assert_eq!(RowGroups::expected([64, 40], kept as u64, group, format), bytes);
+                assert_eq!(RowGroups::kept([64, 40], bytes, group, format), kept as u64);
                 assert_eq!(w.stored(), 640);
             }
         }

@@ -82,7 +82,8 @@ impl Rules {
                      the version before, or leave this weight out of the scope"
                 ));
             }
-            if card.name == "dsnot" && matches!(tensor.record, Record::Sparse { .. }) {
+            let pruned = matches!(tensor.record, Record::Sparse { .. } | Record::RowGroups { .. });
+            if card.name == "dsnot" && pruned {
                 return refuse(format!(
                     "'{name}' is pruned, and the values that would be exchanged are lost; start from the \
                      version before the pruning and name how it begins with `initial`"

@@ -99,6 +99,20 @@ fn what_a_step_would_undo_is_refused() {
     assert_eq!(field, "steps[1].dsnot");
     assert!(message.contains("`initial`"), "{message}");
     check_steps(&[step("wanda_sp"), step("dsnot"), step("gptq")], &reference()).unwrap();
+    let (field, message) = refused(json!([{ "group_sparse": {} }, { "dsnot": {} }]));
+    assert_eq!(field, "steps[1].dsnot");
+    assert!(message.contains("`initial`"), "{message}");
+    // Groups of 8-bit values were rounded; others may lose more of their weights.
+    let groups = |values: &str| json!({ "group_sparse": { "values": values } });
+    for second in ["magnitude", "wanda", "sparsegpt", "gptq"] {
+        let (_, message) = refused(json!([groups("GROUP_SPARSE_VALUES_INT8"), { second: {} }]));
+        assert!(message.contains("quantised it"), "{second}: {message}");
+        check_steps(
+            &steps(json!([groups("GROUP_SPARSE_VALUES_BF16"), { second: {} }])),
+            &reference(),
+        )
+        .unwrap();
+    }
     let net = random::info(json!({ "model_type": "mobilenet_v1", "num_labels": 4 })).unwrap();
     let error = check_steps(&[step("train"), step("initialise")], &net).err().expect("refused");
     assert_eq!(error.violations()[0].field, "steps[1].initialise");
