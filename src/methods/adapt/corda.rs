@@ -5,7 +5,7 @@
 //!
 //! Decided here: a sample is divided by its largest absolute entry (the published program takes the
 //! absolute value of its largest entry, which is at hand as a choice); the base is not changed, the start
-//! is subtracted; the square root of `C`, which would weigh the error of activations, is a choice.
+//! is subtracted, so a quantised base is taken too: its numbers are decomposed as they are; the square root of `C`, which would weigh the error of activations, is a choice.
 
 use std::collections::{BTreeMap, BTreeSet};
 
