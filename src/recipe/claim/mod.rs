@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use prost::Message as _;
 use serde::{Serialize, de::DeserializeOwned};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use super::compare::{self, BASE};
@@ -175,6 +175,11 @@ fn shorten(comparison: &mut v1::Comparison, short: &v1::ShortForm) -> Result<()>
             *step = with_sequences(&registry::resolve(step), sequences)?;
         }
     }
+    if let Some(steps) = short.training_steps {
+        for step in comparison.arms.iter_mut().flat_map(|arm| &mut arm.steps) {
+            *step = with_updates(step, steps)?;
+        }
+    }
     for tuning in comparison.arms.iter_mut().filter_map(|arm| arm.tuning.as_mut()) {
         if let (Some(adaptation), Some(sequences)) =
             (&mut tuning.adaptation, short.calibration_sequences)
@@ -192,17 +197,39 @@ fn shorten(comparison: &mut v1::Comparison, short: &v1::ShortForm) -> Result<()>
 /// searched for `calibration`, for what CorDA calls `context`, and for the `text` that a step learns from, so
 /// that new methods need nothing here.
 fn with_sequences<M: Serialize + DeserializeOwned>(method: &M, sequences: u32) -> Result<M> {
-    fn change(value: &mut Value, sequences: u32) {
+    changed(method, &|name, fields| {
+        if matches!(name, "calibration" | "context" | "text") {
+            fields.insert("sequences".to_owned(), sequences.into());
+        }
+    })
+}
+
+/// The message of a method with another number of updates, where it has a `training`.
+fn with_updates<M: Serialize + DeserializeOwned>(method: &M, updates: u32) -> Result<M> {
+    changed(method, &|name, fields| {
+        if name == "training" {
+            fields.remove("epochs");
+            fields.insert("steps".to_owned(), updates.into());
+        }
+    })
+}
+
+/// A message in which every inner message was changed, by the name of its field.
+fn changed<M: Serialize + DeserializeOwned>(
+    message: &M,
+    change: &dyn Fn(&str, &mut Map<String, Value>),
+) -> Result<M> {
+    fn descend(value: &mut Value, change: &dyn Fn(&str, &mut Map<String, Value>)) {
         let Value::Object(fields) = value else { return };
         for (name, value) in fields {
-            if matches!(name.as_str(), "calibration" | "context" | "text") && value.is_object() {
-                value["sequences"] = sequences.into();
+            if let Value::Object(fields) = value {
+                change(name, fields);
             }
-            change(value, sequences);
+            descend(value, change);
         }
     }
-    let mut json = serde_json::to_value(method).map_err(unwritable)?;
-    change(&mut json, sequences);
+    let mut json = serde_json::to_value(message).map_err(unwritable)?;
+    descend(&mut json, change);
     serde_json::from_value(json).map_err(unwritable)
 }
 
@@ -348,6 +375,23 @@ mod tests {
         assert_eq!(calibration.dataset, "datasets/text", "nothing else is changed");
         // Only what is held against the base is left: the other arm is gone.
         assert!(short.contrasts.iter().all(|c| c.arm == "wanda" && c.against == BASE));
+    }
+
+    #[test]
+    fn the_short_form_cuts_the_trainings_of_steps() {
+        let step = |training: Value| -> v1::Step {
+            serde_json::from_value(serde_json::json!({ "train": { "training": training } }))
+                .expect("a step")
+        };
+        let whole = serde_json::json!({ "dataset": "datasets/d", "epochs": 2.0, "batchSize": 4 });
+        let cut = serde_json::json!({ "dataset": "datasets/d", "steps": 7, "batchSize": 4 });
+        let mut claim = claim();
+        let arms = &mut claim.comparison.as_mut().expect("given").arms;
+        arms[0].steps.push(step(whole.clone()));
+        let short = v1::ShortForm { training_steps: Some(7), ..Default::default() };
+        claim.short = Some(short);
+        let last = |short: bool| form(&claim, short).expect("a form").arms[0].steps.last().cloned();
+        assert_eq!((last(false), last(true)), (Some(step(whole)), Some(step(cut))));
     }
 
     #[test]
