@@ -466,7 +466,7 @@ fn bad_options_are_refused_by_name() {
     assert_eq!(field(json!({}), &lstm).0, Reason::ModelUnsuitable);
     // Codes of an earlier step.
     let (outcome, _) = run(&step(json!({ "values": "GROUP_SPARSE_VALUES_INT8" })), net()).unwrap();
-    assert_eq!(field(json!({}), &outcome.model).0, Reason::ModelUnsuitable);
+    assert_eq!(field(json!({}), &outcome.model).0, Reason::InvalidRecipe);
     // 16-bit values can be pruned on.
     let half = json!({ "sparsity": 0.3, "values": "GROUP_SPARSE_VALUES_BF16" });
     let (outcome, _) = run(&step(half), mobile()).unwrap();
