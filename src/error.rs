@@ -92,6 +92,8 @@ reasons! {
     SourceUnavailable = "SOURCE_UNAVAILABLE", FailedPrecondition;
     /// The model lacks what the request needs (tokenizer, chat template, ...).
     ModelUnsuitable = "MODEL_UNSUITABLE", FailedPrecondition;
+    /// Changed code makes other numbers than those that were written.
+    ResultDiffers = "RESULT_DIFFERS", FailedPrecondition;
     /// A queue, a slot table or a size limit of the server is full.
     LimitReached = "LIMIT_REACHED", ResourceExhausted;
     /// The request or upload is larger than the server takes.

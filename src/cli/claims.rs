@@ -56,6 +56,20 @@ pub enum Command {
         #[command(flatten)]
         at: At,
     },
+    /// Where code changed since results were written, run a part again: the same numbers renew a result
+    Confirm {
+        /// Names of claims
+        #[arg(required_unless_present = "all")]
+        names: Vec<String>,
+        /// All claims
+        #[arg(long, conflicts_with = "names")]
+        all: bool,
+        /// Folder with the data sets that claims name
+        #[arg(long, env = "PLANISH_DATA", value_name = "FOLDER")]
+        data: Option<PathBuf>,
+        #[command(flatten)]
+        at: At,
+    },
     /// Write the page of all claims and print its table
     Table {
         /// File to write [default: docs/claims.md beside the claims' folder]
@@ -78,10 +92,17 @@ pub struct At {
     folder: Option<PathBuf>,
 }
 
-/// Name of the files of a claim.
+impl At {
+    /// The folder for the data of a service that remembers.
+    fn kept(&self) -> Result<PathBuf> {
+        self.folder.clone().map_or_else(|| cache_folder("claims"), Ok)
+    }
+}
+
 /// Between the files that make a data set together.
 const JOINED: &str = " + ";
 
+/// Names of the files of a claim.
 const CLAIM: &str = "claim.toml";
 const RESULT: &str = "result.json";
 
@@ -95,12 +116,15 @@ impl Command {
     pub(super) async fn run(self, context: &Context) -> Result<()> {
         match self {
             Self::Run { names, short, again, data, at, .. } => {
-                let run = Run { short, again, data, at: at.clone() };
-                let folder = match &at.folder {
-                    Some(folder) => folder.clone(),
-                    None => cache_folder("claims")?,
-                };
+                let folder = at.kept()?;
+                let run = Run { short, again, data, at };
                 with_service(&folder, context, async |context| run.all(context, &names).await).await
+            }
+            Self::Confirm { names, data, at, .. } => {
+                let folder = at.kept()?;
+                let run = Run { short: false, again: false, data, at };
+                with_service(&folder, context, async |context| run.confirm(context, &names).await)
+                    .await
             }
             Self::Check { names, rejudge, at } => {
                 let folder = passing()?;
@@ -224,7 +248,7 @@ impl Run {
             if !context.output.is_json() {
                 eprintln!("{name}: {}", claim.system);
             }
-            let result = self.one(context, &client, &claim).await?;
+            let result = self.one(context, &client, &claim, None).await?;
             if !self.short {
                 write_result(&self.at, name, &result)?;
                 self.write_pictures(&client, name, &result).await?;
@@ -241,7 +265,57 @@ impl Run {
         output::line(overview(&results))
     }
 
-    async fn one(&self, context: &Context, client: &Client, claim: &Claim) -> Result<ClaimResult> {
+    /// Renews the results of those whose code changed, if a part of them gives the same numbers.
+    async fn confirm(&self, context: &Context, names: &[String]) -> Result<()> {
+        let client = context.connect().await?;
+        let (mut rows, mut failed) = (Vec::new(), 0);
+        for name in chosen(&self.at, names)? {
+            let claim = read_claim(&self.at, &name)?;
+            let Some(result) = read_result(&self.at, &name)? else {
+                let problem = format!("'{name}' has no result; run it: planish claims run {name}");
+                return Err(CliError::usage(problem));
+            };
+            let state = if claim::confirm::changed(&result).is_empty() {
+                "stands".to_owned()
+            } else {
+                match self.one(context, &client, &claim, Some(result)).await {
+                    Ok(renewed) => {
+                        write_result(&self.at, &name, &renewed)?;
+                        let arms = renewed.renewals.last().map(|r| r.arms.join(", "));
+                        format!("renewed by {}", arms.unwrap_or_default())
+                    }
+                    Err(error) if error.code() == Code::FailedPrecondition => {
+                        failed += 1;
+                        error.to_string()
+                    }
+                    Err(error) => return Err(error),
+                }
+            };
+            rows.push((name, state));
+        }
+        if context.output.is_json() {
+            let list: Vec<_> =
+                rows.iter().map(|(n, s)| json!({ "claim": n, "state": s })).collect();
+            output::json_list("claims", &list)?;
+        } else {
+            let rows = rows.into_iter().map(|(name, state)| vec![name, state]).collect();
+            output::line(output::table(&["claim", "result"], &[], rows))?;
+        }
+        match failed {
+            0 => Ok(()),
+            count => {
+                Err(CliError::failure(format!("{count} claims gave other numbers; see above")))
+            }
+        }
+    }
+
+    async fn one(
+        &self,
+        context: &Context,
+        client: &Client,
+        claim: &Claim,
+        confirm: Option<ClaimResult>,
+    ) -> Result<ClaimResult> {
         for data in &claim.data {
             self.bring(context, client, claim, data).await?;
         }
@@ -251,6 +325,7 @@ impl Run {
             model: model.name,
             short: self.short,
             checkout: checkout(&self.at.claims),
+            confirm,
             ..Default::default()
         };
         let operation = self.submit(client, &mut request).await?;

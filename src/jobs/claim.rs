@@ -26,23 +26,28 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
             provenance
         }
     };
-    let report = compare::compare(job, &comparison)?;
-    if !given.model_digest.is_empty() && given.model_digest != report.base_digest {
-        return Err(Error::internal("the base has another digest than was checked"));
-    }
-    let (findings, verdict) = claim::judge::judge(&given, &report);
-    let verdict = if request.short { ClaimVerdict::Unspecified } else { verdict };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let started = job
         .operation
         .started_ms
         .unwrap_or_else(|| i64::try_from(now.as_millis()).unwrap_or_default());
+    let started = timestamp(started);
+    let report = compare::compare(job, &comparison)?;
+    if !given.model_digest.is_empty() && given.model_digest != report.base_digest {
+        return Err(Error::internal("the base has another digest than was checked"));
+    }
+    if let Some(result) = &request.confirm {
+        let renewed = claim::confirm::renewed(result, &report, provenance, started)?;
+        return Ok(renewed.encode_to_vec());
+    }
+    let (findings, verdict) = claim::judge::judge(&given, &report);
+    let verdict = if request.short { ClaimVerdict::Unspecified } else { verdict };
     let mut result = v1::ClaimResult {
         claim: given.name.clone(),
         claim_digest: claim::digest(&given, request.short)?,
         short: request.short,
         provenance: Some(provenance),
-        start_time: Some(timestamp(started)),
+        start_time: Some(started),
         minutes: report.seconds / 60.0,
         report: Some(report),
         findings,

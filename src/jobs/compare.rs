@@ -126,7 +126,11 @@ pub async fn report(store: &Store, operation: &Operation) -> Result<v1::Comparis
 
 /// The comparison that a claim's request runs, every default written out.
 pub fn of_claim(request: &v1::RunClaimRequest) -> Result<v1::Comparison> {
-    let mut comparison = claim::form(&request.claim.clone().unwrap_or_default(), request.short)?;
+    let given = request.claim.clone().unwrap_or_default();
+    let mut comparison = match &request.confirm {
+        Some(result) => claim::confirm::part(&given, result)?,
+        None => claim::form(&given, request.short)?,
+    };
     comparison.model.clone_from(&request.model);
     Ok(compare::resolve(&comparison))
 }

@@ -41,7 +41,13 @@ impl ClaimService for Claims {
         })
         .await?;
         self.check_sources(&given, &mut request.model).await?;
-        let mut comparison = claim::form(&given, request.short)?;
+        if let Some(result) = &request.confirm {
+            check_result(result).map_err(|e| e.within("confirm"))?;
+        }
+        let mut comparison = match &request.confirm {
+            Some(result) => claim::confirm::part(&given, result)?,
+            None => claim::form(&given, request.short)?,
+        };
         comparison.model.clone_from(&request.model);
         let (comparison, estimates) = comparisons::check(&self.0, comparison)
             .await

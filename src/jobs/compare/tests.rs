@@ -427,5 +427,35 @@ async fn a_claim_is_run_judged_and_sealed() {
         let kinds: Vec<_> = checked.problems.iter().map(v1::ClaimProblem::kind).collect();
         let expected = if short { vec![v1::ClaimProblemKind::Missing] } else { Vec::new() };
         assert_eq!(kinds, expected, "{:?}", checked.problems);
+        if short {
+            continue;
+        }
+        // Code that changed and makes the same renews the result; had it made others, it would not.
+        let mut stale = result;
+        let code = &mut stale.provenance.as_mut().unwrap().method_code;
+        code.insert("wanda".into(), "sha256:before".into());
+        let mut other = stale.clone();
+        other.report.as_mut().unwrap().arms[1].runs[0].digest = "sha256:other".into();
+        for (mut before, same) in [(stale, true), (other, false)] {
+            before.seal = claim::seal(&before).unwrap();
+            let request = v1::RunClaimRequest { confirm: Some(before), ..request.clone() };
+            let operation = service.submit(Kind::Claim, &base.name(), &request).await;
+            let ended = service.end(&operation).await;
+            if !same {
+                let error = format!("{:?}", ended.error);
+                assert_eq!(ended.state, State::Failed);
+                assert!(error.contains("makes other numbers"), "{error}");
+                continue;
+            }
+            assert_eq!(ended.state, State::Succeeded, "{:?}", ended.error);
+            let renewed = v1::ClaimResult::decode(ended.response.as_deref().unwrap()).unwrap();
+            let checked = claim::verify::verify(&given, Some(&renewed)).unwrap();
+            assert!(checked.problems.is_empty(), "{:?}", checked.problems);
+            assert_eq!(renewed.report.unwrap(), measured);
+            assert_eq!(
+                (&renewed.renewals[0].arms[..], renewed.renewals[0].seed),
+                (&["wanda".to_owned()][..], 0)
+            );
+        }
     }
 }

@@ -1,8 +1,9 @@
 //! Claims: the statement of a paper, the comparison that measures it, what counts as reproduced.
 //!
 //! [`judge`] holds a report against the expectations, [`verify`] says whether a written result can still
-//! be believed, [`page`] shows all of them.
+//! be believed, [`confirm`] whether changed code makes the same, [`page`] shows all of them.
 
+pub mod confirm;
 pub mod judge;
 pub mod page;
 pub mod verify;

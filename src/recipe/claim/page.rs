@@ -99,18 +99,38 @@ fn section(entry: &v1::MeasuredClaim) -> String {
     if !claim.remarks.is_empty() {
         out.push('\n');
     }
-    out + &format!("\n{}\n", provenance(result, &report))
+    out += &format!("\n{}\n", provenance(result, &report));
+    for renewal in &result.renewals {
+        let methods: Vec<_> = renewal.method_code.keys().map(String::as_str).collect();
+        out += &format!(
+            "\nThe code of {} changed since; with it {} made the same numbers again (seed {}, {}).\n",
+            sorted(methods),
+            sorted(renewal.arms.iter().map(String::as_str).collect()),
+            renewal.seed,
+            commit(renewal.checkout.as_ref())
+        );
+    }
+    out
+}
+
+/// Names in one order.
+fn sorted(mut names: Vec<&str>) -> String {
+    names.sort_unstable();
+    names.join(", ")
+}
+
+fn commit(checkout: Option<&v1::Checkout>) -> String {
+    match checkout.and_then(|c| Some((c.commit.get(..12)?, c.dirty))) {
+        Some((commit, false)) => format!("commit {commit}"),
+        Some((commit, true)) => format!("commit {commit} with changes"),
+        None => "no commit known".to_owned(),
+    }
 }
 
 /// Where and on what it was measured, in a few lines.
 fn provenance(result: &v1::ClaimResult, report: &v1::ComparisonReport) -> String {
     let found = result.provenance.clone().unwrap_or_default();
-    let checkout = found.checkout.clone().unwrap_or_default();
-    let commit = match (checkout.commit.get(..12), checkout.dirty) {
-        (Some(commit), false) => format!("commit {commit}"),
-        (Some(commit), true) => format!("commit {commit} with changes"),
-        (None, _) => "no commit known".to_owned(),
-    };
+    let commit = commit(found.checkout.as_ref());
     let seeds = report.comparison.iter().flat_map(|c| &c.seeds).map(u64::to_string);
     let mut data: Vec<_> = report
         .data_digests
