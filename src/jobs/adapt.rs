@@ -9,6 +9,7 @@ use super::recipe::signed;
 use super::tuning::{Data, Keep, Work};
 use super::work::Job;
 use crate::error::{Error, Reason, Result};
+use crate::methods::adapt::Needs;
 use crate::proto::v1;
 use crate::recipe::adapt::{NOT_SERVED, Plan};
 use crate::seed::Stream;
@@ -51,6 +52,14 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
     let mut warnings = plan.cost.warnings.clone();
     warnings.extend(data.warnings.iter().cloned());
     warnings.extend(prepared);
+    if let Needs::Gradients { samples, .. } = plan.method()?.needs()?
+        && samples > data.training.len()
+    {
+        warnings.push(format!(
+            "the gradients that the start is made from are of all {} records, not of the {samples} asked for",
+            data.training.len()
+        ));
+    }
     if !written.served && !warnings.iter().any(|w| w == NOT_SERVED) {
         warnings.push(NOT_SERVED.to_owned());
     }

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use prost::Message;
 
+use super::evaluate;
 use super::memory::Peak;
 use super::recipe::signed;
 use super::work::Job;
@@ -37,6 +38,14 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
     let Merged { weights, drift } =
         merge::merge_weighted(tuned, weight, model.weights(), request.allow_requantise, &progress)?;
     let mut warnings = Vec::new();
+    if evaluate::fits(&row, &base).is_err() {
+        warnings.push(format!(
+            "{} was made beside {}; what it corrects there may be otherwise in {}: evaluate the new version",
+            row.name(),
+            row.base_version,
+            base.name()
+        ));
+    }
     if stored.head.is_some() {
         warnings.push(
             "the head is no part of a version: it stays with the adapter, which changes the new version \

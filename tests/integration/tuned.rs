@@ -208,6 +208,7 @@ async fn dora_and_norms_serve_as_they_merge() {
     assert!(error.message.contains("requantising"), "{error:?}");
     let leave = v1::MergeAdapterRequest { allow_requantise: true, ..merge("dora", rounded) };
     let report = world.merged(leave).await;
+    assert!(report.warnings[0].contains("was made beside"), "{:?}", report.warnings);
     assert_eq!(report.drifts.len(), 14);
     assert!(report.max_drift > 0.0 && report.max_drift < 0.2, "{report:?}");
     assert!(report.mean_drift <= report.max_drift);
