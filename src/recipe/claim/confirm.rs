@@ -2,8 +2,8 @@
 //!
 //! A result names the digests of the code that made it, and any change of that code, also one that changes no
 //! number, makes it stale. What has one seed and makes the same bytes would be measured alike: so for each changed method
-//! one arm is made and measured again with the first seed, and must give the same version and the same samples
-//! wherever no clock has a part in them.
+//! one arm is made and measured again with the first seed, and must give the same version and, wherever no clock has
+//! a part in them, the same samples. Those may differ as sums in another order do: measuring is no method's code.
 
 use std::collections::BTreeSet;
 
@@ -11,6 +11,9 @@ use super::{code, digest, form, methods, seal};
 use crate::error::{Error, Reason, Result};
 use crate::eval::metrics;
 use crate::proto::v1;
+
+/// How far samples may lie apart, of the larger one; of a thousandth where both are smaller.
+const ROUNDING: f64 = 1e-5;
 
 /// Methods of a result whose code is another now.
 pub fn changed(result: &v1::ClaimResult) -> BTreeSet<&'static str> {
@@ -109,9 +112,13 @@ fn difference(before: &v1::ArmRun, now: &v1::ArmRun) -> Option<String> {
     };
     for known in before.measurements.iter().filter(timeless) {
         let (metric, was) = (&known.metric, known.value);
+        let near = |a: f64, b: f64| (a - b).abs() <= ROUNDING * a.abs().max(b.abs()).max(1e-3);
         let same = |m: &&v1::Measurement| m.metric == *metric && m.protocol == known.protocol;
         match now.measurements.iter().find(same) {
-            Some(m) if m.samples == known.samples && m.value.to_bits() == was.to_bits() => {}
+            Some(m)
+                if m.samples.len() == known.samples.len()
+                    && m.samples.iter().zip(&known.samples).all(|(a, b)| near(*a, *b))
+                    && near(m.value, was) => {}
             Some(m) => return Some(format!("has the {metric} {}, it was {was}", m.value)),
             None => return Some(format!("has no {metric}, it was {was}")),
         }
@@ -194,6 +201,8 @@ mod tests {
         };
         let made = || provenance(&part(&claim, &stale).unwrap(), None);
         let renewed_by = |wanda: &[f64]| renewed(&stale, &again(wanda), made(), time());
+        // Sums in another order are the same.
+        assert!(renewed_by(&[2.2 + 1e-9, 2.6, 3.2]).is_ok());
         let new = renewed_by(&WANDA).unwrap();
         let found = super::super::verify::verify(&claim, Some(&new)).unwrap();
         assert!(found.problems.is_empty(), "{:?}", found.problems);
@@ -204,7 +213,7 @@ mod tests {
         );
         assert_eq!((new.report, new.findings), (result.report, result.findings));
 
-        let error = renewed_by(&[2.2, 2.6, 3.2 + 1e-12]).unwrap_err();
+        let error = renewed_by(&[2.2, 2.6, 3.2 + 1e-4]).unwrap_err();
         assert_eq!(error.reason(), Reason::ResultDiffers);
         assert!(error.message().starts_with("'wanda' with seed 0 has the perplexity"), "{error}");
         let mut moved = again(&WANDA);
