@@ -194,6 +194,20 @@ pub(super) struct Found {
     pub warnings: Vec<String>,
 }
 
+impl Found {
+    /// What is measured of scoring.
+    pub fn metrics(&self) -> Metrics {
+        let mut metrics = Metrics::from([("scoring_memory_bytes".to_owned(), self.memory as f64)]);
+        for (name, value) in [
+            ("score_rank_correlation", self.correlation),
+            ("scoring_memory_share", self.memory_share),
+        ] {
+            metrics.extend(value.map(|value| (name.to_owned(), value)));
+        }
+        metrics
+    }
+}
+
 /// Scores the groups.
 fn score(
     cx: &StepContext<'_>,
@@ -504,18 +518,11 @@ impl Method for v1::Ecoflap {
         let mut outcome = prune(&context(&pruning), model, &shares, &settings)?;
         outcome.record["ecoflap"] =
             json!({ "groups": rows, "rank_correlation": found.correlation });
+        cx.progress.measure(found.metrics());
         outcome.warnings.extend(found.warnings);
         if settings.score != EcoflapScore::Uniform {
             outcome.calibration_tokens += settings.data.tokens();
         }
-        let mut metrics = Metrics::from([("scoring_memory_bytes".to_owned(), found.memory as f64)]);
-        for (name, value) in [
-            ("score_rank_correlation", found.correlation),
-            ("scoring_memory_share", found.memory_share),
-        ] {
-            metrics.extend(value.map(|value| (name.to_owned(), value)));
-        }
-        cx.progress.measure(metrics);
         Ok(outcome)
     }
 

@@ -27,7 +27,6 @@ use crate::models::two_tower::prompts::{Prompts, Texts};
 use crate::models::two_tower::{Config, Model, Side};
 use crate::models::{AnyInfo, AnyModel};
 use crate::nn::weight::Weight;
-use crate::progress::Metrics;
 use crate::proto::v1::{EcoflapGroup, EcoflapScore, LocalPruner};
 
 /// Images or captions that run through a block at once where nothing is scored.
@@ -394,7 +393,7 @@ pub(super) fn apply(
     let asked = settings.calibration.sequences;
     let stream = cx.random.child("calibration");
     let drawn = draw((&images, &prompts), asked, settings.calibration.sampling, &stream);
-    let mut warnings = found.warnings;
+    let mut warnings = found.warnings.clone();
     if drawn.len() < asked && settings.local == LocalPruner::Wanda {
         warnings
             .push(format!("{name} has {} images, fewer than the {asked} asked for", drawn.len()));
@@ -403,14 +402,7 @@ pub(super) fn apply(
     let ran = prune(&context(&pruning), (&mut model, &data), &drawn, &zeros, settings)?;
     let (tensors, total, more) = counted(&model, &before, zeros.into_keys())?;
     warnings.extend(more);
-    let mut metrics = Metrics::from([("scoring_memory_bytes".to_owned(), found.memory as f64)]);
-    for (name, value) in [
-        ("score_rank_correlation", found.correlation),
-        ("scoring_memory_share", found.memory_share),
-    ] {
-        metrics.extend(value.map(|value| (name.to_owned(), value)));
-    }
-    cx.progress.measure(metrics);
+    cx.progress.measure(found.metrics());
     Ok(Outcome {
         record: json!({
             "tensors": tensors,

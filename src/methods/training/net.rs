@@ -171,3 +171,16 @@ pub fn tensor<'a>(parameters: &'a Parameters, name: &str) -> Result<&'a Tensor> 
 pub fn read(parameters: &Parameters, name: &str) -> Result<Vec<f32>> {
     tensors::read(variable(parameters, name)?, <[f32]>::to_vec)
 }
+
+/// Image `number` of those to learn from and, behind them, those to measure on.
+pub fn image<'a>(
+    (training, validation): (&'a Images, Option<&'a Images>),
+    number: u32,
+) -> Result<&'a [u8]> {
+    let number = number as usize;
+    match (number.checked_sub(training.len()), validation) {
+        (None, _) => Ok(training.get(number)),
+        (Some(number), Some(images)) if number < images.len() => Ok(images.get(number)),
+        _ => Err(Error::internal(format!("there is no image {number}"))),
+    }
+}

@@ -29,13 +29,7 @@ pub struct Learner<'a> {
 
 impl Learner<'_> {
     fn image(&self, number: u32) -> Result<&[u8]> {
-        let number = number as usize;
-        let beyond = number.checked_sub(self.training.len());
-        match (beyond, self.validation) {
-            (None, _) => Ok(self.training.get(number)),
-            (Some(number), Some(images)) if number < images.len() => Ok(images.get(number)),
-            _ => Err(Error::internal(format!("there is no image {number}"))),
-        }
+        net::image((self.training, self.validation), number)
     }
 
     /// Writes the images of a batch as the net sees them.
