@@ -97,7 +97,7 @@ pub fn measure(mut model: AnyModel, run: Run) -> Result<Train> {
     match &mut model {
         AnyModel::Decoder(model) => store(&mut model.weights, run.base)?,
         AnyModel::Encoder(model) => store(&mut model.weights, run.base)?,
-        AnyModel::Vision(_) | AnyModel::Lstm(_) => return Err(not_for_text(model.family())),
+        model => return Err(not_for_text(model.family())),
     }
     if run.full {
         return measure_full(&model, run);
@@ -130,7 +130,7 @@ pub fn measure(mut model: AnyModel, run: Run) -> Result<Train> {
                 Target::Class((at % CLASSES) as u32)
             })
         }
-        AnyModel::Vision(_) | AnyModel::Lstm(_) => Err(not_for_text(model.family())),
+        model => Err(not_for_text(model.family())),
     }
 }
 

@@ -145,9 +145,6 @@ pub fn evaluate(
             Error::new(Reason::DatasetUnsuitable, format!("'{}' was not read", asked.dataset))
         })
     };
-    if let (Some(model), Some(asked)) = (subject.model.two_tower(), &options.images) {
-        out.extend(zero_shot::measure(&model, images(asked)?, asked, progress)?);
-    }
     match subject.model {
         AnyModel::Vision(model) => {
             if let Some(asked) = &options.images {
@@ -157,13 +154,18 @@ pub fn evaluate(
                 out.push(speed_on_images(model, progress)?);
             }
         }
-        AnyModel::Lstm(_) => {
-            if let Some(model) = subject.model.lstm().filter(|_| !options.dataset.is_empty()) {
+        AnyModel::TwoTower(model) => {
+            if let Some(asked) = &options.images {
+                out.extend(zero_shot::measure(model, images(asked)?, asked, progress)?);
+            }
+        }
+        AnyModel::Lstm(model) => {
+            if !options.dataset.is_empty() {
                 let text = subject.text.ok_or_else(|| {
                     let dataset = &options.dataset;
                     Error::new(Reason::DatasetUnsuitable, format!("'{dataset}' was not read"))
                 })?;
-                out.push(on_text(&model, text, options, progress)?);
+                out.push(on_text(model, text, options, progress)?);
             }
         }
         _ => return Err(Error::internal("a family that is measured elsewhere")),

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::work::Job;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Reason, Result};
-use crate::models::{AnyModel, lstm, random, two_tower};
+use crate::models::{lstm, random, two_tower};
 use crate::proto::v1;
 use crate::seed::Stream;
 
@@ -93,8 +93,8 @@ pub fn run(job: &Job<'_>) -> Result<Vec<u8>> {
     }
     job.progress.report(0.6, "drawing weights")?;
     let mut model = random::model(config, &Stream::root(request.seed).child("create"))?;
-    if let AnyModel::Lstm(model) = &mut model {
-        model.tokenizer = tokenizer.map(Arc::new);
+    if let Some(tokenizer) = tokenizer {
+        model.set_tokenizer(Some(Arc::new(tokenizer)));
     }
     job.progress.report(0.8, "writing the version")?;
     let data: Vec<String> = request.tokenizer.iter().map(|new| new.dataset.clone()).collect();

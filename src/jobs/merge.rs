@@ -116,12 +116,7 @@ fn with(
     mut model: AnyModel,
     weights: std::collections::BTreeMap<String, std::sync::Arc<crate::nn::weight::Weight>>,
 ) -> AnyModel {
-    match &mut model {
-        AnyModel::Decoder(model) => model.weights.extend(weights),
-        AnyModel::Encoder(model) => model.weights.extend(weights),
-        AnyModel::Vision(model) => model.weights.extend(weights),
-        AnyModel::Lstm(model) => model.weights.extend(weights),
-    }
+    model.weights_mut().extend(weights);
     model
 }
 

@@ -114,7 +114,7 @@ impl Work<'_> {
         };
         let start = Instant::now();
         let mut learner = Learner::new(network.pass(&tuned), &tuned);
-        let report = match network.attention() {
+        let mut report = match network.attention() {
             None => run.train(&mut learner, &mut parameters, hooks.as_mut())?,
             Some(choosing) => {
                 // What was seen before training is not of it.
@@ -127,6 +127,7 @@ impl Work<'_> {
             }
         };
         drop(learner);
+        report.warnings.extend(tuned.notes.iter().cloned());
         let tuned = method.finish(tuned)?;
         let rank = |name: &String| tuned.modules.get(name).map_or(0, |module| module.rank);
         Ok(Made {

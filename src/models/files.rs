@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::{AnyFamily, Family, Model, Reader, decoder, encoder, lstm, two_tower, vision};
+use super::{AnyFamily, Family, Model, decoder, encoder, lstm, two_tower, vision};
 use crate::data::tokenizer::{self, Tokenizer};
 use crate::error::{Error, Reason, Result};
 use crate::formats::malformed;
@@ -172,22 +172,6 @@ impl Parts for two_tower::Config {
 
     fn vocab(&self) -> usize {
         self.vocab
-    }
-}
-
-impl Parts for Reader {
-    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        match self {
-            Self::Lstm(config) => config.tensors(),
-            Self::TwoTower(config) => config.tensors(),
-        }
-    }
-
-    fn vocab(&self) -> usize {
-        match self {
-            Self::Lstm(config) => config.vocab,
-            Self::TwoTower(config) => config.vocab,
-        }
     }
 }
 

@@ -67,42 +67,8 @@ pub enum AnyModel {
     Decoder(Model),
     Encoder(encoder::Model),
     Vision(vision::Model),
-    /// What is made here and reads texts; [`Reader`] tells which it is.
-    Lstm(Model<Reader>),
-}
-
-/// The configuration of a model that is made here, with a tokenizer.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Reader {
-    /// LSTM language models.
-    Lstm(lstm::Config),
-    /// Images and captions.
-    TwoTower(two_tower::Config),
-}
-
-impl Reader {
-    /// Name used in method cards and messages.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Lstm(_) => lstm::FAMILY,
-            Self::TwoTower(_) => two_tower::FAMILY,
-        }
-    }
-}
-
-impl Model<Reader> {
-    /// The same with another configuration type; copies no tensor.
-    fn of<F>(&self, family: &F) -> Model<F>
-    where
-        F: Clone,
-    {
-        Model {
-            family: family.clone(),
-            config: self.config.clone(),
-            weights: self.weights.clone(),
-            tokenizer: self.tokenizer.clone(),
-        }
-    }
+    Lstm(lstm::Model),
+    TwoTower(two_tower::Model),
 }
 
 macro_rules! each {
@@ -112,6 +78,7 @@ macro_rules! each {
             AnyModel::Encoder($model) => $e,
             AnyModel::Vision($model) => $e,
             AnyModel::Lstm($model) => $e,
+            AnyModel::TwoTower($model) => $e,
         }
     };
 }
@@ -123,7 +90,8 @@ impl AnyModel {
             Self::Decoder(model) => model.family.name(),
             Self::Encoder(_) => encoder::FAMILY,
             Self::Vision(_) => vision::FAMILY,
-            Self::Lstm(model) => model.family.name(),
+            Self::Lstm(_) => lstm::FAMILY,
+            Self::TwoTower(_) => two_tower::FAMILY,
         }
     }
 
@@ -133,8 +101,8 @@ impl AnyModel {
             Self::Decoder(model) => model.family.architecture(),
             Self::Encoder(model) => &model.family.architecture,
             Self::Vision(model) => &model.family.architecture,
-            Self::Lstm(Model { family: Reader::Lstm(config), .. }) => &config.architecture,
-            Self::Lstm(Model { family: Reader::TwoTower(config), .. }) => &config.architecture,
+            Self::Lstm(model) => &model.family.architecture,
+            Self::TwoTower(model) => &model.family.architecture,
         }
     }
 
@@ -148,7 +116,7 @@ impl AnyModel {
             Self::Encoder(Model { family, config, weights, tokenizer }) => {
                 Ok(Model { family: Family::Encoder(family), config, weights, tokenizer })
             }
-            Self::Vision(_) | Self::Lstm(_) => Err(not_for_text(self.family())),
+            _ => Err(not_for_text(self.family())),
         }
     }
 
@@ -160,7 +128,7 @@ impl AnyModel {
         match self {
             Self::Decoder(model) => Ok(model),
             Self::Encoder(model) => Err(not_a_decoder(&model.family.architecture)),
-            Self::Vision(_) | Self::Lstm(_) => Err(not_for_text(self.family())),
+            _ => Err(not_for_text(self.family())),
         }
     }
 
@@ -172,29 +140,7 @@ impl AnyModel {
         match self {
             Self::Encoder(model) => Ok(model),
             Self::Decoder(_) => Err(not_an_encoder(self.architecture())),
-            Self::Vision(_) | Self::Lstm(_) => Err(not_for_text(self.family())),
-        }
-    }
-
-    /// The model as one of two towers, if it is one; copies no tensor.
-    pub fn two_tower(&self) -> Option<two_tower::Model> {
-        match self {
-            Self::Lstm(model) => match &model.family {
-                Reader::TwoTower(config) => Some(model.of(config)),
-                Reader::Lstm(_) => None,
-            },
-            _ => None,
-        }
-    }
-
-    /// The model as an LSTM, if it is one; copies no tensor.
-    pub fn lstm(&self) -> Option<lstm::Model> {
-        match self {
-            Self::Lstm(model) => match &model.family {
-                Reader::Lstm(config) => Some(model.of(config)),
-                Reader::TwoTower(_) => None,
-            },
-            _ => None,
+            _ => Err(not_for_text(self.family())),
         }
     }
 
@@ -216,6 +162,11 @@ impl AnyModel {
     /// The tokenizer, if the model came with one.
     pub fn tokenizer(&self) -> Option<&Arc<Tokenizer>> {
         each!(self, model => model.tokenizer.as_ref())
+    }
+
+    /// Puts another tokenizer, or none, in the place of the model's.
+    pub fn set_tokenizer(&mut self, tokenizer: Option<Arc<Tokenizer>>) {
+        each!(self, model => model.tokenizer = tokenizer);
     }
 
     /// Bytes of all weights.
@@ -253,13 +204,13 @@ impl From<vision::Model> for AnyModel {
 
 impl From<lstm::Model> for AnyModel {
     fn from(model: lstm::Model) -> Self {
-        Self::Lstm(model.into_reader(Reader::Lstm))
+        Self::Lstm(model)
     }
 }
 
 impl From<two_tower::Model> for AnyModel {
     fn from(model: two_tower::Model) -> Self {
-        Self::Lstm(model.into_reader(Reader::TwoTower))
+        Self::TwoTower(model)
     }
 }
 
@@ -304,11 +255,6 @@ pub fn not_for_text(family: &str) -> Error {
 }
 
 impl<F> Model<F> {
-    fn into_reader(self, reader: impl FnOnce(F) -> Reader) -> Model<Reader> {
-        let Self { family, config, weights, tokenizer } = self;
-        Model { family: reader(family), config, weights, tokenizer }
-    }
-
     /// The weight called `name`.
     pub fn weight(&self, name: &str) -> Result<&Arc<Weight>> {
         self.weights.get(name).ok_or_else(|| {
@@ -357,7 +303,8 @@ impl AnyModel {
             Self::Decoder(model) => model.family.clone().into(),
             Self::Encoder(model) => AnyFamily::Encoder(model.family.clone()),
             Self::Vision(model) => AnyFamily::Vision(model.family.clone()),
-            Self::Lstm(model) => model.family.clone().into(),
+            Self::Lstm(model) => AnyFamily::Lstm(model.family.clone()),
+            Self::TwoTower(model) => AnyFamily::TwoTower(model.family.clone()),
         };
         AnyInfo {
             family,
@@ -385,15 +332,6 @@ pub enum AnyFamily {
     Vision(vision::Config),
     Lstm(lstm::Config),
     TwoTower(two_tower::Config),
-}
-
-impl From<Reader> for AnyFamily {
-    fn from(reader: Reader) -> Self {
-        match reader {
-            Reader::Lstm(config) => Self::Lstm(config),
-            Reader::TwoTower(config) => Self::TwoTower(config),
-        }
-    }
 }
 
 impl From<Family> for AnyFamily {

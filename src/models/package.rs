@@ -108,6 +108,7 @@ pub fn write_any(model: &AnyModel, lineage: &Value, folder: &Path) -> Result<Vec
         AnyModel::Encoder(model) => write(model, lineage, folder),
         AnyModel::Vision(model) => write(model, lineage, folder),
         AnyModel::Lstm(model) => write(model, lineage, folder),
+        AnyModel::TwoTower(model) => write(model, lineage, folder),
     }
 }
 

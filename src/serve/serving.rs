@@ -30,7 +30,7 @@ impl Serving {
             AnyModel::Encoder(model) => {
                 Embedder::start(model, limits, precision).map(Self::Encoder)
             }
-            AnyModel::Vision(_) | AnyModel::Lstm(_) => Err(not_for_text(model.family())),
+            model => Err(not_for_text(model.family())),
         }
     }
 

@@ -58,7 +58,7 @@ impl<'m> Network<'m> {
                     Some(attend) => graph.with_attention(Box::new(attend)),
                 }))
             }
-            AnyModel::Vision(_) | AnyModel::Lstm(_) => return Err(not_for_text(model.family())),
+            model => return Err(not_for_text(model.family())),
         };
         Ok(Self { graph, options, choosing })
     }

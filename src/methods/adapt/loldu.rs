@@ -11,7 +11,7 @@ use rand::Rng;
 use rand::seq::SliceRandom;
 
 use super::module::{Core, Factor, Module, Part, Start};
-use super::options::{self, Site, Usual};
+use super::options::{self, Plan, Site, Usual};
 use super::shapes::Shapes;
 use super::tuned::Tuned;
 use super::{Adapt, Cost, Needs, Setup, build, finite_values, normal, uniform};
@@ -126,6 +126,22 @@ pub fn module(site: &Site, frozen: Frozen, z: Vec<f32>) -> Result<Module> {
     })
 }
 
+/// What is said of components without a pivot that can be used.
+fn left_out(plan: &Plan, tuned: &Tuned) -> Option<String> {
+    let rank = |site: &Site| tuned.modules.get(&site.linear).map_or(0, |module| module.rank);
+    let sites = plan.sites.iter().map(|site| (site.linear.as_str(), site.rank - rank(site)));
+    let some: Vec<_> = sites.filter(|(_, left)| *left > 0).collect();
+    let most = some.iter().max_by_key(|(_, left)| *left)?;
+    let all: usize = some.iter().map(|(_, left)| left).sum();
+    Some(format!(
+        "components left out because their pivot is too small to divide by: {all} in {} weights, {} of them in \
+         '{}'",
+        some.len(),
+        most.1,
+        most.0
+    ))
+}
+
 impl Adapt for v1::Loldu {
     fn card(&self) -> &'static Card {
         &CARD
@@ -163,7 +179,7 @@ impl Adapt for v1::Loldu {
         let kind = options::choice("start", self.start)?;
         let pick = options::choice("pick", self.pick)?;
         let plan = options::plan(self.adapter.as_ref(), &USUAL, setup.shapes)?;
-        build(&plan, setup, |site, stored, random| {
+        let mut tuned = build(&plan, setup, |site, stored, random| {
             let [rows, cols] = site.shape;
             let w = linalg::from_rows(&finite_values(site, stored)?, rows, cols);
             let ldu = linalg::ldu(w.as_ref());
@@ -177,14 +193,12 @@ impl Adapt for v1::Loldu {
                     ),
                 ));
             }
-            if kept.len() < site.rank {
-                let left = site.rank - kept.len();
-                tracing::info!(tensor = site.linear, left, "components without a pivot left out");
-            }
             let frozen = frozen(&ldu, &kept);
             let z = start(kind, &frozen.d, &mut random.rng());
             module(site, frozen, z)
-        })
+        })?;
+        tuned.notes.extend(left_out(&plan, &tuned));
+        Ok(tuned)
     }
 
     fn hooks(&self, _: &Tuned, _: u64) -> Result<Option<Box<dyn Hooks>>> {
@@ -286,6 +300,23 @@ mod tests {
         assert_eq!(keep(&ldu, 1, LolduPick::Largest), [0]);
         let nothing = linalg::ldu(linalg::from_rows(&[0.0; 4], 2, 2).as_ref());
         assert!(keep(&nothing, 2, LolduPick::Largest).is_empty());
+    }
+
+    #[test]
+    fn components_that_are_left_out_are_reported() {
+        let mut weights = Case::decoder().weights().clone();
+        let method = v1::Loldu { adapter: Some(full()), ..Default::default() };
+        assert!(Case::decoder().start(&method).notes.is_empty());
+        let name = Case::decoder().some_linear().0.to_owned();
+        let stored = &weights[&name];
+        let (cols, mut values) = (stored.cols(), stored.to_f32());
+        // Two columns alike: one pivot fewer.
+        values.chunks_mut(cols).for_each(|row| row[cols - 1] = row[0]);
+        let twins = Dense::from_f32(stored.shape().to_vec(), &values, Dtype::F32).unwrap();
+        weights.insert(name.clone(), Arc::new(Weight::Dense(twins)));
+        let tuned = Case::with(weights).start(&method);
+        let [note] = tuned.notes.as_slice() else { panic!("{:?}", tuned.notes) };
+        assert!(note.contains(": 1 in 1 weights") && note.contains(&name), "{note}");
     }
 
     #[test]

@@ -191,6 +191,17 @@ impl Adapt for v1::LoraSb {
             Ok(())
         })?;
         finish_build(&mut tuned, &plan, setup)?;
+        let rounded = |name: &&String| {
+            setup.weights.get(*name).is_some_and(|weight| weight.record().few_bits())
+        };
+        let rounded = names.iter().filter(rounded).count();
+        if rounded > 0 {
+            tuned.notes.push(format!(
+                "{rounded} of {} adapted weights are stored in codes: their first step follows the gradient at \
+                 the numbers that the codes stand for, and the codes stay as they are",
+                names.len()
+            ));
+        }
         Ok(tuned)
     }
 
@@ -205,13 +216,17 @@ impl Adapt for v1::LoraSb {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use candle_core::Tensor;
     use faer::MatRef;
 
     use super::super::shapes::testing::{minilm, smollm2};
     use super::super::testing::{Toy, all_linear};
     use super::*;
+    use crate::methods::compress::round_to_nearest;
     use crate::nn::linalg::{from_rows, product};
+    use crate::nn::weight::{Grouped, GroupedSpec, Weight};
 
     fn method(keep: bool, rule: LoraSbRule) -> v1::LoraSb {
         v1::LoraSb {
@@ -267,6 +282,20 @@ mod tests {
         let tuned = toy.start(&method(false, LoraSbRule::SignAdam), 2);
         let (_, _, r) = parts(&tuned, &toy);
         assert_eq!(norm(r.as_ref()), 0.0, "the step is not kept: the output is the base's");
+    }
+
+    #[test]
+    fn weights_in_codes_are_reported() {
+        let mut toy = Toy::new(5);
+        assert!(toy.start(&method(true, LoraSbRule::SignAdam), 1).notes.is_empty());
+        let stored = toy.weights.get_mut(&toy.shapes.linears[1].0).unwrap();
+        let shape = [stored.rows(), stored.cols()];
+        let spec = GroupedSpec { bits: 8, group: 24, symmetric: false };
+        let codes = round_to_nearest::quantise(&stored.to_f32(), shape[1], spec);
+        let packed = Grouped::pack(shape, spec, &codes.codes, &codes.scales, &codes.zeros);
+        *stored = Arc::new(Weight::Grouped(packed.unwrap()));
+        let notes = toy.start(&method(true, LoraSbRule::SignAdam), 1).notes;
+        assert!(notes.len() == 1 && notes[0].starts_with("1 of 2 adapted weights"), "{notes:?}");
     }
 
     #[test]

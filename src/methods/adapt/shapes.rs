@@ -42,7 +42,7 @@ impl Shapes {
         Ok(match model {
             AnyModel::Decoder(model) => Self::decoder(model.decoder()?),
             AnyModel::Encoder(model) => Self::encoder(&model.family),
-            AnyModel::Vision(_) | AnyModel::Lstm(_) => return Err(not_for_text(model.family())),
+            model => return Err(not_for_text(model.family())),
         })
     }
 

@@ -188,6 +188,13 @@ impl Adapt for v1::Sora {
     fn hooks(&self, tuned: &Tuned, steps: u64) -> Result<Option<Box<dyn Hooks>>> {
         let Read { xi, l1, kind, schedule, .. } = read(self)?;
         let xi = xi.unwrap_or(2.0 / steps.max(1) as f64);
+        if let Some(schedule) = schedule.as_ref().filter(|schedule| schedule.max < xi) {
+            let problem = format!(
+                "{} is below {xi}, two over the number of updates, where a threshold starts; give a lower xi",
+                schedule.max
+            );
+            return Err(Error::option("schedule.xi_max", problem));
+        }
         let stages = schedule.as_ref().map_or_else(|| vec![xi], |s| thresholds(xi, s));
         let modules = tuned.modules.keys().map(|name| module(name).to_owned()).collect();
         let target_keep = schedule.and_then(|s| s.target_keep);
@@ -734,6 +741,11 @@ mod tests {
         assert!(seen[..3].iter().all(|s| *s == (0.0, 1.0)), "{seen:?}");
         assert!(seen[3..].iter().all(|s| *s == (0.5, 1.0 / 3.0)), "{seen:?}");
         assert_eq!(values(&toy.parameters, &gates[0]).unwrap(), [0.0, 0.0, 6.0]);
+        // Where it starts at two over the updates, it does not fall from there.
+        let fall = v1::Sora { xi: None, ..method };
+        assert!(fall.hooks(&toy.tuned, 2).is_ok());
+        let error = fall.hooks(&toy.tuned, 1).err().expect("refused");
+        assert_eq!(error.violations()[0].field, "schedule.xi_max");
     }
 
     #[test]

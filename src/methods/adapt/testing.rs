@@ -314,7 +314,7 @@ impl Case {
 /// full gradients.
 pub struct Toy {
     pub weights: BTreeMap<String, Arc<Weight>>,
-    shapes: Shapes,
+    pub shapes: Shapes,
     seed: u64,
 }
 

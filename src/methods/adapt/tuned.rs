@@ -35,6 +35,8 @@ pub struct Tuned {
     /// By the end of the name (`lora_g`), where it differs from the usual: the rate as it is, decay for
     /// matrices.
     pub stepping: BTreeMap<&'static str, Stepping>,
+    /// What the user should know of how the method started.
+    pub notes: Vec<String>,
     /// What dropout draws from.
     seed: String,
     /// The pass that is under way; 0 outside training.

@@ -540,7 +540,7 @@ impl Method for v1::Ecoflap {
         learning: &mut Learning<'_>,
         model: AnyModel,
     ) -> Result<AnyOutcome> {
-        if let Some(model) = model.two_tower() {
+        if let AnyModel::TwoTower(model) = model {
             let settings = Settings::read(self)?;
             return two_tower::apply(&settings, self.compare_scores, cx, learning, model);
         }

@@ -45,17 +45,16 @@ impl Data {
         progress.report(0.0, "reading the data")?;
         let other = training.validation.as_ref().map_or("", |v| v.dataset.as_str());
         let at = |field: &'static str| move |e: Error| Error::at(e.reason(), field, e.message());
-        let towers = model.two_tower();
         let mut data = match model {
-            AnyModel::Vision(_) | AnyModel::Lstm(_) if sees(model) => {
+            AnyModel::Vision(_) | AnyModel::TwoTower(_) => {
                 let read = |name: &str| -> Result<Images> {
                     let images = datasets.images(name)?;
-                    match (model, &towers) {
-                        (AnyModel::Vision(model), _) => {
+                    match model {
+                        AnyModel::Vision(model) => {
                             let config = &model.family;
                             images.suits(config.sides, config.channels, config.classes)?;
                         }
-                        (_, Some(model)) => {
+                        AnyModel::TwoTower(model) => {
                             let (side, channels) = (model.family.side, model.family.channels);
                             images.suits([side; 2], channels, usize::MAX)?;
                         }
@@ -68,7 +67,10 @@ impl Data {
                     "" => None,
                     name => Some(read(name).map_err(at("training.validation.dataset"))?),
                 };
-                let prompts = towers.as_ref().map(|model| Prompts::of(model, &images));
+                let prompts = match model {
+                    AnyModel::TwoTower(model) => Some(Prompts::of(model, &images)),
+                    _ => None,
+                };
                 let prompts = prompts.transpose().map_err(at("training.dataset"))?;
                 if let (Some(prompts), Some(more)) = (&prompts, &validation)
                     && more.labels() > prompts.classes()
@@ -121,11 +123,6 @@ impl Data {
         }
         Ok(data)
     }
-}
-
-/// Whether a model learns from images.
-fn sees(model: &AnyModel) -> bool {
-    matches!(model, AnyModel::Vision(_)) || model.two_tower().is_some()
 }
 
 /// One token an image: its number.

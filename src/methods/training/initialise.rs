@@ -124,9 +124,7 @@ impl Method for v1::Initialise {
         cx.progress.report(0.0, "drawing weights")?;
         let stream = cx.random.child("weights");
         let mut new = random::model(config(self, model.config())?, &stream).map_err(blame)?;
-        if let (AnyModel::Lstm(new), AnyModel::Lstm(before)) = (&mut new, &model) {
-            new.tokenizer.clone_from(&before.tokenizer);
-        }
+        new.set_tokenizer(model.tokenizer().cloned());
         let found = footprint::footprint(new.weights());
         Ok(Outcome {
             record: json!({ "parameters": new.parameters(), "nonzero_parameters": found.nonzero }),

@@ -15,7 +15,7 @@ use crate::methods::adapt::tuned::Tuned;
 use crate::models::decoder::graph::Graph;
 use crate::models::two_tower::{graph, prompts::Prompts};
 use crate::models::vision::config::is_statistic;
-use crate::models::{AnyModel, Reader, not_a_decoder};
+use crate::models::{AnyModel, not_a_decoder};
 use crate::nn::ops::{Pool, Precision};
 use crate::nn::weight::Weight;
 use crate::train::batch::Batch;
@@ -40,7 +40,9 @@ impl Trained {
                 tuned.add_whole(model.weights.keys(), &model.weights)?;
                 tuned.parameters()
             }
-            AnyModel::Vision(_) | AnyModel::Lstm(_) => variables(model.weights())?,
+            AnyModel::Vision(_) | AnyModel::Lstm(_) | AnyModel::TwoTower(_) => {
+                variables(model.weights())?
+            }
             AnyModel::Encoder(_) => return Err(not_trained(model.architecture())),
         };
         Ok(Self { parameters, tuned })
@@ -85,7 +87,6 @@ pub fn with<R>(
     f: impl FnOnce(&mut dyn LossAndGradients) -> Result<R>,
 ) -> Result<R> {
     let (losses, pool) = (Rc::clone(losses), Pool::default());
-    let whole = model;
     match model {
         AnyModel::Decoder(model) => {
             let precision = match settings.precision {
@@ -105,19 +106,16 @@ pub fn with<R>(
             let config = &model.family;
             f(&mut vision::Learner { config, training, validation: images.1, losses, pool })
         }
-        AnyModel::Lstm(model) => match &model.family {
-            Reader::Lstm(config) => f(&mut lstm::Learner { config, losses, pool }),
-            Reader::TwoTower(_) => {
-                let missing = || Error::internal("images and captions were not read");
-                let model = whole.two_tower().ok_or_else(missing)?;
-                let training = images.0.ok_or_else(missing)?;
-                let (prompts, validation) = (prompts.ok_or_else(missing)?, images.1);
-                let graph = graph::Graph::new(&model)?;
-                let config = &model.family;
-                let data = two_tower::Data { training, validation, prompts };
-                f(&mut two_tower::Learner { config, graph, data, losses, pool })
-            }
-        },
+        AnyModel::Lstm(model) => f(&mut lstm::Learner { config: &model.family, losses, pool }),
+        AnyModel::TwoTower(model) => {
+            let missing = || Error::internal("images and captions were not read");
+            let training = images.0.ok_or_else(missing)?;
+            let (prompts, validation) = (prompts.ok_or_else(missing)?, images.1);
+            let graph = graph::Graph::new(model)?;
+            let config = &model.family;
+            let data = two_tower::Data { training, validation, prompts };
+            f(&mut two_tower::Learner { config, graph, data, losses, pool })
+        }
         AnyModel::Encoder(model) => Err(not_a_decoder(&model.family.architecture)),
     }
 }

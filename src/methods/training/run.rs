@@ -294,13 +294,7 @@ pub fn stored(
         let weight = store(before, &values, pruned, hint(name)).map_err(|e| e.within(name))?;
         weights.insert(name.clone(), Arc::new(weight));
     }
-    let place = match &mut model {
-        AnyModel::Decoder(model) => &mut model.weights,
-        AnyModel::Encoder(model) => &mut model.weights,
-        AnyModel::Vision(model) => &mut model.weights,
-        AnyModel::Lstm(model) => &mut model.weights,
-    };
-    *place = weights;
+    *model.weights_mut() = weights;
     Ok(model)
 }
 

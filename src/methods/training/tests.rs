@@ -94,9 +94,7 @@ fn mobile() -> AnyModel {
 fn lstm() -> AnyModel {
     let config = json!({ "model_type": "lstm", "vocab_size": 256, "hidden_size": 8 });
     let mut model = random::model(config, &Stream::root(1)).unwrap();
-    if let AnyModel::Lstm(model) = &mut model {
-        model.tokenizer = Some(Arc::new(Tokenizer::bytes().unwrap()));
-    }
+    model.set_tokenizer(Some(Arc::new(Tokenizer::bytes().unwrap())));
     model
 }
 
@@ -107,9 +105,7 @@ fn two_tower() -> AnyModel {
         "text_layers": 1, "text_heads": 2, "max_position_embeddings": 24,
     });
     let mut model = random::model(config, &Stream::root(1)).unwrap();
-    if let AnyModel::Lstm(model) = &mut model {
-        model.tokenizer = Some(Arc::new(Tokenizer::bytes().unwrap()));
-    }
+    model.set_tokenizer(Some(Arc::new(Tokenizer::bytes().unwrap())));
     model
 }
 
@@ -122,7 +118,7 @@ fn text_decoder() -> AnyModel {
 }
 
 fn dataset(model: &AnyModel) -> &'static str {
-    let sees = matches!(model, AnyModel::Vision(_)) || model.two_tower().is_some();
+    let sees = matches!(model, AnyModel::Vision(_) | AnyModel::TwoTower(_));
     if sees { "datasets/bars" } else { "datasets/text" }
 }
 

@@ -34,6 +34,7 @@ pub fn dense(
         AnyModel::Encoder(model) => write(model, folder, dtype, progress)?,
         AnyModel::Vision(model) => write(model, folder, dtype, progress)?,
         AnyModel::Lstm(model) => write(model, folder, dtype, progress)?,
+        AnyModel::TwoTower(model) => write(model, folder, dtype, progress)?,
     };
     exported.files.extend(modules(model, folder)?);
     if let Some(odd) = uneven(model.config()) {

@@ -119,6 +119,20 @@ pub enum Record {
 }
 
 impl Record {
+    /// Whether the weights are stored in fewer than 16 bits.
+    pub fn few_bits(&self) -> bool {
+        match self {
+            Self::Grouped { .. }
+            | Self::DualGrained { .. }
+            | Self::Ggml { .. }
+            | Self::Nf4 { .. }
+            | Self::Sparse { values: ValueFormat::Grouped(_), .. }
+            | Self::RowGroups { values: RowGroupValues::Int8, .. } => true,
+            Self::Sum { base, .. } => base.few_bits(),
+            _ => false,
+        }
+    }
+
     /// Logical shape; `[out, in]` for matrices.
     pub fn shape(&self) -> &[usize] {
         match self {

@@ -17,7 +17,7 @@ use crate::eval::format;
 use crate::methods::catalogue::{self, Entry, Family as Kind};
 use crate::methods::{Card, registry, scope};
 use crate::models::{AnyInfo, TensorInfo};
-use crate::nn::weight::{Record, RowGroupValues, ValueFormat};
+use crate::nn::weight::Record;
 use crate::proto::v1::{self, step::Method};
 
 /// Below this share of zeros where they like, decoding is no faster without a kernel for it.
@@ -208,20 +208,7 @@ impl Taken {
 
 /// Whether some tensor holds weights in fewer than 16 bits.
 pub fn quantised(model: &AnyInfo) -> bool {
-    model.tensors.values().any(|tensor| few_bits(&tensor.record))
-}
-
-fn few_bits(record: &Record) -> bool {
-    match record {
-        Record::Grouped { .. }
-        | Record::DualGrained { .. }
-        | Record::Ggml { .. }
-        | Record::Nf4 { .. }
-        | Record::Sparse { values: ValueFormat::Grouped(_), .. }
-        | Record::RowGroups { values: RowGroupValues::Int8, .. } => true,
-        Record::Sum { base, .. } => few_bits(base),
-        _ => false,
-    }
+    model.tensors.values().any(|tensor| tensor.record.few_bits())
 }
 
 fn in_normal_floats(record: &Record) -> bool {

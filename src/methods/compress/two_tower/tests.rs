@@ -53,9 +53,7 @@ fn model() -> AnyModel {
         "text_layers": 3, "text_heads": 2, "text_intermediate_size": 32, "max_position_embeddings": 24,
     });
     let mut model = random::model(config, &Stream::root(1)).expect("a model");
-    if let AnyModel::Lstm(model) = &mut model {
-        model.tokenizer = Some(Arc::new(Tokenizer::bytes().expect("bytes")));
-    }
+    model.set_tokenizer(Some(Arc::new(Tokenizer::bytes().expect("bytes"))));
     model
 }
 
@@ -214,9 +212,9 @@ fn what_the_loss_does_not_use_has_no_score() {
 #[test]
 fn differences_agree_with_gradients() {
     let any = model();
-    let model = any.two_tower().expect("towers");
+    let AnyModel::TwoTower(model) = &any else { panic!("no towers") };
     let images = Bars.images("").expect("images");
-    let prompts = Prompts::of(&model, &images).expect("captions");
+    let prompts = Prompts::of(model, &images).expect("captions");
     let data = Data { config: &model.family, images: &images, prompts: &prompts };
     let outcome = run(ecoflap(json!({ "compare_scores": true })), &any, 3).expect("pruned");
     assert!(outcome.record["ecoflap"]["rank_correlation"].is_number());
@@ -244,9 +242,9 @@ fn differences_agree_with_gradients() {
 
 /// Share of images that are nearest to a caption of their class.
 fn right(model: &AnyModel) -> f64 {
-    let model = model.two_tower().expect("towers");
+    let AnyModel::TwoTower(model) = model else { panic!("no towers") };
     let images = Bars.images("").expect("images");
-    let prompts = Prompts::of(&model, &images).expect("captions");
+    let prompts = Prompts::of(model, &images).expect("captions");
     let plan = Plan::new(&model.family, &model.weights).expect("a plan");
     let captions = plan.texts(prompts.all()).expect("vectors");
     let vectors = plan.images(&images.pixels).expect("vectors");
@@ -297,9 +295,7 @@ fn bad_input_is_refused_before_the_work() {
     let (reason, field) = refused(json!({ "scope": ["*.mlp.*"] }), &model);
     assert_eq!((reason, field.as_str()), (Reason::TensorNotFound, "scope"));
     let mut mute = model.clone();
-    if let AnyModel::Lstm(model) = &mut mute {
-        model.tokenizer = None;
-    }
+    mute.set_tokenizer(None);
     assert_eq!(refused(json!({}), &mute).0, Reason::ModelUnsuitable);
     // Other families have one tower.
     let llama = crate::models::decoder::random::tiny("llama");

@@ -146,7 +146,7 @@ fn unsuitable(message: String) -> Error {
 }
 
 fn check_family(model: &AnyModel) -> Result<()> {
-    if let AnyModel::Vision(_) | AnyModel::Lstm(_) = model {
+    if !matches!(model, AnyModel::Decoder(_) | AnyModel::Encoder(_)) {
         return Err(unsuitable(format!(
             "compressed-tensors holds decoders and encoders, and no program would load a model of the \
              family {} from it; export in the form hugging_face or native",
