@@ -1,11 +1,11 @@
-//! Speed from inside: tokens a second of prefill and decode, one sequence.
+//! Speed from inside: tokens a second of prefill and decode, one sequence, computed as serving does.
 
 use std::time::Instant;
 
 use super::metrics;
 use crate::error::Result;
 use crate::models::Model;
-use crate::models::decoder::plan::{Cache, Chunk, Decoder};
+use crate::models::decoder::plan::{Arithmetic, Cache, CacheFormat, Chunk, Decoder};
 use crate::progress::Progress;
 use crate::proto::v1;
 
@@ -15,15 +15,17 @@ const DECODE: usize = 128;
 const REPETITIONS: usize = 5;
 
 /// `prefill_tokens_per_second` and `decode_tokens_per_second`: medians of repetitions after one that
-/// warms up. Lengths shrink with the model's positions; the protocol says what was run.
+/// warms up. Weights are packed, activations rounded, keys and values kept in 16 bits as a service does unless
+/// told otherwise, whatever quality is measured with: these rates say what a client gets. Lengths shrink with
+/// the model's positions; the protocol says what was run.
 pub fn measure(model: &Model, progress: &Progress) -> Result<Vec<v1::Measurement>> {
     let config = model.decoder()?;
     let room = config.max_positions;
     let prefill = PREFILL.min(room);
     let prompt = PROMPT.min(room.div_ceil(2));
     let decode = DECODE.min(room - prompt).max(1);
-    let mut decoder = Decoder::new(model)?;
-    let mut cache = Cache::new(config, prefill.max(prompt + decode));
+    let mut decoder = Decoder::with(model, Arithmetic::Integer)?;
+    let mut cache = Cache::with_format(config, prefill.max(prompt + decode), CacheFormat::F16);
     // Speed does not depend on which tokens run; these spread over the vocabulary.
     let tokens: Vec<u32> = (0..prefill.max(prompt + decode))
         .map(|i| ((i * 7919 + 17) % config.vocab) as u32)
@@ -49,7 +51,7 @@ pub fn measure(model: &Model, progress: &Progress) -> Result<Vec<v1::Measurement
         }
     }
     let threads = rayon::current_num_threads();
-    let of = format!("one sequence, median of {REPETITIONS}, {threads} threads");
+    let of = format!("one sequence, as served, median of {REPETITIONS}, {threads} threads");
     Ok(vec![
         metrics::PREFILL_RATE
             .sampled(prefills, format!("{prefill} tokens at once, logits of the last, {of}")),

@@ -284,7 +284,7 @@ multiversion! {
 
 /// The nearest bf16, halves to even.
 #[inline(always)]
-fn half(v: f32) -> u16 {
+pub(super) fn half(v: f32) -> u16 {
     let bits = v.to_bits();
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
     // Rounding could make infinity of what is not a number.

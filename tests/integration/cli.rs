@@ -690,8 +690,11 @@ fn the_claims_of_the_repository_are_valid() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let folders = ["claims", "open-claims"].map(|name| std::fs::read_dir(root.join(name)).unwrap());
     let mut count = 0;
-    for entry in folders.into_iter().flatten() {
-        let path = entry.unwrap().path().join("claim.toml");
+    for folder in folders.into_iter().flatten().map(|entry| entry.unwrap().path()) {
+        if !folder.is_dir() {
+            continue;
+        }
+        let path = folder.join("claim.toml");
         let claim: planish::proto::v1::Claim =
             planish::recipe::file::read(&path).unwrap_or_else(|e| panic!("{e}"));
         planish::recipe::claim::check_text(&claim)

@@ -10,6 +10,7 @@ pub mod distillation;
 pub mod elementwise;
 pub mod entropy;
 pub mod factored;
+pub mod halves;
 pub mod lstm;
 pub mod norm;
 

@@ -213,7 +213,7 @@ impl Network for Graph<'_> {
             Activation::Silu => Function::Silu,
             Activation::GeluTanh => Function::GeluTanh,
         };
-        let wide = tape.gated(function, &gate, &up)?;
+        let wide = tape.gated(function, &gate, &up, self.stored.precision())?;
         drop((gate, up));
         let (last, read) = (name("mlp.down_proj"), run.read || config.post_norms);
         let mut delta = self.stored.last_linear(run, &wide, &last, config.mlp_bias, read)?;

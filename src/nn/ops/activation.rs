@@ -1,8 +1,11 @@
 //! Nonlinearities of feed-forward networks.
 
+use std::ops::Deref;
 use std::sync::Arc;
 
-use super::tape::{Tape, Value};
+use super::buffer::{Buffer, Halves, Pool};
+use super::linear::Precision;
+use super::tape::{Read, Tape, Value};
 use crate::error::{Error, Result};
 use crate::kernels::training::activation::{self, Function};
 
@@ -26,11 +29,11 @@ impl Tape {
         })
     }
 
-    /// `f(gate) * up`, for SiLU and the tanh form of GELU.
+    /// `f(gate) * up`, for SiLU and the tanh form of GELU. The gradient is made of both as `kept` says.
     ///
     /// # Errors
     /// INTERNAL for another function or for values of different sizes.
-    pub fn gated(&self, f: Function, gate: &Value, up: &Value) -> Result<Value> {
+    pub fn gated(&self, f: Function, gate: &Value, up: &Value, kept: Precision) -> Result<Value> {
         let (width, len) = (gate.width(), gate.rows() * gate.width());
         if !matches!(f, Function::Silu | Function::GeluTanh)
             || up.width() != width
@@ -41,13 +44,14 @@ impl Tape {
         let mut y = self.pool().take(len);
         activation::gated(f, &gate.read(), &up.read(), &mut y);
         Ok(self.result(y, width, &[gate, up], || {
-            let (gate, up) = (gate.clone(), up.clone());
+            let nodes = [gate.node(), up.node()];
+            let sides = [gate, up].map(|side| Kept::new(self.pool(), side, kept));
             move |g, sink| {
                 let (mut dgate, mut dup) = (sink.pool().take(len), sink.pool().take(len));
-                let (a, b) = (gate.read(), up.read());
-                activation::gated_backward(f, &a, &b, &g, &mut dgate, &mut dup);
-                for (value, gradient) in [(&gate, dgate), (&up, dup)] {
-                    if let Some(node) = value.node() {
+                let [gate, up] = sides.each_ref().map(Kept::read);
+                activation::gated_backward(f, &gate, &up, &g, &mut dgate, &mut dup);
+                for (node, gradient) in nodes.into_iter().zip([dgate, dup]) {
+                    if let Some(node) = node {
                         sink.add(node, Arc::new(gradient));
                     }
                 }
@@ -72,5 +76,44 @@ impl Tape {
                 Ok(())
             }
         })
+    }
+}
+
+/// A value that a gradient needs.
+enum Kept {
+    Whole(Value),
+    Halves(Halves),
+}
+
+impl Kept {
+    fn new(pool: &Pool, value: &Value, precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::Whole(value.clone()),
+            Precision::Bf16 => Self::Halves(pool.halves(&value.read())),
+        }
+    }
+
+    fn read(&self) -> Elements<'_> {
+        match self {
+            Self::Whole(value) => Elements::Whole(value.read()),
+            Self::Halves(halves) => Elements::Widened(halves.widened()),
+        }
+    }
+}
+
+/// Elements of what was kept.
+enum Elements<'a> {
+    Whole(Read<'a>),
+    Widened(Buffer),
+}
+
+impl Deref for Elements<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match self {
+            Self::Whole(read) => read,
+            Self::Widened(buffer) => buffer,
+        }
     }
 }

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::kernels::training::halves;
+
 /// Where buffers come from. Clones share the memory.
 #[derive(Clone, Default)]
 pub struct Pool(Arc<Mutex<Free>>);
@@ -65,6 +67,13 @@ impl Pool {
         buffer
     }
 
+    /// `x` rounded to bf16, in half of its memory.
+    pub fn halves(&self, x: &[f32]) -> Halves {
+        let mut words = self.take(halves::words(x.len()));
+        halves::narrow(x, &mut words);
+        Halves { words, len: x.len() }
+    }
+
     /// Bytes in use.
     pub fn live_bytes(&self) -> u64 {
         bytes(self.lock().live)
@@ -121,6 +130,21 @@ impl Drop for Buffer {
     }
 }
 
+/// Numbers rounded to bf16, in half of their memory.
+pub struct Halves {
+    words: Buffer,
+    len: usize,
+}
+
+impl Halves {
+    /// The numbers in f32.
+    pub fn widened(&self) -> Buffer {
+        let mut out = self.words.pool.take(self.len);
+        halves::widen(&self.words, &mut out);
+        out
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -144,5 +168,13 @@ mod tests {
         drop((b, d));
         assert_eq!((pool.live_bytes(), pool.lock().waiting), (0, 60));
         assert_eq!(pool.peak_bytes(), 600);
+    }
+
+    #[test]
+    fn halves_take_half_the_memory() {
+        let pool = Pool::default();
+        let halves = pool.halves(&[1.0, -2.5, 1.0 + 1.0 / 512.0]);
+        assert_eq!(pool.live_bytes(), 8);
+        assert_eq!(halves.widened()[..], [1.0, -2.5, 1.0]);
     }
 }

@@ -102,6 +102,7 @@ pub trait Network {
 
 /// The stored tensors of a network as a pass uses them: matrices ready to multiply, vectors in f32.
 pub struct Stored {
+    precision: Precision,
     linears: BTreeMap<String, Arc<Linear>>,
     vectors: BTreeMap<String, Value>,
 }
@@ -127,7 +128,12 @@ impl Stored {
                 linears.insert(name.to_owned(), Arc::new(Linear::new(weight, precision)));
             }
         }
-        Self { linears, vectors }
+        Self { precision, linears, vectors }
+    }
+
+    /// How matrices run.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// The matrix `name`.

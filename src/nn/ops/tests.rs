@@ -182,10 +182,40 @@ fn norms_and_activations() {
     }
     for f in [Function::Silu, Function::GeluTanh] {
         check("gate", &[&[3, 7], &[3, 7]], |tape, x| {
-            tape.gated(f, &leaf(tape, &x[0]), &leaf(tape, &x[1])).unwrap()
+            tape.gated(f, &leaf(tape, &x[0]), &leaf(tape, &x[1]), Precision::F32).unwrap()
         });
     }
     check("softcap", &[&[3, 7]], |tape, x| tape.softcap(leaf(tape, &x[0]), 0.8));
+}
+
+/// In bf16 the gradient of a gate is that of its rounded sides.
+#[test]
+fn gates_kept_in_halves() {
+    let gradients = |sides: [Vec<f32>; 2], precision| {
+        let pool = Pool::default();
+        let tape = Tape::new(&pool);
+        let starts = sides.map(|side| {
+            let mut data = pool.take(side.len());
+            data.copy_from_slice(&side);
+            tape.start(&Value::constant(data, 7))
+        });
+        let [gate, up] = &starts;
+        let out = tape.gated(Function::Silu, gate, up, precision).unwrap();
+        let result = out.read().to_vec();
+        let mut g = pool.take(result.len());
+        g.copy_from_slice(&noise(result.len(), 99));
+        let mut taken = tape.backward(&out, g.into()).unwrap();
+        (result, starts.map(|start| taken.of(&start).unwrap().to_vec()))
+    };
+    let sides = [noise(21, 3), noise(21, 4)];
+    let rounded = sides.clone().map(|side| {
+        let half = |v: &f32| half::bf16::from_f32(*v).to_f32();
+        side.iter().map(half).collect::<Vec<f32>>()
+    });
+    let (exact, _) = gradients(sides.clone(), Precision::F32);
+    let (result, of) = gradients(sides, Precision::Bf16);
+    assert_eq!(result, exact, "the result itself is not rounded");
+    assert_eq!(of, gradients(rounded, Precision::F32).1);
 }
 
 #[test]
