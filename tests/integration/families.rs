@@ -65,6 +65,8 @@ fn little_and_much(card: &Card) -> [Value; 2] {
         "ecoflap" => [0.1, 0.7].map(|share| json!({ "share": share, "batch": 2 })),
         "low_rank" => [1, 26].map(|drop| json!({ "drop": drop })),
         "dgq" => ["DUAL_GRAINED", "ROWS"].map(|form| json!({ "form": format!("DGQ_FORM_{form}") })),
+        // A tenth of the weights, drawn, is much already.
+        "random_pruning" => [0.01, 0.7].map(|share| json!({ "sparsity.share": share })),
         "group_sparse" => [0.1, 0.7].map(|sparsity| json!({ "sparsity": sparsity, "group": 4 })),
         // One size only.
         "normal_float" => [json!({}), json!({})],

@@ -46,10 +46,11 @@ const NARROW: Entry = Entry {
 };
 
 /// What exchanges pruned weights for kept ones.
-const EXCHANGING: [Conflict; 9] = [
+const EXCHANGING: [Conflict; 10] = [
     after::QUANTISED,
     after::FACTORED,
     after::exchanges("magnitude"),
+    after::exchanges("random_pruning"),
     after::exchanges("wanda"),
     after::exchanges("sparsegpt"),
     after::exchanges("dsnot"),
@@ -63,6 +64,19 @@ pub(super) const ALL: &[Entry] = &[
         name: "magnitude",
         data: DataNeed::None,
         cost: Cost { parameter_token: 0.0, parameter_bytes: 2.4, token_bytes: 0.0, ..SPARSE.cost },
+        ..SPARSE
+    },
+    Entry {
+        name: "random_pruning",
+        data: DataNeed::None,
+        // Magnitude, and a number drawn for each weight.
+        cost: Cost {
+            parameter_token: 0.0,
+            parameter_bytes: 2.4,
+            token_bytes: 0.0,
+            basis: Basis::Reasoned,
+            ..SPARSE.cost
+        },
         ..SPARSE
     },
     Entry { name: "wanda", ..SPARSE },

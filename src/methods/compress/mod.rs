@@ -32,6 +32,7 @@ pub mod mask;
 mod named_choice;
 pub mod normal_float;
 mod options;
+pub mod random_pruning;
 pub mod regrow;
 mod report;
 pub mod round_to_nearest;

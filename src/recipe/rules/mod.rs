@@ -264,6 +264,7 @@ fn unstructured(step: &v1::Step) -> Option<(&'static str, f64)> {
     };
     match step.method.as_ref()? {
         Method::Magnitude(options) => of(&options.sparsity),
+        Method::RandomPruning(options) => of(&options.sparsity),
         Method::Wanda(options) => of(&options.sparsity),
         Method::Sparsegpt(options) => of(&options.sparsity),
         Method::Dsnot(options) => of(&options.sparsity),
