@@ -1,14 +1,14 @@
 //! Random pruning: which weights go is drawn, every choice of so many being as likely. What any score of
 //! weights has to beat.
 //!
-//! Unstructured: `floor(p * R * C)` of a tensor go. n:m: n of each m consecutive inputs of a row. Each tensor has a stream
-//! of random numbers by its name, so a mask does not depend on what else is pruned. Needs no text.
+//! Magnitude pruning of drawn numbers says which. Each tensor has a stream of random numbers by its name, so a
+//! mask does not depend on what else is pruned. Needs no text.
 
 use rand::Rng;
 
 use super::mask::Mask;
 use super::sparsity::{Amount, Sparsity};
-use super::{alone, cost, prune_each};
+use super::{alone, magnitude, prune_each};
 use crate::error::Result;
 use crate::methods::{Card, Estimate, Method, Outcome, StepContext};
 use crate::models::{Model, ModelInfo};
@@ -32,10 +32,7 @@ pub fn mask(len: usize, cols: usize, amount: Amount, random: &Stream) -> Mask {
     let mut rng = random.rng();
     // 24 random bits each: of two that are alike the first goes, which is too rare to see.
     let drawn: Vec<f32> = (0..len).map(|_| rng.random()).collect();
-    match amount {
-        Amount::Share(_) => Mask::smallest(&drawn, cols, amount.of(len), |v| v),
-        Amount::NOfM { n, m } => Mask::n_of_m(&drawn, cols, (n, m), |v, _| v),
-    }
+    magnitude::mask(&drawn, cols, amount)
 }
 
 impl Method for v1::RandomPruning {
@@ -56,9 +53,8 @@ impl Method for v1::RandomPruning {
     }
 
     fn check(&self, model: &ModelInfo) -> Result<(Estimate, ModelInfo)> {
-        let sparsity = Sparsity::read(self.sparsity.as_ref())?;
-        let after = sparsity.check(model, &|rows, cols| sparsity.amount.of(rows * cols))?;
-        Ok((cost::alone(model, &after), after))
+        // As many go, and as few are left to store.
+        v1::Magnitude { sparsity: self.sparsity.clone() }.check(model)
     }
 
     fn apply(&self, cx: &mut StepContext<'_>, model: Model) -> Result<Outcome> {
